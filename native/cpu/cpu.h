@@ -1,0 +1,71 @@
+/* What the CPU backend's files share. Stages: rows.c, linear.c, attend.c, select.c and pages.c; the table: backend.c. */
+#ifndef PYLLM_CPU_CPU_H
+#define PYLLM_CPU_CPU_H
+#include "kernels.h"
+#include "ops.h"
+#include "threads.h"
+
+/* One span of one work item, and its first row in the partial results. */
+typedef struct span_unit {
+  int32_t item, span, row;
+} span_unit;
+
+typedef struct partial_span {
+  softmax_state *state; /* (partial_rows) */
+  float *out;           /* (partial_rows, head_dim) */
+} partial_span;
+
+/* One thread's scratch for a panel. */
+typedef struct panel {
+  float *q, *out;        /* (PANEL_ROWS, head_dim) */
+  float *scores, *alpha; /* (PANEL_ROWS, 64), (PANEL_ROWS) */
+  softmax_state state[PANEL_ROWS];
+  int32_t n_valid[PANEL_ROWS];
+} panel;
+
+/* Estimated scores of one query's long heads of a group. */
+typedef struct page_scratch {
+  int32_t n;      /* heads loaded */
+  int32_t *heads; /* (group) */
+  float *q;       /* (group, head_dim) scaled */
+  float *scores;  /* (group, 16 max_strips) */
+  float *share;   /* (max_strips) */
+} page_scratch;
+
+/* attention_batch.backend_scratch */
+typedef struct cpu_scratch {
+  panel *panels; /* (threads) */
+  float *panel_memory;
+  span_unit *units; /* (partial_rows) */
+  partial_span partial;
+  int32_t partial_rows; /* the spans of one decode step, all heads */
+  page_scratch *pages;  /* (max(threads, n_kv_heads)) */
+  float *page_memory;
+} cpu_scratch;
+
+static inline const uint16_t *cache_blocks(const layer_cache *cache, int32_t kv_head, int32_t head_dim) {
+  return cache->kv + (int64_t)kv_head * cache->n_blocks * 2 * KV_BLOCK * head_dim;
+}
+
+void cpu_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
+               int32_t n, float *x);
+void cpu_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out);
+void cpu_linear(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs);
+void cpu_rope_store(const backend *be, const rope_job *job, int32_t n, layer_cache *cache);
+void cpu_attend_local(const backend *be, attention_batch *b, const layer_cache *cache);
+void cpu_attend_bulk(const backend *be, attention_batch *b, const layer_cache *cache);
+void cpu_select(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy,
+                int32_t layer);
+void cpu_finish(const backend *be, const attention_batch *b, bool rounded, activation *out);
+void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
+void *cpu_scratch_new(const backend *be, const attention_shape *shape);
+void cpu_scratch_free(void *scratch);
+uint64_t cpu_scratch_bytes(int32_t n_threads, const attention_shape *shape);
+
+/* Marks in b->wanted what the scored queries of each tile want of the bulk, after is_long is decided. */
+void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy);
+
+/* bulk_mass of every row that has a bulk, from its keys. */
+void cpu_true_bulk_mass(const backend *be, attention_batch *b, const layer_cache *cache);
+
+#endif

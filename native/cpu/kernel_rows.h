@@ -1,0 +1,104 @@
+/* Element-wise and row kernels. Part of kernels.c. Tails shorter than a vector are done one by one. */
+#include "kernels.h"
+#include "quant.h"
+#include "vec.h"
+#include <float.h>
+#include <math.h>
+
+static float dot(const float *x, const float *y, int32_t n) {
+  vf sum = vset(0);
+  int32_t i = 0;
+  for (; i + VL <= n; i += VL) sum += vload(x + i) * vload(y + i);
+  float total = vsum(sum);
+  for (; i < n; i++) total += x[i] * y[i];
+  return total;
+}
+
+static void rms_norm(const float *x, const float *w, float eps, int32_t n, float *y) {
+  float scale = 1.0f / sqrtf(dot(x, x, n) / (float)n + eps);
+  for (int32_t i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
+}
+
+/* 16 values times inverse, rounded, as two planes of 8 bits; returns their sum. */
+static inline int32_t round_half_group(const float *x, float inverse, int8_t *planes) {
+  typedef int8_t bytes __attribute__((vector_size(VL)));
+  vi sum = viset(0);
+  for (int i = 0; i < ACT_HALF; i += VL) {
+    /* Adding and subtracting 1.5 * 2^23 rounds to nearest even, as rint does, in every instruction set. */
+    vi q = __builtin_convertvector((vload(x + i) * inverse + 12582912.0f) - 12582912.0f, vi);
+    vi high = (q + 128) >> 8;
+    bytes fours[2] = {__builtin_convertvector(high, bytes), __builtin_convertvector(q - (high << 8), bytes)};
+    for (int four = 0; four < VL / 4; four++)
+      for (int plane = 0; plane < 2; plane++)
+        memcpy(planes + (i / 4 + four) * 8 + 4 * plane, (const char *)&fours[plane] + 4 * four, 4);
+    sum += q;
+  }
+  int32_t total = 0;
+  for (int lane = 0; lane < VL; lane++) total += sum[lane];
+  return total;
+}
+
+static void quantize(const float *x, int32_t cols, int8_t *planes, float *scale, int32_t *sum, float *product) {
+  for (int32_t g = 0; g < cols / ACT_GROUP; g++, x += ACT_GROUP, planes += 2 * ACT_GROUP) {
+    vf top = vset(0), poison = vset(0); /* 0, or NaN where x holds NaN or infinity: rounding must not hide it */
+    for (int i = 0; i < ACT_GROUP; i += VL) {
+      top = vmax(top, (vf)((vi)vload(x + i) & INT32_MAX));
+      poison += vload(x + i) * 0.0f;
+    }
+    scale[g] = vreduce_max(top) / ACT_MAX + vsum(poison);
+    if (scale[g] != scale[g]) {
+      memset(planes, 0, 2 * ACT_GROUP);
+      sum[2 * g] = sum[2 * g + 1] = 0;
+      product[2 * g] = product[2 * g + 1] = scale[g];
+      continue;
+    }
+    if (scale[g] < FLT_MIN) scale[g] = 0; /* its inverse would overflow */
+    float inverse = scale[g] > 0 ? 1.0f / scale[g] : 0.0f;
+    for (int h = 0; h < 2; h++) {
+      sum[2 * g + h] = round_half_group(x + h * ACT_HALF, inverse, planes + 2 * h * ACT_HALF);
+      product[2 * g + h] = scale[g] * (float)sum[2 * g + h];
+    }
+  }
+}
+
+static void swiglu(const float *gate, const float *up, int32_t n, float *y) {
+  for (int32_t i = 0; i + VL <= n; i += VL) {
+    vf g = vload(gate + i);
+    vi negative = g < vset(0);
+    vf e = vexp((vf)((vi)g | INT32_MIN)); /* e^-|g| */
+    vf sigmoid = vselect(negative, e, vset(1)) / (1.0f + e);
+    vstore(y + i, g * sigmoid * vload(up + i));
+  }
+}
+
+static void rope(float *x, const float *cosine, const float *sine, int32_t n_rot, bool pairs) {
+  int32_t half = n_rot / 2, step = pairs ? 2 : 1, other = pairs ? 1 : half;
+  for (int32_t i = 0; i < half; i++) {
+    float a = x[i * step], b = x[i * step + other];
+    x[i * step] = a * cosine[i] - b * sine[i];
+    x[i * step + other] = a * sine[i] + b * cosine[i];
+  }
+}
+
+/* STRIP halves. */
+static inline void round_f16(const float *x, uint16_t out[STRIP]) {
+#if VL == 4
+  for (int i = 0; i < STRIP; i++) out[i] = f32_to_f16(x[i]);
+#else
+  for (int i = 0; i < STRIP; i += 8)
+    _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
+#endif
+}
+
+static void kv_store(const float *k, const float *v, int32_t head_dim, int32_t slot, uint16_t *keys, uint16_t *values) {
+  int32_t strip = slot / STRIP, t = slot % STRIP;
+  keys += strip * STRIP * head_dim + 2 * t;
+  values += strip * STRIP * head_dim + t / 2 * 2 * STRIP + t % 2;
+  uint16_t half[STRIP];
+  for (int32_t i = 0; i < head_dim; i += STRIP) {
+    round_f16(k + i, half);
+    for (int32_t j = 0; j < STRIP; j += 2) memcpy(keys + (i + j) / 2 * 2 * STRIP, half + j, 2 * sizeof *half);
+    round_f16(v + i, half);
+    for (int32_t j = 0; j < STRIP; j++) values[i / STRIP * STRIP * STRIP + 2 * j] = half[j];
+  }
+}

@@ -1,0 +1,143 @@
+/* Key sketch kernels: rounding a page, and estimating scores from it. Part of kernels.c; needs kernel_rows.h. */
+#include "sketch.h"
+#include <float.h>
+
+enum { SKETCH_ROWS = 16, SKETCH_MAX_DIM = 512, SKETCH_VECS = STRIP / VL };
+
+/* One channel of a page: its 64 keys stand 2 STRIP halves apart in 4 strips of keys. */
+static void sketch_channel(const uint16_t *keys, int32_t bits, int32_t head_dim, int32_t channel, uint16_t *lo,
+                           uint16_t *step, uint8_t codes[KV_BLOCK]) {
+  float k[KV_BLOCK], top = (float)((1 << bits) - 1);
+  for (int32_t t = 0; t < KV_BLOCK; t++)
+    k[t] = f16_to_f32(keys[t / STRIP * STRIP * head_dim + channel / 2 * 2 * STRIP + t % STRIP * 2 + channel % 2]);
+  float low = k[0], high = k[0];
+  for (int32_t t = 1; t < KV_BLOCK; t++) {
+    low = k[t] < low ? k[t] : low;
+    high = k[t] > high ? k[t] : high;
+  }
+  *lo = f32_to_f16(low);
+  *step = f32_to_f16((high - low) / top);
+  float width = f16_to_f32(*step);
+  for (int32_t t = 0; t < KV_BLOCK; t++) {
+    float code = width > 0 ? rintf((k[t] - low) / width) : 0;
+    codes[t] = (uint8_t)(code < top ? code : top);
+  }
+}
+
+static void put_code(uint8_t *page, int32_t bits, int32_t head_dim, int32_t channel, int32_t t, uint8_t code) {
+  uint8_t *low = page + 4 * head_dim, *high = low + sketch_low_bytes(head_dim);
+  int32_t strip = t / STRIP, at = 4 * (t % STRIP) + channel % 4, quad = channel / 4;
+  int32_t byte = (strip * (head_dim / 16) + quad / 4) * 64 + at;
+  low[byte] |= (uint8_t)((code & 3) << (2 * (quad % 4)));
+  if (bits == 4) high[byte] |= (uint8_t)((code >> 2) << (2 * (quad % 4)));
+  if (bits == 3) high[(strip * ((head_dim + 31) / 32) + quad / 8) * 64 + at] |= (uint8_t)((code >> 2) << (quad % 8));
+}
+
+static void sketch_fold(const uint16_t *keys, int32_t bits, int32_t head_dim, uint8_t *page) {
+  uint8_t codes[KV_BLOCK];
+  memset(page, 0, sketch_page_bytes(bits, head_dim));
+  uint16_t *lo = (uint16_t *)(void *)page, *step = lo + head_dim;
+  for (int32_t channel = 0; channel < head_dim; channel++) {
+    sketch_channel(keys, bits, head_dim, channel, lo + channel, step + channel, codes);
+    for (int32_t t = 0; t < KV_BLOCK; t++) put_code(page, bits, head_dim, channel, t, codes[t]);
+  }
+}
+
+typedef uint8_t code_bytes __attribute__((vector_size(4 * STRIP)));
+
+/* A query against a page's channels: weights q * step rounded to 8 bits, their scale, and the part that lo gives. */
+typedef struct sketch_query {
+  int8_t weight[SKETCH_MAX_DIM];
+  float scale, base;
+} sketch_query;
+
+static inline void sketch_weights(const float *q, const uint8_t *page, int32_t head_dim, sketch_query *out) {
+  const uint16_t *lo = (const uint16_t *)(const void *)page, *step = lo + head_dim;
+  float product[SKETCH_MAX_DIM];
+  vf top = vset(0), base = vset(0);
+  for (int32_t i = 0; i < head_dim; i += VL) {
+    vf x = vload(q + i), w = x * vload_f16(step + i);
+    vstore(product + i, w);
+    top = vmax(top, (vf)((vi)w & INT32_MAX));
+    base += x * vload_f16(lo + i);
+  }
+  out->base = vsum(base);
+  out->scale = vreduce_max(top) / 127.0f;
+  float inverse = out->scale >= FLT_MIN ? 1.0f / out->scale : 0.0f;
+  for (int32_t i = 0; i < head_dim; i++)
+    out->weight[i] = (int8_t)(int32_t)((product[i] * inverse + 12582912.0f) - 12582912.0f);
+}
+
+/* Sixteen channels of a strip's 16 tokens, by fours. */
+static inline __attribute__((always_inline)) void sketch_sixteen(int rows, int bits, const uint8_t *low,
+                                                                 const uint8_t *high, int32_t sixteen,
+                                                                 const sketch_query *q, vi acc[4][SKETCH_VECS]) {
+  code_bytes l, h = {0};
+  memcpy(&l, low + sixteen * 64, sizeof l);
+  if (bits > 2) memcpy(&h, high + (bits == 3 ? sixteen / 2 : sixteen) * 64, sizeof h);
+  if (bits == 3) h >>= sixteen % 2 * 4;
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; i++) {
+    code_bytes b = (l >> (2 * i)) & 3;
+    if (bits == 3) b |= ((h >> i) & 1) << 2;
+    if (bits == 4) b |= ((h >> (2 * i)) & 3) << 2;
+    uint8_t codes[4 * STRIP];
+    memcpy(codes, &b, sizeof b);
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < SKETCH_VECS; v++)
+        acc[r][v] = vdot4(acc[r][v], codes + 4 * VL * v, q[r].weight + 16 * sixteen + 4 * i, 4);
+  }
+}
+
+static inline __attribute__((always_inline)) void sketch_rows(int rows, int bits, const uint8_t *page, int32_t head_dim,
+                                                              const sketch_query *q, float *scores, int64_t ld) {
+  const uint8_t *planes = page + 4 * head_dim;
+  int32_t low_bytes = sketch_low_bytes(head_dim) / 4, high_bytes = sketch_high_bytes(bits, head_dim) / 4;
+  for (int32_t strip = 0; strip < KV_STRIPS; strip++) {
+    const uint8_t *low = planes + strip * low_bytes, *high = planes + 4 * low_bytes + strip * high_bytes;
+    vi acc[4][SKETCH_VECS];
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < SKETCH_VECS; v++) acc[r][v] = viset(0);
+    for (int32_t sixteen = 0; sixteen < head_dim / 16; sixteen++)
+      sketch_sixteen(rows, bits, low, high, sixteen, q, acc);
+    for (int r = 0; r < rows; r++)
+      for (int v = 0; v < SKETCH_VECS; v++)
+        vstore(scores + r * ld + strip * STRIP + v * VL,
+               q[r].base + q[r].scale * __builtin_convertvector(acc[r][v], vf));
+  }
+}
+
+static inline __attribute__((always_inline)) void sketch_scores_of(int bits, const uint8_t *page, int32_t head_dim,
+                                                                   const float *q, int32_t n, float *scores,
+                                                                   int64_t ld) {
+  sketch_query queries[SKETCH_ROWS];
+  size_t bytes = sketch_page_bytes(bits, head_dim);
+  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(page + bytes + line); /* the next page */
+  for (int32_t r = 0; r < n; r++) sketch_weights(q + r * head_dim, page, head_dim, &queries[r]);
+  int32_t r = 0;
+  for (; r + 3 <= n; r += 3) sketch_rows(3, bits, page, head_dim, queries + r, scores + r * ld, ld);
+  for (; r < n; r++) sketch_rows(1, bits, page, head_dim, queries + r, scores + r * ld, ld);
+}
+
+static void sketch_scores(const uint8_t *page, int32_t bits, int32_t head_dim, const float *q, int32_t n, float *scores,
+                          int64_t ld) {
+  switch (bits) {
+  case 2: sketch_scores_of(2, page, head_dim, q, n, scores, ld); break;
+  case 3: sketch_scores_of(3, page, head_dim, q, n, scores, ld); break;
+  default: sketch_scores_of(4, page, head_dim, q, n, scores, ld); break;
+  }
+}
+
+static void strip_shares(float *scores, int32_t n_strips, float local_mass, float *share) {
+  vf top = vset(local_mass);
+  for (int32_t i = 0; i < n_strips * STRIP; i += VL) top = vmax(top, vload(scores + i));
+  float max = vreduce_max(top);
+  double total = vsum(vexp(vset(local_mass - max))) / VL;
+  for (int32_t s = 0; s < n_strips; s++) {
+    vf sum = vset(0);
+    for (int i = 0; i < STRIP; i += VL) sum += vexp(vload(scores + s * STRIP + i) - max);
+    total += share[s] = vsum(sum);
+  }
+  float inverse = (float)(1.0 / total);
+  for (int32_t s = 0; s < n_strips; s++) share[s] *= inverse;
+}

@@ -1,0 +1,28 @@
+/* The kernels of one instruction set: compiled with -DISA=generic, avx2 and avx512. */
+#include "kernel_strip.h"
+#include "kernel_tile.h"
+#include "kernel_attend.h"
+#include "kernel_rows.h"
+#include "kernel_sketch.h"
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+#define TEXT_(a) #a
+#define TEXT(a) TEXT_(a)
+
+extern const kernels JOIN(kernels_, ISA);
+const kernels JOIN(kernels_, ISA) = {
+    .name = TEXT(ISA),
+    .strip_gemm = strip_gemm,
+    .tile_gemm = tile_gemm,
+    .attend_strips = attend_strips,
+    .sketch_fold = sketch_fold,
+    .sketch_scores = sketch_scores,
+    .strip_shares = strip_shares,
+    .rms_norm = rms_norm,
+    .quantize = quantize,
+    .swiglu = swiglu,
+    .rope = rope,
+    .kv_store = kv_store,
+    .dot = dot,
+};

@@ -1,0 +1,114 @@
+/* The CPU's inner loops: one source (kernels.c), built once per instruction set, chosen at run time (isa.c).
+ *
+ * There are two matrix kernels. `strip_gemm` multiplies floats and serves float weights, attention scores, weighted
+ * values and key moments; `tile_gemm` multiplies rounded activations with quantized weights. In both, what one output
+ * element accumulates, and in which order, does not depend on how many rows or tokens are computed together:
+ * results are bit-identical whatever the batch, the tiling and the number of threads. */
+#ifndef PYLLM_CPU_KERNELS_H
+#define PYLLM_CPU_KERNELS_H
+#include <stdbool.h>
+#include <stddef.h>
+#include <stdint.h>
+
+enum { STRIP = 16, TILE_ROWS = 16, ACT_GROUP = 32, ACT_HALF = 16, KV_BLOCK = 64, KV_STRIPS = 4 };
+
+enum strip_type { STRIP_F16, STRIP_BF16, STRIP_F32 };
+
+/* A strip is 16 columns of a matrix, row pairs interleaved: (n_pairs, 16, 2). A matrix of more rows may be given as up
+ * to 4 pieces of n_pairs each. */
+typedef struct strips {
+  enum strip_type type;
+  int32_t n_pieces, n_pairs;
+  const void *data[KV_STRIPS]; /* (n_pieces) */
+} strips;
+
+/* Where quantized weights live after repacking: tiles of 16 rows, each its scales and then its quants.
+ *   quants: per 32 columns (8, 16, 4) bytes, [i][row][j] = q of column 4 i + j; for 4 bits (4, 16, 4), the low
+ *           nibble of [i] being columns 4 i + j and the high nibble columns 16 + 4 i + j.
+ *   scales: simple formats, per 32 columns: d f16 (16), then m f16 (16) where has_min.
+ *           scaled formats, per 256 columns: d f16 (16), m f16 (16) where has_min, scale i8 (256 / group, 16),
+ *           min u8 (256 / group, 16) where has_min. */
+typedef struct tile_format {
+  int32_t bits;   /* 4 or 8 */
+  int32_t group;  /* 16 or 32 */
+  int32_t offset; /* subtracted from every q */
+  bool scaled, has_min;
+} tile_format;
+
+/* Activations rounded to 16 bits, x = scale * q with one scale per 32 values, in two 8-bit planes q = 256 high + low,
+ * so that 8-bit products serve. (With 8 bits alone the rounding of activations costs about 0.005 nats of KL on the
+ * default model, as much as the attention policies are allowed; see docs/performance.md.) */
+typedef struct quantized {
+  int8_t *planes; /* (n, cols / 4, 2, 4) four high bytes, then their four low bytes */
+  float *scale;   /* (n, cols / 32) */
+  int32_t *sum;   /* (n, cols / 16) sums of q */
+  float *product; /* (n, cols / 16) scale * sum */
+} quantized;
+
+enum { ACT_MAX = 127 * 256 }; /* largest |q|: its high byte fits */
+
+/* Running softmax of one query: maximum and sum of e^(score - maximum). */
+typedef struct softmax_state {
+  float max, sum;
+} softmax_state;
+
+typedef struct attend_args {
+  int32_t rows, head_dim, n_strips;
+  const float *q;               /* (rows, head_dim), scaled by the score scale */
+  const uint16_t *k[KV_STRIPS]; /* (n_strips) keys of 16 tokens, f16 (head_dim / 2, 16, 2): see ops.h */
+  const uint16_t *v[KV_STRIPS]; /* (n_strips) their values, f16 (head_dim / 16, 8, 16, 2) */
+  const int32_t *n_valid;       /* (rows) keys the row may see, 0..16 n_strips, counted from the first */
+  float *scores;                /* scratch (rows, 64) */
+  float *alpha;                 /* scratch (rows) */
+  softmax_state *state;         /* (rows) continued */
+  float *out;                   /* (rows, head_dim) continued; NULL for the softmax state alone */
+} attend_args;
+
+typedef struct kernels {
+  const char *name;
+
+  /* out[r, j] = alpha ? alpha[r] * out[r, j] + dot : dot, with dot = sum_i a[r, i] * b[i, j], j < 16. */
+  void (*strip_gemm)(int32_t rows, const float *a, int64_t lda, const strips *b, const float *alpha, float *out,
+                     int64_t ldo);
+  /* out[t, j] = (add ? out[t, j] : 0) + bias[j] + dot of token t with row j of the tiles, j < n_rows <= 32; above
+   * 16 two neighbouring tiles. bias may
+   * be NULL. x holds n_tokens rows of cols columns; cols % 32 == 0, for scaled formats cols % 256 == 0. */
+  void (*tile_gemm)(const tile_format *format, const void *tile, int32_t cols, const quantized *x, int32_t n_tokens,
+                    const float *bias, int32_t n_rows, bool add, float *out, int64_t ldo);
+  /* Online softmax: state and out take in the strips' keys and values. */
+  void (*attend_strips)(const attend_args *args);
+
+  /* The key sketch of a page (sketch.h). fold: from a KV block's keys. scores: (n, 64), row r at scores + r * ld, of
+   * queries q (n, head_dim), scaled by the score scale, n <= 16. */
+  void (*sketch_fold)(const uint16_t *keys, int32_t bits, int32_t head_dim, uint8_t *page);
+  void (*sketch_scores)(const uint8_t *page, int32_t bits, int32_t head_dim, const float *q, int32_t n, float *scores,
+                        int64_t ld);
+  /* scores (16 n_strips) of one query; local_mass: logsumexp of what it reads anyway. share (n_strips): each strip's
+   * part of all attention. Overwrites scores. */
+  void (*strip_shares)(float *scores, int32_t n_strips, float local_mass, float *share);
+
+  /* y = x / sqrt(mean(x^2) + eps) * w; x, y, w: (n). y may be x. */
+  void (*rms_norm)(const float *x, const float *w, float eps, int32_t n, float *y);
+  /* One row of `quantized`, cols % 32 == 0. */
+  void (*quantize)(const float *x, int32_t cols, int8_t *planes, float *scale, int32_t *sum, float *product);
+  /* y = silu(gate) * up; (n), n % 16 == 0. */
+  void (*swiglu)(const float *gate, const float *up, int32_t n, float *y);
+  /* Rotates the first n_rot values of a head in place; cosine, sine: (n_rot / 2). pairs: (x[2i], x[2i+1]), otherwise
+   * (x[i], x[i + n_rot/2]). */
+  void (*rope)(float *x, const float *cosine, const float *sine, int32_t n_rot, bool pairs);
+  /* Rounds one key and one value (head_dim) to f16 and puts them into token `slot` of a KV block (ops.h). */
+  void (*kv_store)(const float *k, const float *v, int32_t head_dim, int32_t slot, uint16_t *keys, uint16_t *values);
+  float (*dot)(const float *x, const float *y, int32_t n);
+} kernels;
+
+/* Bytes of a tile of 16 rows, and of the scales it begins with (a multiple of 64). */
+size_t tile_scale_bytes(const tile_format *format, int32_t cols);
+size_t tile_bytes(const tile_format *format, int32_t cols);
+
+/* The named instruction set ("generic", "avx2", "avx512"), or the best one for NULL; NULL where this build or this
+ * processor lacks it. */
+const kernels *kernels_find(const char *isa);
+/* "generic, avx2": what this processor can run, for messages. */
+const char *kernels_available(void);
+
+#endif

@@ -1,0 +1,75 @@
+#include "cpu.h"
+
+enum {
+  TOKEN_BLOCK = 128,   /* tokens that share one read of a weight tile: their activations stay in L2 */
+  TILES_PER_PIECE = 4, /* 64 weight rows */
+  PIECES_PER_THREAD = 4,
+};
+
+typedef struct linear_run {
+  const backend *be;
+  const activation *x;
+  const linear_job *jobs;
+  int32_t n_jobs, n_tokens;
+  int32_t n_tiles, n_token_blocks;
+} linear_run;
+
+static void strip_tile(const linear_run *run, const linear_job *job, int32_t tile, int32_t t0, int32_t n) {
+  static const float ones[TOKEN_BLOCK] = {[0 ... TOKEN_BLOCK - 1] = 1.0f};
+  const matrix *w = job->w;
+  int32_t row = tile * TILE_ROWS, n_rows = w->rows - row < TILE_ROWS ? w->rows - row : TILE_ROWS;
+  float result[TOKEN_BLOCK * STRIP];
+  strips s = {w->strip, 1, w->cols / 2, {w->data + (size_t)tile * w->tile_bytes}};
+  const float *x = run->x->values + (int64_t)t0 * run->x->cols;
+  float *out = job->out + (int64_t)t0 * w->rows + row;
+  bool whole = n_rows == TILE_ROWS && !job->bias;
+  if (whole) {
+    run->be->kernels->strip_gemm(n, x, run->x->cols, &s, job->add ? ones : NULL, out, w->rows);
+    return;
+  }
+  run->be->kernels->strip_gemm(n, x, run->x->cols, &s, NULL, result, STRIP);
+  for (int32_t t = 0; t < n; t++)
+    for (int32_t j = 0; j < n_rows; j++) {
+      float *o = out + (int64_t)t * w->rows + j;
+      *o = (job->add ? *o : 0.0f) + result[t * STRIP + j] + (job->bias ? job->bias[row + j] : 0.0f);
+    }
+}
+
+/* n_tiles: 1 or 2 neighbours. */
+static void quantized_tiles(const linear_run *run, const linear_job *job, int32_t tile, int32_t n_tiles, int32_t t0,
+                            int32_t n) {
+  const matrix *w = job->w;
+  int32_t row = tile * TILE_ROWS, n_rows = n_tiles * TILE_ROWS;
+  if (n_rows > w->rows - row) n_rows = w->rows - row;
+  int64_t cols = run->x->cols;
+  quantized x = {run->x->q.planes + t0 * cols * 2, run->x->q.scale + t0 * (cols / ACT_GROUP),
+                 run->x->q.sum + t0 * (cols / ACT_HALF), run->x->q.product + t0 * (cols / ACT_HALF)};
+  run->be->kernels->tile_gemm(&w->format, w->data + (size_t)tile * w->tile_bytes, w->cols, &x, n,
+                              job->bias ? job->bias + row : NULL, n_rows, job->add,
+                              job->out + (int64_t)t0 * w->rows + row, w->rows);
+}
+
+/* Item: one tile of one of the matrices, for one block of tokens; token blocks outermost. In prefill two
+ * neighbouring items of one matrix and block are done together; decode reads one stream of memory per thread. */
+static void linear_items(void *context, int32_t begin, int32_t end, int32_t thread) {
+  (void)thread;
+  const linear_run *run = context;
+  for (int32_t i = begin, done; i < end; i += done) {
+    int32_t t0 = i / run->n_tiles * TOKEN_BLOCK, tile = i % run->n_tiles;
+    int32_t n = run->n_tokens - t0 < TOKEN_BLOCK ? run->n_tokens - t0 : TOKEN_BLOCK;
+    const linear_job *job = run->jobs;
+    while (tile >= tiles_of_rows(job->w->rows)) tile -= tiles_of_rows(job++->w->rows);
+    done = n > 1 && job->w->quantized && i + 1 < end && tile + 1 < tiles_of_rows(job->w->rows) ? 2 : 1;
+    if (job->w->quantized) quantized_tiles(run, job, tile, done, t0, n);
+    else strip_tile(run, job, tile, t0, n);
+  }
+}
+
+void cpu_linear(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs) {
+  linear_run run = {be, x, jobs, n_jobs, n, 0, (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK};
+  for (int32_t i = 0; i < n_jobs; i++) run.n_tiles += tiles_of_rows(jobs[i].w->rows);
+  /* Decode waits for memory, which likes long runs: a few pieces per thread. */
+  int32_t even = run.n_tiles / (PIECES_PER_THREAD * pool_size(be->pool));
+  int32_t grain = n == 1 && even > TILES_PER_PIECE ? even : TILES_PER_PIECE;
+  pool_run(be->pool, run.n_tiles * run.n_token_blocks, grain, linear_items, &run);
+}

@@ -1,0 +1,163 @@
+/* The page tier: which strips of the bulk a long head reads, judged by a low-bit sketch of the bulk's keys.
+ *
+ * A strip's share is its part of all attention of a query head, by sketched scores, beside the true local mass. A head
+ * wants the strips whose share exceeds page_share. All long rows of a tile and key/value head read what any scored query
+ * of the tile wants. */
+#include "cpu.h"
+#include "sketch.h"
+#include <string.h>
+
+typedef struct page_job {
+  const backend *be;
+  attention_batch *b;
+  const layer_cache *cache;
+  const attention_policy *policy;
+  page_scratch *scratch; /* one per thread; in decode, one per key/value head */
+} page_job;
+
+/* Heads of a group that are long for a query; returns their number. */
+static int32_t long_heads(const attention_batch *b, int32_t query, int32_t kv_head, int32_t *heads) {
+  int32_t group = b->n_heads / b->n_kv_heads, n = 0;
+  for (int32_t h = kv_head * group; h < (kv_head + 1) * group; h++)
+    if (b->is_long[query * b->n_heads + h]) heads[n++] = h;
+  return n;
+}
+
+enum { ROWS_AT_ONCE = 16 };
+
+/* Estimates the scores of the loaded heads against pages [begin, end). */
+static void score_pages(const page_job *job, int32_t kv_head, int32_t begin, int32_t end, page_scratch *x) {
+  int32_t d = job->b->head_dim, bits = job->cache->sketch_bits;
+  int64_t ld = (int64_t)job->b->max_strips * STRIP;
+  const uint8_t *pages = job->cache->sketches[kv_head].pages;
+  for (int32_t p = begin; p < end; p++)
+    for (int32_t r = 0; r < x->n; r += ROWS_AT_ONCE)
+      job->be->kernels->sketch_scores(pages + (size_t)p * sketch_page_bytes(bits, d), bits, d, x->q + r * d,
+                                      x->n - r < ROWS_AT_ONCE ? x->n - r : ROWS_AT_ONCE,
+                                      x->scores + r * ld + p * KV_BLOCK, ld);
+}
+
+static uint8_t *wanted_of(const attention_batch *b, int32_t tile_and_head) {
+  return b->wanted + (size_t)tile_and_head * (size_t)b->max_strips;
+}
+
+/* The share above which a strip is read: page_share, halved until what is left out is at most page_drop. */
+static float cut_share(const attention_policy *policy, const float *share, int32_t n_strips) {
+  float cut = policy->page_share;
+  for (int i = 0; i < 16 && policy->page_drop < 1; i++, cut /= 2) {
+    float dropped = 0;
+    for (int32_t s = 0; s < n_strips; s++) dropped += share[s] > cut ? 0 : share[s];
+    if (dropped <= policy->page_drop) break;
+  }
+  return cut;
+}
+
+/* Puts one query's long heads of a group into x; returns their number. */
+static int32_t load_query(const attention_batch *b, int32_t query, int32_t kv_head, page_scratch *x) {
+  x->n = long_heads(b, query, kv_head, x->heads);
+  for (int32_t i = 0; i < x->n; i++) {
+    const float *q = b->q + ((int64_t)query * b->n_heads + x->heads[i]) * b->head_dim;
+    for (int32_t j = 0; j < b->head_dim; j++) x->q[i * b->head_dim + j] = q[j] * b->scale;
+  }
+  return x->n;
+}
+
+/* Adds what the loaded and scored heads of a query want. */
+static void want(const page_job *job, int32_t n_strips, int32_t query, page_scratch *x, uint8_t *wanted) {
+  const attention_batch *b = job->b;
+  for (int32_t i = 0; i < x->n; i++) {
+    float local_mass = b->local_mass[(int64_t)query * b->n_heads + x->heads[i]];
+    job->be->kernels->strip_shares(x->scores + (int64_t)i * b->max_strips * STRIP, n_strips, local_mass, x->share);
+    float cut = cut_share(job->policy, x->share, n_strips);
+    /* Not a number counts as wanted: the safe side. */
+    for (int32_t s = 0; s < n_strips; s++) wanted[s] |= !(x->share[s] <= cut);
+  }
+}
+
+/* One query after another; true where it has a long head. */
+static bool want_of_query(const page_job *job, const query_tile *tile, int32_t query, int32_t kv_head, page_scratch *x,
+                          uint8_t *wanted) {
+  if (!load_query(job->b, query, kv_head, x)) return false;
+  score_pages(job, kv_head, 0, tile->n_pages, x);
+  want(job, tile->n_pages * KV_STRIPS, query, x, wanted);
+  return true;
+}
+
+/* Item: one tile and key/value head. */
+static void want_of_tiles(void *context, int32_t begin, int32_t end, int32_t thread) {
+  const page_job *job = context;
+  attention_batch *b = job->b;
+  for (int32_t i = begin; i < end; i++) {
+    const query_tile *tile = &b->tiles[i / b->n_kv_heads];
+    int32_t kv_head = i % b->n_kv_heads, n_scored = 0;
+    uint8_t *wanted = wanted_of(b, i);
+    memset(wanted, 0, (size_t)tile->n_pages * KV_STRIPS);
+    for (int32_t s = 0; tile->n_pages && s < attention_scored(tile); s++)
+      n_scored += want_of_query(job, tile, attention_scored_query(tile, s), kv_head, &job->scratch[thread], wanted);
+    /* A long head in a query between the scored ones still needs a list. */
+    for (int32_t q = tile->first + tile->n - 1; tile->n_pages && !n_scored && q >= tile->first; q--)
+      n_scored += want_of_query(job, tile, q, kv_head, &job->scratch[thread], wanted);
+    b->reads[i].n_scored = n_scored;
+  }
+}
+
+/* Decode: a single query, whose pages are scored on all threads. */
+enum { PAGES_PER_PIECE = 16 };
+
+static int32_t pieces_of(const query_tile *tile) { return (tile->n_pages + PAGES_PER_PIECE - 1) / PAGES_PER_PIECE; }
+
+static void score_pieces(void *context, int32_t begin, int32_t end, int32_t thread) {
+  (void)thread;
+  const page_job *job = context;
+  const query_tile *tile = job->b->tiles;
+  for (int32_t i = begin; i < end; i++) {
+    int32_t kv_head = i / pieces_of(tile), first = i % pieces_of(tile) * PAGES_PER_PIECE,
+            last = first + PAGES_PER_PIECE;
+    score_pages(job, kv_head, first, last < tile->n_pages ? last : tile->n_pages, &job->scratch[kv_head]);
+  }
+}
+
+static void want_of_heads(void *context, int32_t begin, int32_t end, int32_t thread) {
+  (void)thread;
+  const page_job *job = context;
+  for (int32_t g = begin; g < end; g++)
+    want(job, job->b->tiles->n_pages * KV_STRIPS, 0, &job->scratch[g], wanted_of(job->b, g));
+}
+
+static void want_of_one_query(page_job *job) {
+  attention_batch *b = job->b;
+  for (int32_t g = 0; g < b->n_kv_heads; g++) {
+    memset(wanted_of(b, g), 0, (size_t)b->tiles->n_pages * KV_STRIPS);
+    b->reads[g].n_scored = load_query(b, 0, g, &job->scratch[g]) > 0;
+  }
+  pool_run(job->be->pool, b->n_kv_heads * pieces_of(b->tiles), 1, score_pieces, job);
+  pool_run(job->be->pool, b->n_kv_heads, 1, want_of_heads, job);
+}
+
+typedef struct fold_job {
+  const backend *be;
+  const layer_cache *cache;
+  int32_t head_dim, n_pages;
+} fold_job;
+
+static void fold_sketches(void *context, int32_t begin, int32_t end, int32_t thread) {
+  (void)thread;
+  const fold_job *job = context;
+  int32_t d = job->head_dim, bits = job->cache->sketch_bits;
+  for (int32_t g = begin; g < end; g++) {
+    key_sketch *sketch = &job->cache->sketches[g];
+    const uint16_t *blocks = cache_blocks(job->cache, g, d);
+    for (; sketch->n_pages < job->n_pages; sketch->n_pages++)
+      job->be->kernels->sketch_fold(blocks + (int64_t)(1 + sketch->n_pages) * 2 * KV_BLOCK * d, bits, d,
+                                    sketch->pages + (size_t)sketch->n_pages * sketch_page_bytes(bits, d));
+  }
+}
+
+void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy) {
+  cpu_scratch *scratch = b->backend_scratch;
+  fold_job fold = {be, cache, b->head_dim, b->tiles[b->n_tiles - 1].n_pages};
+  pool_run(be->pool, b->n_kv_heads, 1, fold_sketches, &fold);
+  page_job job = {be, b, cache, policy, scratch->pages};
+  if (b->n == 1) want_of_one_query(&job);
+  else pool_run(be->pool, b->n_tiles * b->n_kv_heads, 1, want_of_tiles, &job);
+}

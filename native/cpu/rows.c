@@ -1,0 +1,145 @@
+/* Stages that work on one token at a time. */
+#include "cpu.h"
+#include <string.h>
+
+enum { TOKENS_PER_PIECE = 8 };
+
+static void round_row(const kernels *k, activation *a, int32_t row) {
+  int64_t cols = a->cols;
+  k->quantize(a->values + row * cols, a->cols, a->q.planes + row * cols * 2, a->q.scale + row * (cols / ACT_GROUP),
+              a->q.sum + row * (cols / ACT_HALF), a->q.product + row * (cols / ACT_HALF));
+}
+
+typedef struct embed_run {
+  const quant_type *type;
+  const unsigned char *table;
+  const int32_t *tokens;
+  int32_t cols;
+  float *x;
+} embed_run;
+
+static void embed_rows(void *context, int32_t begin, int32_t end, int32_t thread) {
+  (void)thread;
+  const embed_run *run = context;
+  size_t row_bytes = (size_t)(run->cols / run->type->block) * (size_t)run->type->bytes;
+  for (int32_t t = begin; t < end; t++)
+    quant_dequantize(run->type, run->table + (size_t)run->tokens[t] * row_bytes, run->x + (int64_t)t * run->cols,
+                     run->cols);
+}
+
+void cpu_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
+               int32_t n, float *x) {
+  embed_run run = {type, table, tokens, cols, x};
+  pool_run(be->pool, n, TOKENS_PER_PIECE, embed_rows, &run);
+}
+
+typedef struct norm_run {
+  const kernels *k;
+  const float *x, *w;
+  float eps;
+  bool rounded;
+  activation *out;
+} norm_run;
+
+static void norm_rows(void *context, int32_t begin, int32_t end, int32_t thread) {
+  (void)thread;
+  const norm_run *run = context;
+  int32_t cols = run->out->cols;
+  for (int32_t t = begin; t < end; t++) {
+    run->k->rms_norm(run->x + (int64_t)t * cols, run->w, run->eps, cols, run->out->values + (int64_t)t * cols);
+    if (run->rounded) round_row(run->k, run->out, t);
+  }
+}
+
+void cpu_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out) {
+  norm_run run = {be->kernels, x, w, eps, rounded, out};
+  pool_run(be->pool, n, TOKENS_PER_PIECE, norm_rows, &run);
+}
+
+typedef struct swiglu_run {
+  const kernels *k;
+  const float *gate, *up;
+  bool rounded;
+  activation *out;
+} swiglu_run;
+
+static void swiglu_rows(void *context, int32_t begin, int32_t end, int32_t thread) {
+  (void)thread;
+  const swiglu_run *run = context;
+  int64_t cols = run->out->cols;
+  for (int32_t t = begin; t < end; t++) {
+    run->k->swiglu(run->gate + t * cols, run->up + t * cols, run->out->cols, run->out->values + t * cols);
+    if (run->rounded) round_row(run->k, run->out, t);
+  }
+}
+
+void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out) {
+  swiglu_run run = {be->kernels, gate, up, rounded, out};
+  pool_run(be->pool, n, TOKENS_PER_PIECE, swiglu_rows, &run);
+}
+
+typedef struct finish_run {
+  const kernels *k;
+  const attention_batch *b;
+  bool rounded;
+  activation *out;
+} finish_run;
+
+static void finish_rows(void *context, int32_t begin, int32_t end, int32_t thread) {
+  (void)thread;
+  const finish_run *run = context;
+  const attention_batch *b = run->b;
+  for (int32_t t = begin; t < end; t++) {
+    for (int32_t h = 0; h < b->n_heads; h++) {
+      int64_t row = (int64_t)t * b->n_heads + h;
+      float weight = 1.0f / b->state[row].sum;
+      for (int32_t i = 0; i < b->head_dim; i++)
+        run->out->values[row * b->head_dim + i] = b->out[row * b->head_dim + i] * weight;
+    }
+    if (run->rounded) round_row(run->k, run->out, t);
+  }
+}
+
+void cpu_finish(const backend *be, const attention_batch *b, bool rounded, activation *out) {
+  finish_run run = {be->kernels, b, rounded, out};
+  pool_run(be->pool, b->n, TOKENS_PER_PIECE, finish_rows, &run);
+}
+
+typedef struct rope_run {
+  const kernels *k;
+  const rope_job *job;
+  layer_cache *cache;
+} rope_run;
+
+static void rotate_heads(const rope_run *run, int32_t t, float *x, int32_t n_heads, const float *norm) {
+  const rope_job *job = run->job;
+  const float *cosine = job->cosine + (int64_t)t * (job->n_rot / 2), *sine = job->sine + (int64_t)t * (job->n_rot / 2);
+  for (int32_t h = 0; h < n_heads; h++, x += job->head_dim) {
+    if (norm) run->k->rms_norm(x, norm, job->norm_eps, job->head_dim, x);
+    run->k->rope(x, cosine, sine, job->n_rot, job->kind == ROPE_PAIRS);
+  }
+}
+
+static void rope_rows(void *context, int32_t begin, int32_t end, int32_t thread) {
+  (void)thread;
+  const rope_run *run = context;
+  const rope_job *job = run->job;
+  int32_t d = job->head_dim;
+  for (int32_t t = begin; t < end; t++) {
+    float *q = job->q + (int64_t)t * job->n_heads * d, *k = job->k + (int64_t)t * job->n_kv_heads * d;
+    const float *v = job->v + (int64_t)t * job->n_kv_heads * d;
+    rotate_heads(run, t, q, job->n_heads, job->q_norm);
+    rotate_heads(run, t, k, job->n_kv_heads, job->k_norm);
+    int32_t position = job->position + t, block = kv_block_of(job->n_sink, position);
+    int32_t slot = position - kv_block_start(job->n_sink, block);
+    for (int32_t g = 0; g < job->n_kv_heads; g++) {
+      uint16_t *keys = run->cache->kv + ((int64_t)g * run->cache->n_blocks + block) * 2 * KV_BLOCK * d;
+      run->k->kv_store(k + g * d, v + g * d, d, slot, keys, keys + KV_BLOCK * d);
+    }
+  }
+}
+
+void cpu_rope_store(const backend *be, const rope_job *job, int32_t n, layer_cache *cache) {
+  rope_run run = {be->kernels, job, cache};
+  pool_run(be->pool, n, TOKENS_PER_PIECE, rope_rows, &run);
+}

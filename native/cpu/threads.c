@@ -1,0 +1,169 @@
+#include "threads.h"
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdbool.h>
+#include <stdlib.h>
+
+#define JOB_NUMBER (UINT64_C(1) << 32)
+#define JOB_CLOSED (UINT64_C(1) << 31)
+#define JOB_INSIDE (JOB_CLOSED - 1)
+
+enum { SPINS_BEFORE_YIELD = 2000, YIELDS_BEFORE_SLEEP = 2000 };
+
+struct pool {
+  pthread_mutex_t owner; /* held from pool_begin to pool_end */
+  pthread_mutex_t mutex; /* guards sleeping */
+  pthread_cond_t wake;
+  pthread_t *threads; /* (n_threads - 1) */
+  int32_t n_threads, n_started;
+
+  /* One job at a time, all of it in one word: number of the job, whether it is closed, workers inside. A worker enters
+   * only an open job, and only those inside are waited for: one that the system did not schedule delays nobody. */
+  _Atomic uint64_t state;
+  atomic_bool active, stop;
+  _Atomic int32_t next, n_sleeping;
+  int32_t n_items, grain;
+  pool_task task;
+  void *context;
+};
+
+typedef struct worker {
+  pool *pool;
+  int32_t thread;
+} worker;
+
+static inline void relax(void) {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#endif
+}
+
+static void work(pool *p, int32_t thread) {
+  for (;;) {
+    int32_t begin = atomic_fetch_add_explicit(&p->next, p->grain, memory_order_relaxed);
+    if (begin >= p->n_items) return;
+    int32_t end = p->n_items - begin < p->grain ? p->n_items : begin + p->grain;
+    p->task(p->context, begin, end, thread);
+  }
+}
+
+static bool job_is_new(const pool *p, uint64_t seen) {
+  uint64_t state = atomic_load(&p->state);
+  return state / JOB_NUMBER != seen && !(state & JOB_CLOSED);
+}
+
+/* Returns when there is an open job other than `seen`, or the pool stops. */
+static void wait_for_job(pool *p, uint64_t seen) {
+  for (uint32_t turn = 0; !job_is_new(p, seen) && !atomic_load(&p->stop); turn++) {
+    if (turn < SPINS_BEFORE_YIELD) {
+      relax();
+    } else if (atomic_load(&p->active) && turn < SPINS_BEFORE_YIELD + YIELDS_BEFORE_SLEEP) {
+      sched_yield();
+    } else {
+      pthread_mutex_lock(&p->mutex);
+      atomic_fetch_add(&p->n_sleeping, 1);
+      while (!job_is_new(p, seen) && !atomic_load(&p->stop)) pthread_cond_wait(&p->wake, &p->mutex);
+      atomic_fetch_sub(&p->n_sleeping, 1);
+      pthread_mutex_unlock(&p->mutex);
+    }
+  }
+}
+
+/* Counts this worker into the open job and stores its number; false where it closed first. */
+static bool enter(pool *p, uint64_t *number) {
+  uint64_t state = atomic_load(&p->state);
+  do {
+    if (state & JOB_CLOSED) return false;
+  } while (!atomic_compare_exchange_weak(&p->state, &state, state + 1));
+  *number = state / JOB_NUMBER;
+  return true;
+}
+
+static void *worker_main(void *argument) {
+  worker self = *(worker *)argument;
+  free(argument);
+  pool *p = self.pool;
+  for (uint64_t seen = 0; !atomic_load(&p->stop); wait_for_job(p, seen)) {
+    if (!enter(p, &seen)) continue;
+    work(p, self.thread);
+    atomic_fetch_sub(&p->state, 1);
+  }
+  return NULL;
+}
+
+pool *pool_new(int32_t n_threads) {
+  pool *p = calloc(1, sizeof *p);
+  if (!p) return NULL;
+  pthread_mutex_init(&p->owner, NULL);
+  pthread_mutex_init(&p->mutex, NULL);
+  pthread_cond_init(&p->wake, NULL);
+  p->n_threads = n_threads;
+  atomic_store(&p->state, JOB_CLOSED);
+  p->threads = calloc((size_t)n_threads, sizeof *p->threads);
+  bool ok = p->threads != NULL;
+  while (ok && p->n_started < n_threads - 1) {
+    worker *w = malloc(sizeof *w);
+    ok = w != NULL;
+    if (ok) {
+      *w = (worker){p, p->n_started + 1};
+      ok = pthread_create(&p->threads[p->n_started], NULL, worker_main, w) == 0;
+      if (ok) p->n_started++;
+      else free(w);
+    }
+  }
+  if (ok) return p;
+  pool_free(p);
+  return NULL;
+}
+
+void pool_free(pool *p) {
+  if (!p) return;
+  pthread_mutex_lock(&p->mutex);
+  atomic_store(&p->stop, true);
+  pthread_cond_broadcast(&p->wake);
+  pthread_mutex_unlock(&p->mutex);
+  for (int32_t i = 0; i < p->n_started; i++) pthread_join(p->threads[i], NULL);
+  pthread_mutex_destroy(&p->owner);
+  pthread_mutex_destroy(&p->mutex);
+  pthread_cond_destroy(&p->wake);
+  free(p->threads);
+  free(p);
+}
+
+int32_t pool_size(const pool *p) { return p->n_threads; }
+
+void pool_begin(pool *p) {
+  pthread_mutex_lock(&p->owner);
+  atomic_store(&p->active, true);
+}
+
+void pool_end(pool *p) {
+  atomic_store(&p->active, false);
+  pthread_mutex_unlock(&p->owner);
+}
+
+void pool_run(pool *p, int32_t n_items, int32_t grain, pool_task task, void *context) {
+  if (n_items <= grain || p->n_threads == 1) {
+    if (n_items > 0) task(context, 0, n_items, 0);
+    return;
+  }
+  p->n_items = n_items;
+  p->grain = grain;
+  p->task = task;
+  p->context = context;
+  atomic_store(&p->next, 0);
+  uint64_t number = atomic_load(&p->state) / JOB_NUMBER + 1;
+  atomic_store(&p->state, number * JOB_NUMBER); /* sequentially consistent with n_sleeping: no wake-up is lost */
+  if (atomic_load(&p->n_sleeping) > 0) {
+    pthread_mutex_lock(&p->mutex);
+    pthread_cond_broadcast(&p->wake);
+    pthread_mutex_unlock(&p->mutex);
+  }
+  work(p, 0);
+  atomic_fetch_or(&p->state, JOB_CLOSED);
+  for (uint32_t turn = 0; atomic_load(&p->state) & JOB_INSIDE; turn++) {
+    if (turn < SPINS_BEFORE_YIELD) relax();
+    else sched_yield();
+  }
+}

@@ -1,0 +1,176 @@
+/* Vectors as the kernels see them: GCC vector types of VL lanes, and the few operations the language lacks.
+ * Included by kernels.c only, which is compiled once per instruction set. */
+#ifndef PYLLM_CPU_VEC_H
+#define PYLLM_CPU_VEC_H
+#include <stdint.h>
+#include <string.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+#define VL 16
+#elif defined(__AVX2__)
+#define VL 8
+#else
+#define VL 4
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4)));
+typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef double vpair __attribute__((vector_size(VL * 4))); /* VL / 2 pairs of floats moved as one */
+
+/* Shuffles of two vectors of VL lanes read as one of 2 VL. */
+#if VL == 16
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
+#elif VL == 8
+#define EVENS 0, 2, 4, 6, 8, 10, 12, 14
+#define ODDS 1, 3, 5, 7, 9, 11, 13, 15
+#else
+#define EVENS 0, 2, 4, 6
+#define ODDS 1, 3, 5, 7
+#endif
+
+static inline vf vload(const float *p) {
+  vf v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+static inline void vstore(float *p, vf v) { memcpy(p, &v, sizeof v); }
+
+static inline vf vset(float x) { return x - (vf){0}; }
+
+static inline vi viset(int32_t x) { return x - (vi){0}; }
+
+static inline vf vselect(vi mask, vf a, vf b) { return (vf)((mask & (vi)a) | (~mask & (vi)b)); }
+
+/* b where either is NaN. */
+static inline vf vmax(vf a, vf b) {
+#if VL == 16
+  return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif VL == 8
+  return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+  return vselect(a > b, a, b);
+#endif
+}
+
+/* (x0, x1, x0, x1, ...) */
+static inline vf vset_pair(const float *x) {
+  double d;
+  memcpy(&d, x, sizeof d);
+#if VL == 16
+  vpair v = {d, d, d, d, d, d, d, d};
+#elif VL == 8
+  vpair v = {d, d, d, d};
+#else
+  vpair v = {d, d};
+#endif
+  return (vf)v;
+}
+
+/* Sum of neighbouring lanes of (lo, hi): 2 VL lanes to VL. */
+static inline vf vsum_pairs(vf lo, vf hi) {
+  return __builtin_shufflevector(lo, hi, EVENS) + __builtin_shufflevector(lo, hi, ODDS);
+}
+
+/* Halves are added onto each other: lane i and i + VL / 2 first. */
+static inline float vsum(vf v) {
+#if VL == 16
+  return _mm512_reduce_add_ps((__m512)v);
+#else
+  float s[VL];
+  vstore(s, v);
+  for (int n = VL / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) s[i] += s[i + n];
+  return s[0];
+#endif
+}
+
+static inline float vreduce_max(vf v) {
+#if VL == 16
+  return _mm512_reduce_max_ps((__m512)v);
+#else
+  float s[VL];
+  vstore(s, v);
+  for (int n = VL / 2; n; n /= 2)
+    for (int i = 0; i < n; i++) s[i] = s[i] > s[i + n] ? s[i] : s[i + n];
+  return s[0];
+#endif
+}
+
+/* VL halves. */
+static inline vf vload_f16(const uint16_t *p) {
+#if VL == 16
+  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
+#elif VL == 8
+  return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
+#else
+  /* Move exponent and mantissa into place and multiply by 2^112: exact for normals and subnormals alike. */
+  vu h = {p[0], p[1], p[2], p[3]};
+  vu magnitude = (h & 0x7fff) << 13;
+  vf scaled = (vf)magnitude * 0x1p112f;
+  vu special = (vu)(magnitude >= (0x7c00u << 13)) & 0x7f800000u;
+  return (vf)((vu)scaled | special | (h & 0x8000) << 16);
+#endif
+}
+
+#define LOAD_INTS(name, item, wide)                                                                                    \
+  static inline wide name(const item *p) {                                                                             \
+    typedef item narrow __attribute__((vector_size(VL * sizeof(item))));                                               \
+    narrow v;                                                                                                          \
+    memcpy(&v, p, sizeof v);                                                                                           \
+    return __builtin_convertvector(v, wide);                                                                           \
+  }
+LOAD_INTS(vload_i8, int8_t, vi)
+LOAD_INTS(vload_u8, uint8_t, vi)
+LOAD_INTS(vload_u16, uint16_t, vu)
+
+static inline vf vload_bf16(const uint16_t *p) { return (vf)(vload_u16(p) << 16); }
+
+/* e^x for x <= 0, relative error under 2e-7; 0 below -87. */
+static inline vf vexp(vf x) {
+  vf low = vset(-87.0f);
+  vi tiny = x < low;
+  x = vmax(low, x); /* in this order NaN stays NaN */
+  vf n = x * 1.44269504088896341f;
+  n = __builtin_convertvector(__builtin_convertvector(n - 0.5f, vi), vf); /* round to nearest, x <= 0 */
+  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
+  vf p = vset(1.9875691500e-4f);
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
+  return (vf)(~tiny & (vi)(p * (vf)scale));
+}
+
+/* acc[lane] += sum over j < 4 of w[4 lane + j] * x[j], exactly; w unsigned (at most 15 where bits is 4), x signed. */
+static inline vi vdot4(vi acc, const uint8_t *w, const int8_t *x, int bits) {
+  int32_t word;
+  memcpy(&word, x, sizeof word);
+#if VL == 16
+  (void)bits;
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), _mm512_set1_epi32(word));
+#elif VL == 8
+  __m256i a = _mm256_loadu_si256((const __m256i *)w), b = _mm256_set1_epi32(word);
+  if (bits == 4) return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
+  /* Pairs of 255 * 127 would saturate 16 bits: even and odd bytes apart. */
+  __m256i even =
+      _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
+  __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
+  return acc + (vi)even + (vi)odd;
+#else
+  (void)bits, (void)word;
+  for (int lane = 0; lane < VL; lane++)
+    for (int j = 0; j < 4; j++) acc[lane] += w[4 * lane + j] * x[j];
+  return acc;
+#endif
+}
+
+#endif

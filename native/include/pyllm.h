@@ -1,0 +1,204 @@
+/* pyllm: the native library's one public header.
+ *
+ * Three opaque things: a `file` (mapped GGUF, metadata and tensor directory), a `model` (weights, read-only,
+ * shared by any number of sessions) and a `session` (one mutable timeline of tokens: KV cache, key moments,
+ * statistics). cffi parses this same text, so the only preprocessor lines are guards and integer constants.
+ *
+ * Every function that can fail returns a pyllm_status and, where it is not PYLLM_OK, fills `err` with one sentence
+ * naming the file, key or tensor, the offset or shape, and the cause. The library never exits, prints or aborts.
+ * Out-parameters are written only on success. Strings are UTF-8. A model holds its file and a session its model:
+ * they may be closed in any order, from any thread, once each.
+ */
+#ifndef PYLLM_H
+#define PYLLM_H
+#include <stddef.h>
+#include <stdint.h>
+
+#pragma GCC visibility push(default)
+
+#define PYLLM_PAGE 64      /* tokens in a KV block: the unit of storage, moments and bookkeeping */
+#define PYLLM_READ_PAGE 16 /* tokens in a strip of a block */
+
+typedef enum pyllm_status {
+  PYLLM_OK = 0,
+  PYLLM_ERR_ARGUMENT = 1,    /* the caller's mistake: token id out of range, empty prompt, bad threshold */
+  PYLLM_ERR_FILE = 2,        /* cannot be opened or mapped */
+  PYLLM_ERR_FORMAT = 3,      /* the bytes contradict themselves, the format or the architecture */
+  PYLLM_ERR_UNSUPPORTED = 4, /* well-formed, but an architecture, type or version this library does not know */
+  PYLLM_ERR_CONTEXT = 5,     /* does not fit the session's context */
+  PYLLM_ERR_MEMORY = 6,      /* an allocation was refused */
+  PYLLM_ERR_ABORTED = 7,     /* pyllm_session_abort was called */
+  PYLLM_ERR_NUMERIC = 8      /* NaN or infinity in weights or results */
+} pyllm_status;
+
+typedef struct pyllm_error {
+  int32_t status; /* pyllm_status */
+  char message[1020];
+} pyllm_error;
+
+typedef struct pyllm_file pyllm_file;
+typedef struct pyllm_model pyllm_model;
+typedef struct pyllm_session pyllm_session;
+
+/* ---- file: GGUF v2/v3, one part or several (-00001-of-0000N), mapped read-only, fully bounds-checked ---- */
+
+typedef struct pyllm_value {
+  const char *key; /* not NUL-terminated, valid while the file is open */
+  uint64_t key_size;
+  /* 0 u8, 1 i8, 2 u16, 3 i16, 4 u32, 5 i32, 6 f32, 7 bool, 8 string, 9 array, 10 u64, 11 i64, 12 f64 */
+  int32_t type;
+  int32_t item_type; /* an array's element type; otherwise equal to type */
+  uint64_t n;        /* elements; 1 for a scalar */
+  const void *data;  /* as in the file: little-endian, unaligned; a string is its u64 length and its bytes */
+  uint64_t size;     /* bytes at data */
+} pyllm_value;
+
+typedef struct pyllm_tensor {
+  const char *name; /* not NUL-terminated, valid while the file is open */
+  uint64_t name_size;
+  int32_t type; /* ggml type number */
+  int32_t n_dims;
+  uint64_t shape[4]; /* shape[0] is contiguous; unused dimensions are 1 */
+  const void *data;
+  uint64_t size;   /* bytes at data */
+  uint64_t offset; /* of data in its part's file, for messages */
+  int32_t part;    /* which of the paths, 0-based */
+} pyllm_tensor;
+
+/* paths: (n_paths) parts of one model in order. */
+int32_t pyllm_file_open(const char *const *paths, int32_t n_paths, pyllm_file **out, pyllm_error *err);
+void pyllm_file_close(pyllm_file *file);
+uint64_t pyllm_file_n_values(const pyllm_file *file);
+uint64_t pyllm_file_n_tensors(const pyllm_file *file);
+/* i < n; the entries live as long as the file. */
+const pyllm_value *pyllm_file_value(const pyllm_file *file, uint64_t i);
+const pyllm_tensor *pyllm_file_tensor(const pyllm_file *file, uint64_t i);
+/* Name of a ggml type number ("Q4_K"), or NULL when this library cannot read it. */
+const char *pyllm_type_name(int32_t type);
+
+/* ---- model ---- */
+
+typedef struct pyllm_model_params {
+  int32_t n_threads; /* 1..256; one pool, shared by the model's sessions */
+  const char *isa;   /* "generic", "avx2", "avx512"; NULL for the best this processor has */
+} pyllm_model_params;
+
+typedef struct pyllm_model_info {
+  char architecture[32];
+  char isa[16];
+  int32_t n_layers, n_heads, n_kv_heads, head_dim;
+  int32_t dim, n_ff, n_vocab;
+  int32_t n_ctx_train;
+  int32_t n_threads;
+  uint64_t n_params;
+  uint64_t weight_bytes;   /* as stored in the file */
+  uint64_t resident_bytes; /* held in memory by the model */
+} pyllm_model_info;
+
+/* Binds and repacks the weights. */
+int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *params, pyllm_model **out, pyllm_error *err);
+void pyllm_model_close(pyllm_model *model);
+void pyllm_model_get_info(const pyllm_model *model, pyllm_model_info *out);
+/* Bytes that opening a model from this file will hold resident: for a check before pyllm_model_open. */
+int32_t pyllm_model_memory(const pyllm_file *file, uint64_t *bytes, pyllm_error *err);
+
+/* ---- session ---- */
+
+typedef struct pyllm_session_params {
+  int32_t n_ctx;   /* tokens the KV cache can hold */
+  int32_t n_batch; /* tokens evaluated at once in prefill, 1..4096 */
+  int32_t n_sink;  /* 0..PYLLM_PAGE attention sinks; fixed for the session, because pages start behind them */
+} pyllm_session_params;
+
+enum pyllm_policy { PYLLM_DENSE = 0, PYLLM_WINDOW = 1, PYLLM_STATIC = 2, PYLLM_ORACLE = 3, PYLLM_ADAPTIVE = 4 };
+enum pyllm_granularity { PYLLM_HEAD = 0, PYLLM_GROUP = 1 };
+
+/* How attention decides what to read, for tokens evaluated from now on. Arrays are copied. */
+typedef struct pyllm_attention {
+  int32_t policy;          /* enum pyllm_policy */
+  int32_t granularity;     /* enum pyllm_granularity */
+  int32_t n_window;        /* tokens of the local window, >= 1 */
+  const float *thresholds; /* (n_layers, n_heads): a head is local iff sigmoid(L - M) >= threshold; oracle, adaptive */
+  const uint8_t *static_local; /* (n_layers, n_heads): 1 where a head is always local; static */
+  /* What a long head reads: with page_bits 0 the whole bulk; with 2, 3 or 4, that many bits of its keys are sketched,
+   * and it reads the strips of 16 tokens whose estimated share of attention exceeds page_share for some long head of
+   * its group. page_share is halved for a head until the shares it leaves out sum to at most page_drop (>= 1: no
+   * bound). Query tiles share what they read, so with page_bits results depend on how a prompt is cut into batches. */
+  int32_t page_bits;
+  float page_share, page_drop;
+} pyllm_attention;
+
+typedef struct pyllm_session_memory {
+  uint64_t kv_bytes;      /* keys and values, when the context is full */
+  uint64_t moment_bytes;  /* running means and covariances of the bulk keys */
+  uint64_t scratch_bytes; /* activations of one batch */
+} pyllm_session_memory;
+
+typedef struct pyllm_layer_stats {
+  uint64_t pairs, pairs_local; /* (query, head) pairs that had a bulk; of these called local */
+  uint64_t work, work_done;    /* (query, head, bulk key) triples: dense attention's; computed */
+  uint64_t bytes, bytes_read;  /* bulk key and value bytes per (query, key/value head): dense attention's; read, sketch
+                                  included */
+  uint64_t pages, pages_read;  /* strips in the bulk of (query, key/value head) pairs with a long head; of these read */
+} pyllm_layer_stats;
+
+typedef struct pyllm_stage_stats {
+  const char *name;
+  uint64_t calls, ns, bytes; /* bytes of weights and KV cache that the stage streamed; 0 where it is not counted */
+} pyllm_stage_stats;
+
+/* Bytes a session with these parameters needs: for a check before pyllm_session_open. */
+int32_t pyllm_session_memory_needed(const pyllm_model *model, const pyllm_session_params *params,
+                                    pyllm_session_memory *out, pyllm_error *err);
+int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params *params, pyllm_session **out,
+                           pyllm_error *err);
+void pyllm_session_close(pyllm_session *session);
+/* PYLLM_DENSE with the default window until this is called. */
+int32_t pyllm_session_set_attention(pyllm_session *session, const pyllm_attention *attention, pyllm_error *err);
+
+/* Evaluates tokens (n >= 1) after those already there. logits: (n_logits, n_vocab) of the last n_logits tokens,
+ * 0 <= n_logits <= n. On failure the session holds a whole number of batches of the tokens and stays usable. */
+int32_t pyllm_session_eval(pyllm_session *session, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
+                           pyllm_error *err);
+/* Drops every token from position n on. */
+int32_t pyllm_session_rewind(pyllm_session *session, int32_t n, pyllm_error *err);
+/* Rewinds to the longest common prefix with tokens, but not past n - 1, so that evaluating the rest gives logits. */
+int32_t pyllm_session_sync(pyllm_session *session, const int32_t *tokens, int32_t n, int32_t *n_kept, pyllm_error *err);
+int32_t pyllm_session_position(const pyllm_session *session);
+/* out: (position) */
+void pyllm_session_tokens(const pyllm_session *session, int32_t *out);
+/* From any thread: a running eval of this session returns PYLLM_ERR_ABORTED before its next layer. */
+void pyllm_session_abort(pyllm_session *session);
+
+/* out: (n_layers). Counts since the session was opened. */
+void pyllm_session_layer_stats(const pyllm_session *session, pyllm_layer_stats *out);
+/* Writes up to n stages, returns how many there are. */
+int32_t pyllm_session_stage_stats(const pyllm_session *session, pyllm_stage_stats *out, int32_t n);
+/* Moments of the first n_pages bulk pages of one key/value head, ddof 0.
+ * mean: (head_dim), cov: (head_dim, head_dim). */
+int32_t pyllm_session_moments(pyllm_session *session, int32_t layer, int32_t kv_head, int32_t n_pages, float *mean,
+                              float *cov, pyllm_error *err);
+
+/* Tokens and KV cache as bytes, for the same model and n_sink. load replaces the session's contents. */
+uint64_t pyllm_session_state_size(const pyllm_session *session);
+int32_t pyllm_session_save(const pyllm_session *session, void *buffer, uint64_t size, pyllm_error *err);
+int32_t pyllm_session_load(pyllm_session *session, const void *buffer, uint64_t size, pyllm_error *err);
+
+/* ---- sampling ---- */
+
+typedef struct pyllm_sampling {
+  float temperature;                         /* <= 0: greedy */
+  int32_t top_k;                             /* <= 0: off */
+  float top_p;                               /* >= 1: off */
+  float min_p;                               /* <= 0: off */
+  float repeat_penalty;                      /* 1: off; over the recent tokens */
+  float frequency_penalty, presence_penalty; /* 0: off */
+} pyllm_sampling;
+
+/* Draws from logits (n_vocab). Order: penalties, top_k, top_p, min_p, temperature.
+ * rng: the caller's state, advanced. */
+int32_t pyllm_sample(const float *logits, int32_t n_vocab, const pyllm_sampling *params, const int32_t *recent,
+                     int32_t n_recent, uint64_t *rng, int32_t *token, pyllm_error *err);
+
+#pragma GCC visibility pop
+#endif

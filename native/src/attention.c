@@ -1,0 +1,241 @@
+#include "attention.h"
+#include <math.h>
+#include <stdlib.h>
+
+/* Tiles of n queries: full ones, and cut ones at both ends and where the first page leaves the window. */
+static int64_t most_tiles(int32_t n) { return n / PYLLM_PAGE + 4; }
+
+/* Each tile and key/value head ends with at most one panel that is not full. */
+static int64_t most_items(int32_t n, int32_t n_heads, int32_t n_kv_heads) {
+  return (int64_t)n * n_heads / PANEL_ROWS + most_tiles(n) * n_kv_heads;
+}
+
+/* Ranges of a (tile, key/value head): at most every other strip begins one; the local list has sinks and window. */
+static int64_t most_ranges(const attention_shape *s) {
+  return most_tiles(s->n_batch) * s->n_kv_heads * (s->n_ctx / STRIP / 2 + 3);
+}
+
+static int32_t most_strips(const attention_shape *s) { return (s->n_ctx / PYLLM_PAGE + 1) * KV_STRIPS; }
+
+static bool list_new(work_list *list, const attention_shape *s) {
+  list->items = malloc((size_t)most_items(s->n_batch, s->n_heads, s->n_kv_heads) * sizeof *list->items);
+  list->ranges = malloc((size_t)most_ranges(s) * sizeof *list->ranges);
+  list->rows = malloc((size_t)s->n_batch * (size_t)s->n_heads * sizeof *list->rows);
+  return list->items && list->ranges && list->rows;
+}
+
+static void list_free(work_list *list) {
+  free(list->items);
+  free(list->ranges);
+  free(list->rows);
+}
+
+bool attention_new(attention_batch *b, const attention_shape *s) {
+  *b = (attention_batch){.n_heads = s->n_heads,
+                         .n_kv_heads = s->n_kv_heads,
+                         .head_dim = s->head_dim,
+                         .n_sink = s->n_sink,
+                         .scale = s->scale,
+                         .max_strips = most_strips(s)};
+  size_t rows = (size_t)s->n_batch * (size_t)s->n_heads;
+  size_t reads = (size_t)most_tiles(s->n_batch) * (size_t)s->n_kv_heads;
+  b->tiles = malloc((size_t)most_tiles(s->n_batch) * sizeof *b->tiles);
+  b->state = malloc(rows * sizeof *b->state);
+  b->mass_state = malloc(rows * sizeof *b->mass_state);
+  b->local_mass = malloc(rows * sizeof *b->local_mass);
+  b->bulk_mass = malloc(rows * sizeof *b->bulk_mass);
+  b->is_long = malloc(rows);
+  b->wanted = malloc(reads * (size_t)b->max_strips);
+  b->reads = malloc(reads * sizeof *b->reads);
+  b->out = aligned_alloc(64, rows * (size_t)s->head_dim * sizeof *b->out);
+  bool lists = list_new(&b->local, s);
+  lists &= list_new(&b->bulk, s);
+  return lists && b->tiles && b->state && b->mass_state && b->local_mass && b->bulk_mass && b->is_long && b->wanted &&
+         b->reads && b->out;
+}
+
+void attention_free(attention_batch *b) {
+  free(b->tiles);
+  free(b->state);
+  free(b->mass_state);
+  free(b->local_mass);
+  free(b->bulk_mass);
+  free(b->is_long);
+  free(b->wanted);
+  free(b->reads);
+  free(b->out);
+  list_free(&b->local);
+  list_free(&b->bulk);
+}
+
+uint64_t attention_bytes(const attention_shape *s) {
+  uint64_t rows = (uint64_t)s->n_batch * (uint64_t)s->n_heads;
+  uint64_t items = (uint64_t)most_items(s->n_batch, s->n_heads, s->n_kv_heads);
+  uint64_t reads = (uint64_t)most_tiles(s->n_batch) * (uint64_t)s->n_kv_heads;
+  return rows * (2 * sizeof(softmax_state) + 2 * sizeof(float) + 1 + 2 * sizeof(int32_t) + (uint64_t)s->head_dim * 4) +
+         reads * ((uint64_t)most_strips(s) + sizeof(tile_read)) +
+         2 * (items * sizeof(work_item) + (uint64_t)most_ranges(s) * sizeof(key_range));
+}
+
+/* Appends the newest n_new_rows as panels that read the newest n_ranges; both already stand at the list's ends. */
+static void list_panels(work_list *list, int32_t kv_head, int32_t n_new_rows, int32_t n_ranges) {
+  for (int32_t done = 0; done < n_new_rows; done += PANEL_ROWS) {
+    work_item item = {kv_head, list->n_rows + done, n_new_rows - done, list->n_ranges, n_ranges};
+    if (item.n_rows > PANEL_ROWS) item.n_rows = PANEL_ROWS;
+    list->items[list->n_items++] = item;
+  }
+  list->n_rows += n_new_rows;
+  list->n_ranges += n_ranges;
+}
+
+static void list_clear(work_list *list) { list->n_items = list->n_rows = list->n_ranges = 0; }
+
+static void plan_tiles(attention_batch *b, int32_t n_window) {
+  b->n_tiles = 0;
+  for (int32_t i = 0; i < b->n; i++) {
+    int32_t pages = bulk_pages(b->n_sink, n_window, b->position + i);
+    query_tile *tile = b->n_tiles ? &b->tiles[b->n_tiles - 1] : NULL;
+    if (tile && tile->n_pages == pages && tile->n < PYLLM_PAGE) tile->n++;
+    else b->tiles[b->n_tiles++] = (query_tile){i, 1, pages};
+  }
+}
+
+/* Query-major rows, so that a panel's queries are close together and few masked keys are computed. */
+static int32_t put_rows(const attention_batch *b, const query_tile *tile, int32_t kv_head, bool every_row,
+                        int32_t *rows) {
+  int32_t n = 0, group = b->n_heads / b->n_kv_heads;
+  for (int32_t i = tile->first; i < tile->first + tile->n; i++)
+    for (int32_t h = kv_head * group; h < (kv_head + 1) * group; h++)
+      if (every_row || b->is_long[i * b->n_heads + h]) rows[n++] = i * b->n_heads + h;
+  return n;
+}
+
+static key_range blocks_range(int32_t begin, int32_t end) { return (key_range){begin * KV_STRIPS, end * KV_STRIPS}; }
+
+void attention_plan(attention_batch *b, int32_t n_window, int32_t position, int32_t n) {
+  b->position = position;
+  b->n = n;
+  plan_tiles(b, n_window);
+  work_list *list = &b->local;
+  list_clear(list);
+  for (int32_t t = 0; t < b->n_tiles; t++) {
+    const query_tile *tile = &b->tiles[t];
+    int32_t last = b->position + tile->first + tile->n - 1, end = kv_block_of(b->n_sink, last) + 1;
+    for (int32_t g = 0; g < b->n_kv_heads; g++) {
+      int32_t rows = put_rows(b, tile, g, true, list->rows + list->n_rows), n_ranges = 0;
+      key_range *ranges = list->ranges + list->n_ranges;
+      if (b->n_sink > 0) ranges[n_ranges++] = blocks_range(0, 1);
+      if (end > 1 + tile->n_pages) ranges[n_ranges++] = blocks_range(1 + tile->n_pages, end);
+      list_panels(list, g, rows, n_ranges);
+    }
+  }
+}
+
+/* Runs of wanted strips as ranges; returns their number and counts the strips. */
+static int32_t put_wanted(const uint8_t *wanted, int32_t n, key_range *ranges, int32_t *n_strips) {
+  int32_t n_ranges = 0;
+  *n_strips = 0;
+  for (int32_t s = 0; s < n; s++) {
+    if (!wanted[s]) continue;
+    if (s == 0 || !wanted[s - 1]) ranges[n_ranges++].begin = KV_STRIPS + s;
+    ranges[n_ranges - 1].end = KV_STRIPS + s + 1;
+    ++*n_strips;
+  }
+  return n_ranges;
+}
+
+static void list_bulk(attention_batch *b, bool every_row, bool paged) {
+  work_list *list = &b->bulk;
+  list_clear(list);
+  for (int32_t t = 0; t < b->n_tiles; t++) {
+    const query_tile *tile = &b->tiles[t];
+    for (int32_t g = 0; tile->n_pages && g < b->n_kv_heads; g++) {
+      size_t at = (size_t)t * (size_t)b->n_kv_heads + (size_t)g;
+      int32_t rows = put_rows(b, tile, g, every_row, list->rows + list->n_rows), n_ranges = 1;
+      key_range *ranges = list->ranges + list->n_ranges;
+      b->reads[at].n_strips = tile->n_pages * KV_STRIPS;
+      if (paged)
+        n_ranges = put_wanted(b->wanted + at * (size_t)b->max_strips, tile->n_pages * KV_STRIPS, ranges,
+                              &b->reads[at].n_strips);
+      else ranges[0] = blocks_range(1, 1 + tile->n_pages);
+      if (n_ranges) list_panels(list, g, rows, n_ranges);
+    }
+  }
+}
+
+void attention_list_everything(attention_batch *b) { list_bulk(b, true, false); }
+
+void attention_list_long(attention_batch *b, bool paged) { list_bulk(b, false, paged); }
+
+/* NaN in either mass makes the head long: the safe side. */
+static bool head_is_long(const attention_policy *p, size_t layer_head, float local_mass, float bulk_mass) {
+  switch (p->policy) {
+  case PYLLM_WINDOW: return false;
+  case PYLLM_STATIC: return !p->static_local[layer_head];
+  case PYLLM_ORACLE:
+  case PYLLM_ADAPTIVE: return !(1.0f / (1.0f + expf(bulk_mass - local_mass)) >= p->thresholds[layer_head]);
+  default: return true;
+  }
+}
+
+static void decide_query(attention_batch *b, const attention_policy *p, int32_t layer, int32_t query) {
+  int32_t group = b->n_heads / b->n_kv_heads;
+  for (int32_t g = 0; g < b->n_kv_heads; g++) {
+    uint8_t any = 0, *is_long = b->is_long + query * b->n_heads + g * group;
+    for (int32_t i = 0; i < group; i++) {
+      size_t row = (size_t)query * (size_t)b->n_heads + (size_t)(g * group + i);
+      size_t layer_head = (size_t)layer * (size_t)b->n_heads + (size_t)(g * group + i);
+      is_long[i] = head_is_long(p, layer_head, b->local_mass[row], b->bulk_mass[row]);
+      any |= is_long[i];
+    }
+    if (p->granularity == PYLLM_GROUP)
+      for (int32_t i = 0; i < group; i++) is_long[i] = any;
+  }
+}
+
+void attention_decide(attention_batch *b, const attention_policy *policy, int32_t layer) {
+  for (int32_t t = 0; t < b->n_tiles; t++) {
+    const query_tile *tile = &b->tiles[t];
+    for (int32_t i = tile->first; i < tile->first + tile->n; i++) {
+      if (tile->n_pages) decide_query(b, policy, layer, i);
+      else
+        for (int32_t h = 0; h < b->n_heads; h++) b->is_long[i * b->n_heads + h] = 0;
+    }
+  }
+}
+
+/* Long heads of a tile's queries in one group, and the queries that have any. */
+static void count_long(const attention_batch *b, const query_tile *tile, int32_t kv_head, uint64_t *heads,
+                       uint64_t *queries) {
+  int32_t group = b->n_heads / b->n_kv_heads;
+  *heads = *queries = 0;
+  for (int32_t i = tile->first; i < tile->first + tile->n; i++) {
+    uint64_t n = 0;
+    for (int32_t h = 0; h < group; h++) n += b->is_long[i * b->n_heads + kv_head * group + h];
+    *heads += n;
+    *queries += n > 0;
+  }
+}
+
+void attention_count(const attention_batch *b, uint64_t sketch_bytes, pyllm_layer_stats *stats) {
+  uint64_t group = (uint64_t)(b->n_heads / b->n_kv_heads);
+  uint64_t key_bytes = 2 * sizeof(uint16_t) * (uint64_t)b->head_dim; /* key and value */
+  for (int32_t t = 0; t < b->n_tiles; t++) {
+    const query_tile *tile = &b->tiles[t];
+    uint64_t pages = (uint64_t)tile->n_pages, all = pages * KV_STRIPS, n = (uint64_t)tile->n;
+    for (int32_t g = 0; pages && g < b->n_kv_heads; g++) {
+      const tile_read *read = &b->reads[t * b->n_kv_heads + g];
+      uint64_t heads, queries, read_strips = (uint64_t)read->n_strips;
+      count_long(b, tile, g, &heads, &queries);
+      stats->pairs += n * group;
+      stats->pairs_local += n * group - heads;
+      stats->work += n * group * all * STRIP;
+      stats->work_done += heads * read_strips * STRIP;
+      stats->bytes += n * all * STRIP * key_bytes;
+      stats->bytes_read += queries * read_strips * STRIP * key_bytes;
+      if (sketch_bytes) stats->bytes_read += (uint64_t)read->n_scored * pages * sketch_bytes;
+      stats->pages += queries * all;
+      stats->pages_read += queries * read_strips;
+    }
+  }
+}

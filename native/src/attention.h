@@ -1,0 +1,139 @@
+/* Adaptive attention: geometry, decisions and the work list. Arithmetic on keys lives behind ops.h.
+ *
+ * One pipeline for prefill and decode, every policy:
+ *   attend_local   every query over its sinks and window            -> softmax state (m, l, o); L = m + ln l
+ *   select         M, the bulk's (estimated) mass; which heads are long; which strips they read; the bulk's work list
+ *   attend_bulk    only what is on the list, continuing (m, l, o)
+ *   finish         o / l
+ *
+ * Cost per layer and query head: local 2 d (n_sink + n_window + 64) multiply-adds, select d^2, bulk 2 d per key read.
+ * Every result depends only on the query's own position and keys: not on batches, tiles or threads. The exception is
+ * the page tier (page_bits), where the queries of a tile share what they read. */
+#ifndef PYLLM_SRC_ATTENTION_H
+#define PYLLM_SRC_ATTENTION_H
+#include "kernels.h"
+#include "pyllm.h"
+#include <stdbool.h>
+
+enum {
+  SPAN_STRIPS =
+      32, /* strips of 16 keys folded into one softmax state before it is merged: part of the result's definition */
+  PANEL_ROWS = 48 /* query rows of one work item at most */
+};
+
+/* Where a token lives: block 0 holds the sinks, block 1 + i the i-th page behind them. */
+static inline int32_t kv_block_of(int32_t n_sink, int32_t position) {
+  return position < n_sink ? 0 : 1 + (position - n_sink) / PYLLM_PAGE;
+}
+static inline int32_t kv_block_start(int32_t n_sink, int32_t block) {
+  return block == 0 ? 0 : n_sink + (block - 1) * PYLLM_PAGE;
+}
+/* Keys of a block that the query at `position` may see: 0..64. */
+static inline int32_t kv_visible(int32_t n_sink, int32_t block, int32_t position) {
+  int32_t n = position + 1 - kv_block_start(n_sink, block), most = block == 0 ? n_sink : PYLLM_PAGE;
+  return n < 0 ? 0 : n < most ? n : most;
+}
+/* The same for a strip of 16 tokens; strip s is part of block s / 4. */
+static inline int32_t strip_visible(int32_t n_sink, int32_t strip, int32_t position) {
+  int32_t block = strip / KV_STRIPS, before = strip % KV_STRIPS * STRIP;
+  int32_t n = kv_visible(n_sink, block, position) - before;
+  return n < 0 ? 0 : n < STRIP ? n : STRIP;
+}
+/* Pages in the bulk of the query at `position`: those wholly older than its window. */
+static inline int32_t bulk_pages(int32_t n_sink, int32_t n_window, int32_t position) {
+  int64_t older = (int64_t)position + 1 - n_window - n_sink;
+  return older > 0 ? (int32_t)(older / PYLLM_PAGE) : 0;
+}
+
+/* Consecutive queries with the same bulk, at most 64. */
+typedef struct query_tile {
+  int32_t first, n; /* queries of the batch */
+  int32_t n_pages;  /* of their bulk */
+} query_tile;
+
+typedef struct key_range {
+  int32_t begin, end; /* strips */
+} key_range;
+
+/* The currency between select and attend_bulk: these query rows, of one key/value head, read these keys.
+ * A row is query * n_heads + head. */
+typedef struct work_item {
+  int32_t kv_head;
+  int32_t first_row, n_rows;     /* in work_list.rows; n_rows <= PANEL_ROWS */
+  int32_t first_range, n_ranges; /* in work_list.ranges; ascending */
+} work_item;
+
+typedef struct work_list {
+  work_item *items;
+  int32_t *rows;
+  key_range *ranges;
+  int32_t n_items, n_rows, n_ranges;
+} work_list;
+
+enum { SCORED_STRIDE = 4 }; /* with a page tier every 4th query of a tile is scored, the last one first */
+
+/* What one tile reads of the bulk for one key/value head. */
+typedef struct tile_read {
+  int32_t n_strips; /* of 4 n_pages */
+  int32_t n_scored; /* queries that read the sketch */
+} tile_read;
+
+/* How attention decides, resolved to arrays: owned copy of what the caller set. */
+typedef struct attention_policy {
+  int32_t policy, granularity, n_window;
+  float *thresholds;     /* (n_layers, n_heads) */
+  uint8_t *static_local; /* (n_layers, n_heads) */
+  int32_t page_bits;     /* 0: long heads read the whole bulk */
+  float page_share, page_drop;
+} attention_policy;
+
+/* One batch on its way through one layer's attention. */
+typedef struct attention_batch {
+  int32_t n_heads, n_kv_heads, head_dim, n_sink;
+  float scale;         /* c */
+  int32_t max_strips;  /* of a bulk */
+  int32_t n, position; /* queries, and the position of the first */
+  query_tile *tiles;
+  int32_t n_tiles;
+  work_list local, bulk;
+
+  const float *q;            /* (n, n_heads, head_dim) after RoPE */
+  softmax_state *state;      /* (n, n_heads) */
+  float *out;                /* (n, n_heads, head_dim) weighted values under state */
+  float *local_mass;         /* (n, n_heads) L */
+  float *bulk_mass;          /* (n, n_heads) estimated or true M; meaningful where a bulk exists and the policy asks */
+  uint8_t *is_long;          /* (n, n_heads) */
+  softmax_state *mass_state; /* (n, n_heads) scratch of the oracle */
+  uint8_t *wanted;           /* (n_tiles, n_kv_heads, max_strips) strips of the bulk that some scored query wants */
+  tile_read *reads;          /* (n_tiles, n_kv_heads) */
+  void *backend_scratch;     /* ops.scratch_new's; owned by the session */
+} attention_batch;
+
+typedef struct attention_shape {
+  int32_t n_batch, n_ctx, n_heads, n_kv_heads, head_dim, n_sink;
+  float scale;
+} attention_shape;
+
+/* Allocates for up to n_batch queries; false when memory is refused (then attention_free still cleans up). */
+bool attention_new(attention_batch *b, const attention_shape *shape);
+void attention_free(attention_batch *b);
+uint64_t attention_bytes(const attention_shape *shape);
+
+/* Cuts the batch into tiles and writes the local work list; once per batch, the same for every layer. */
+void attention_plan(attention_batch *b, int32_t n_window, int32_t position, int32_t n);
+/* Fills is_long from local_mass, bulk_mass and the layer's row of the policy. */
+void attention_decide(attention_batch *b, const attention_policy *policy, int32_t layer);
+/* Writes the bulk work list: every row that has a bulk reads all of it. */
+void attention_list_everything(attention_batch *b);
+/* Writes the bulk work list of the long rows: all of the bulk, or with `paged` the strips marked in `wanted`. */
+void attention_list_long(attention_batch *b, bool paged);
+/* sketch_bytes: of one page; 0 without a page tier. */
+void attention_count(const attention_batch *b, uint64_t sketch_bytes, pyllm_layer_stats *stats);
+
+/* Queries of a tile that are scored: from the last one back. i < attention_scored(tile). */
+static inline int32_t attention_scored(const query_tile *tile) { return (tile->n + SCORED_STRIDE - 1) / SCORED_STRIDE; }
+static inline int32_t attention_scored_query(const query_tile *tile, int32_t i) {
+  return tile->first + tile->n - 1 - i * SCORED_STRIDE;
+}
+
+#endif

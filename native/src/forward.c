@@ -1,0 +1,117 @@
+/* The transformer, once: prefill and decode, every architecture, every policy, over the stages of ops.h. */
+#include "session.h"
+#include "error.h"
+#include <math.h>
+
+static uint64_t matrix_bytes(const matrix *w) { return (uint64_t)tiles_of_rows(w->rows) * w->tile_bytes; }
+
+/* Runs the matrices that share one input and books their weights as the stage's bytes. */
+static void linear(pyllm_session *s, enum stage stage, const activation *x, int32_t n, const linear_job *jobs,
+                   int32_t n_jobs) {
+  const backend *be = &s->model->backend;
+  uint64_t bytes = 0;
+  for (int32_t i = 0; i < n_jobs; i++) bytes += matrix_bytes(jobs[i].w);
+  be->ops->linear(be, x, n, jobs, n_jobs);
+  trace_lap(&s->trace, stage, bytes);
+}
+
+static void norm(pyllm_session *s, const float *x, const float *w, int32_t n, bool rounded) {
+  const backend *be = &s->model->backend;
+  be->ops->norm(be, x, w, s->model->config.norm_eps, n, rounded, &s->buffers.normed);
+  trace_lap(&s->trace, STAGE_NORM, 0);
+}
+
+static void rope_store(pyllm_session *s, const layer_weights *w, int32_t n, layer_cache *cache) {
+  const backend *be = &s->model->backend;
+  const config *c = &s->model->config;
+  batch_buffers *b = &s->buffers;
+  rope_job job = {c->arch->rope, c->n_rot,  c->n_heads, c->n_kv_heads, c->head_dim, s->n_sink, s->position, b->cosine,
+                  b->sine,       w->q_norm, w->k_norm,  c->norm_eps,   b->q,        b->k,      b->v};
+  be->ops->rope_store(be, &job, n, cache);
+  trace_lap(&s->trace, STAGE_ROPE, 0);
+}
+
+static void attention(pyllm_session *s, int32_t layer, bool rounded) {
+  const backend *be = &s->model->backend;
+  attention_batch *a = &s->attention;
+  const layer_cache *cache = &s->layers[layer];
+  pyllm_layer_stats *stats = &s->stats[layer];
+  uint64_t before = stats->bytes_read;
+  be->ops->attend_local(be, a, cache);
+  trace_lap(&s->trace, STAGE_ATTEND_LOCAL, 0);
+  be->ops->select(be, a, cache, &s->policy, layer);
+  trace_lap(&s->trace, STAGE_SELECT, 0);
+  be->ops->attend_bulk(be, a, cache);
+  const attention_policy *policy = &s->policy;
+  attention_count(a, policy->page_bits ? be->ops->sketch_bytes(policy->page_bits, a->head_dim) : 0, stats);
+  trace_lap(&s->trace, STAGE_ATTEND_BULK, stats->bytes_read - before);
+  be->ops->finish(be, a, rounded, &s->buffers.attended);
+  trace_lap(&s->trace, STAGE_FINISH, 0);
+}
+
+static void layer(pyllm_session *s, int32_t i, int32_t n) {
+  const backend *be = &s->model->backend;
+  const layer_weights *w = &s->model->layers[i];
+  batch_buffers *b = &s->buffers;
+  norm(s, b->x, w->attn_norm, n, w->wq.quantized || w->wk.quantized || w->wv.quantized);
+  linear_job qkv[] = {{&w->wq, w->bq, false, b->q}, {&w->wk, w->bk, false, b->k}, {&w->wv, w->bv, false, b->v}};
+  linear(s, STAGE_QKV, &b->normed, n, qkv, 3);
+  rope_store(s, w, n, &s->layers[i]);
+  attention(s, i, w->wo.quantized);
+  linear_job out = {&w->wo, NULL, true, b->x};
+  linear(s, STAGE_ATTENTION_OUT, &b->attended, n, &out, 1);
+
+  norm(s, b->x, w->ffn_norm, n, w->gate.quantized || w->up.quantized);
+  linear_job gate_up[] = {{&w->gate, NULL, false, b->gate}, {&w->up, NULL, false, b->up}};
+  linear(s, STAGE_GATE_UP, &b->normed, n, gate_up, 2);
+  be->ops->swiglu(be, b->gate, b->up, n, w->down.quantized, &b->hidden);
+  trace_lap(&s->trace, STAGE_SWIGLU, 0);
+  linear_job down = {&w->down, NULL, true, b->x};
+  linear(s, STAGE_DOWN, &b->hidden, n, &down, 1);
+}
+
+static void rope_angles(pyllm_session *s, int32_t n) {
+  const config *c = &s->model->config;
+  int32_t half = c->n_rot / 2;
+  for (int32_t t = 0; t < n; t++)
+    for (int32_t i = 0; i < half; i++) {
+      double angle = (s->position + t) * s->model->rope_frequency[i];
+      s->buffers.cosine[t * half + i] = (float)cos(angle) * c->rope_mscale;
+      s->buffers.sine[t * half + i] = (float)sin(angle) * c->rope_mscale;
+    }
+}
+
+static int32_t check_logits(const pyllm_session *s, const float *logits, int32_t n_logits, pyllm_error *err) {
+  int64_t n = (int64_t)n_logits * s->model->config.n_vocab;
+  float poison = 0;
+  for (int64_t i = 0; i < n; i++) poison += logits[i] * 0.0f;
+  if (poison == 0) return PYLLM_OK;
+  return fail(err, PYLLM_ERR_NUMERIC, "the logits after position %d hold NaN or infinity: activations overflowed",
+              s->position);
+}
+
+int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits, pyllm_error *err) {
+  const pyllm_model *m = s->model;
+  const backend *be = &m->backend;
+  batch_buffers *b = &s->buffers;
+  trace_begin(&s->trace);
+  be->ops->embed(be, m->embedding_type, m->embedding->data, m->config.dim, tokens, n, b->x);
+  rope_angles(s, n);
+  attention_plan(&s->attention, s->policy.n_window, s->position, n);
+  trace_lap(&s->trace, STAGE_EMBED, 0);
+  for (int32_t i = 0; i < m->config.n_layers; i++) {
+    if (atomic_load_explicit(&s->abort, memory_order_relaxed))
+      return fail(err, PYLLM_ERR_ABORTED, "evaluation stopped at position %d", s->position);
+    layer(s, i, n);
+  }
+  if (n_logits > 0) {
+    norm(s, b->x + (int64_t)(n - n_logits) * m->config.dim, m->output_norm, n_logits, m->output.quantized);
+    linear_job output = {&m->output, NULL, false, logits};
+    linear(s, STAGE_LOGITS, &b->normed, n_logits, &output, 1);
+    int32_t status = check_logits(s, logits, n_logits, err);
+    if (status) return status;
+  }
+  for (int32_t i = 0; i < n; i++) s->tokens[s->position + i] = tokens[i];
+  s->position += n;
+  return PYLLM_OK;
+}

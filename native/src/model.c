@@ -1,0 +1,231 @@
+#include "model.h"
+#include "error.h"
+#include "gguf.h"
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+/* Binding goes tensor by tensor; the first failure stops the rest, and closing frees whatever was bound. */
+typedef struct binder {
+  pyllm_model *model;
+  pyllm_error *err;
+  int32_t status;
+} binder;
+
+static const pyllm_tensor *find_tensor(binder *b, const char *name, bool required) {
+  if (b->status) return NULL;
+  const pyllm_tensor *t = gguf_find_tensor(b->model->file, name);
+  if (!t && required)
+    b->status = fail(b->err, PYLLM_ERR_FORMAT, "%s: tensor %s is missing", gguf_path(b->model->file), name);
+  return t;
+}
+
+static bool check_shape(binder *b, const pyllm_tensor *t, const char *name, int32_t rows, int32_t cols) {
+  uint64_t expected_rows = (uint64_t)rows;
+  bool fits = t->shape[0] == (uint64_t)cols && t->shape[1] == expected_rows && t->shape[2] == 1 && t->shape[3] == 1;
+  if (!fits)
+    b->status = fail(b->err, PYLLM_ERR_FORMAT, "%s: tensor %s has shape (%llu, %llu, %llu, %llu), expected (%d, %d)",
+                     gguf_part_path(b->model->file, t->part), name, (unsigned long long)t->shape[0],
+                     (unsigned long long)t->shape[1], (unsigned long long)t->shape[2], (unsigned long long)t->shape[3],
+                     cols, rows);
+  return fits;
+}
+
+static void count(pyllm_model *m, const pyllm_tensor *t, uint64_t resident) {
+  m->n_params += t->shape[0] * t->shape[1] * t->shape[2] * t->shape[3];
+  m->weight_bytes += t->size;
+  m->resident_bytes += resident;
+}
+
+static void bind_matrix(binder *b, const char *name, int32_t rows, int32_t cols, matrix *out) {
+  const pyllm_tensor *t = find_tensor(b, name, true);
+  if (!t || !check_shape(b, t, name, rows, cols)) return;
+  char where[512];
+  snprintf(where, sizeof where, "%s: tensor %s", gguf_part_path(b->model->file, t->part), name);
+  const quant_type *type = quant_find(t->type);
+  b->status = pack(b->model->backend.pool, type, t->data, rows, cols, where, out, b->err);
+  if (b->status) return;
+  count(b->model, t, pack_bytes(type, rows, cols));
+  gguf_release_pages(b->model->file, t);
+}
+
+/* A small vector as floats: NULL where it is absent and not required. */
+static float *bind_vector(binder *b, const char *name, int32_t n, bool required) {
+  const pyllm_tensor *t = find_tensor(b, name, required);
+  if (!t || !check_shape(b, t, name, 1, n)) return NULL;
+  float *v = malloc((size_t)n * sizeof *v);
+  const char *path = gguf_part_path(b->model->file, t->part);
+  if (!v) {
+    b->status = fail(b->err, PYLLM_ERR_MEMORY, "%s: tensor %s: memory refused", path, name);
+    return NULL;
+  }
+  quant_dequantize(quant_find(t->type), t->data, v, n);
+  for (int32_t i = 0; i < n && !b->status; i++)
+    if (!isfinite(v[i]))
+      b->status = fail(b->err, PYLLM_ERR_NUMERIC, "%s: tensor %s holds NaN or infinity at %d", path, name, i);
+  count(b->model, t, (uint64_t)n * sizeof *v);
+  return v; /* owned by the model even when status is set: closing frees it */
+}
+
+typedef struct tensor_name {
+  char text[64];
+} tensor_name;
+
+static const char *layer_tensor(int32_t layer, const char *part, tensor_name *out) {
+  snprintf(out->text, sizeof out->text, "blk.%d.%s", layer, part);
+  return out->text;
+}
+
+static void bind_attention(binder *b, int32_t i, layer_weights *w) {
+  const config *c = &b->model->config;
+  tensor_name name;
+  int32_t q_width = c->n_heads * c->head_dim, kv_width = c->n_kv_heads * c->head_dim;
+  w->attn_norm = bind_vector(b, layer_tensor(i, "attn_norm.weight", &name), c->dim, true);
+  bind_matrix(b, layer_tensor(i, "attn_q.weight", &name), q_width, c->dim, &w->wq);
+  bind_matrix(b, layer_tensor(i, "attn_k.weight", &name), kv_width, c->dim, &w->wk);
+  bind_matrix(b, layer_tensor(i, "attn_v.weight", &name), kv_width, c->dim, &w->wv);
+  w->bq = bind_vector(b, layer_tensor(i, "attn_q.bias", &name), q_width, c->arch->qkv_bias);
+  w->bk = bind_vector(b, layer_tensor(i, "attn_k.bias", &name), kv_width, c->arch->qkv_bias);
+  w->bv = bind_vector(b, layer_tensor(i, "attn_v.bias", &name), kv_width, c->arch->qkv_bias);
+  if (c->arch->qk_norm) {
+    w->q_norm = bind_vector(b, layer_tensor(i, "attn_q_norm.weight", &name), c->head_dim, true);
+    w->k_norm = bind_vector(b, layer_tensor(i, "attn_k_norm.weight", &name), c->head_dim, true);
+  }
+  bind_matrix(b, layer_tensor(i, "attn_output.weight", &name), c->dim, q_width, &w->wo);
+}
+
+static void bind_feed_forward(binder *b, int32_t i, layer_weights *w) {
+  const config *c = &b->model->config;
+  tensor_name name;
+  w->ffn_norm = bind_vector(b, layer_tensor(i, "ffn_norm.weight", &name), c->dim, true);
+  bind_matrix(b, layer_tensor(i, "ffn_gate.weight", &name), c->n_ff, c->dim, &w->gate);
+  bind_matrix(b, layer_tensor(i, "ffn_up.weight", &name), c->n_ff, c->dim, &w->up);
+  bind_matrix(b, layer_tensor(i, "ffn_down.weight", &name), c->dim, c->n_ff, &w->down);
+}
+
+/* The embedding table stays in the mapping: a token reads one row. Its row count is the vocabulary. */
+static void bind_embedding(binder *b) {
+  pyllm_model *m = b->model;
+  const pyllm_tensor *t = find_tensor(b, "token_embd.weight", true);
+  if (!t) return;
+  if (t->shape[1] == 0 || t->shape[1] > (1 << 24)) {
+    b->status = fail(b->err, PYLLM_ERR_FORMAT, "%s: tensor token_embd.weight has %llu rows, expected 1 to %d",
+                     gguf_part_path(m->file, t->part), (unsigned long long)t->shape[1], 1 << 24);
+    return;
+  }
+  m->config.n_vocab = (int32_t)t->shape[1];
+  m->embedding = t;
+  m->embedding_type = quant_find(t->type);
+  check_shape(b, t, "token_embd.weight", m->config.n_vocab, m->config.dim);
+}
+
+static void bind_output(binder *b) {
+  pyllm_model *m = b->model;
+  bool tied = !find_tensor(b, "output.weight", false);
+  m->output_norm = bind_vector(b, "output_norm.weight", m->config.dim, true);
+  bind_matrix(b, tied ? "token_embd.weight" : "output.weight", m->config.n_vocab, m->config.dim, &m->output);
+  if (!tied && m->embedding) count(m, m->embedding, 0);
+}
+
+static int32_t bind_weights(pyllm_model *m, pyllm_error *err) {
+  binder b = {m, err, PYLLM_OK};
+  m->layers = calloc((size_t)m->config.n_layers, sizeof *m->layers);
+  if (!m->layers)
+    return fail(err, PYLLM_ERR_MEMORY, "%s: memory for %d layers refused", gguf_path(m->file), m->config.n_layers);
+  pool_begin(m->backend.pool);
+  bind_embedding(&b);
+  for (int32_t i = 0; i < m->config.n_layers && !b.status; i++) {
+    bind_attention(&b, i, &m->layers[i]);
+    bind_feed_forward(&b, i, &m->layers[i]);
+  }
+  bind_output(&b);
+  pool_end(m->backend.pool);
+  return b.status;
+}
+
+static int32_t open_backend(pyllm_model *m, const pyllm_model_params *params, pyllm_error *err) {
+  if (params->n_threads < 1 || params->n_threads > 256)
+    return fail(err, PYLLM_ERR_ARGUMENT, "n_threads is %d, expected 1 to 256", params->n_threads);
+  const kernels *k = kernels_find(params->isa);
+  if (!k)
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "instruction set '%.16s' is not available here; this processor runs %s",
+                params->isa, kernels_available());
+  m->backend = (backend){&cpu_ops, pool_new(params->n_threads), k};
+  if (!m->backend.pool) return fail(err, PYLLM_ERR_MEMORY, "%d threads refused", params->n_threads);
+  return PYLLM_OK;
+}
+
+int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *params, pyllm_model **out,
+                         pyllm_error *err) {
+  pyllm_model *m = calloc(1, sizeof *m);
+  if (!m) return fail(err, PYLLM_ERR_MEMORY, "%s: memory refused", gguf_path(file));
+  m->n_holders = 1;
+  m->file = file;
+  gguf_hold(file);
+  int32_t status = config_read(file, &m->config, err);
+  if (!status) status = config_rope(file, &m->config, &m->rope_frequency, err);
+  if (!status) status = open_backend(m, params, err);
+  if (!status) status = bind_weights(m, err);
+  if (status) {
+    pyllm_model_close(m);
+    return status;
+  }
+  *out = m;
+  return PYLLM_OK;
+}
+
+static void free_layer(layer_weights *w) {
+  float *vectors[] = {w->attn_norm, w->bq, w->bk, w->bv, w->q_norm, w->k_norm, w->ffn_norm};
+  matrix *matrices[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->gate, &w->up, &w->down};
+  for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) free(vectors[i]);
+  for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) pack_free(matrices[i]);
+}
+
+void model_hold(const pyllm_model *m) { ((pyllm_model *)m)->n_holders++; }
+
+void pyllm_model_close(pyllm_model *m) {
+  if (!m || --m->n_holders > 0) return;
+  for (int32_t i = 0; m->layers && i < m->config.n_layers; i++) free_layer(&m->layers[i]);
+  free(m->layers);
+  free(m->output_norm);
+  pack_free(&m->output);
+  free(m->rope_frequency);
+  pool_free(m->backend.pool);
+  pyllm_file_close((pyllm_file *)m->file);
+  free(m);
+}
+
+void pyllm_model_get_info(const pyllm_model *m, pyllm_model_info *out) {
+  const config *c = &m->config;
+  *out = (pyllm_model_info){.n_layers = c->n_layers,
+                            .n_heads = c->n_heads,
+                            .n_kv_heads = c->n_kv_heads,
+                            .head_dim = c->head_dim,
+                            .dim = c->dim,
+                            .n_ff = c->n_ff,
+                            .n_vocab = c->n_vocab,
+                            .n_ctx_train = c->n_ctx_train,
+                            .n_threads = pool_size(m->backend.pool),
+                            .n_params = m->n_params,
+                            .weight_bytes = m->weight_bytes,
+                            .resident_bytes = m->resident_bytes};
+  snprintf(out->architecture, sizeof out->architecture, "%s", c->arch->name);
+  snprintf(out->isa, sizeof out->isa, "%s", m->backend.kernels->name);
+}
+
+int32_t pyllm_model_memory(const pyllm_file *file, uint64_t *bytes, pyllm_error *err) {
+  config c;
+  int32_t status = config_read(file, &c, err);
+  if (status) return status;
+  uint64_t total = 0;
+  for (uint64_t i = 0; i < pyllm_file_n_tensors(file); i++) {
+    const pyllm_tensor *t = pyllm_file_tensor(file, i);
+    uint64_t rows = t->shape[1] * t->shape[2] * t->shape[3];
+    if (rows > INT32_MAX || t->shape[0] > INT32_MAX) continue; /* no such matrix can be bound */
+    total += t->n_dims == 1 ? t->shape[0] * sizeof(float)
+                            : pack_bytes(quant_find(t->type), (int32_t)rows, (int32_t)t->shape[0]);
+  }
+  *bytes = total;
+  return PYLLM_OK;
+}

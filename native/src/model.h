@@ -1,0 +1,52 @@
+/* A model: its configuration and its weights, read-only after pyllm_model_open. */
+#ifndef PYLLM_SRC_MODEL_H
+#define PYLLM_SRC_MODEL_H
+#include "arch.h"
+#include "ops.h"
+#include "pack.h"
+#include "pyllm.h"
+
+typedef struct config {
+  const arch *arch;
+  int32_t n_layers, n_heads, n_kv_heads, head_dim;
+  int32_t dim, n_ff, n_vocab, n_ctx_train;
+  int32_t n_rot; /* dimensions of a head that RoPE rotates; even */
+  float norm_eps;
+  float attention_scale; /* c: score = c * q . k */
+  float rope_mscale;     /* factor on cosine and sine (YaRN) */
+} config;
+
+typedef struct layer_weights {
+  float *attn_norm;       /* (dim) */
+  matrix wq, wk, wv;      /* (n_heads * head_dim, dim), (n_kv_heads * head_dim, dim) twice */
+  float *bq, *bk, *bv;    /* (n_heads * head_dim), (n_kv_heads * head_dim) twice; NULL where absent */
+  float *q_norm, *k_norm; /* (head_dim); NULL where absent */
+  matrix wo;              /* (dim, n_heads * head_dim) */
+  float *ffn_norm;        /* (dim) */
+  matrix gate, up;        /* (n_ff, dim) */
+  matrix down;            /* (dim, n_ff) */
+} layer_weights;
+
+struct pyllm_model {
+  const pyllm_file *file; /* held */
+  _Atomic int32_t n_holders;
+  config config;
+  backend backend;
+  double *rope_frequency;        /* (n_rot / 2) radians per position */
+  const pyllm_tensor *embedding; /* (n_vocab, dim), read from the mapping */
+  const quant_type *embedding_type;
+  layer_weights *layers; /* (n_layers) */
+  float *output_norm;    /* (dim) */
+  matrix output;         /* (n_vocab, dim) */
+  uint64_t n_params, weight_bytes, resident_bytes;
+};
+
+/* One more holder: pyllm_model_close frees with the last. */
+void model_hold(const pyllm_model *m);
+
+/* config.c: everything the model says about itself, checked. */
+int32_t config_read(const pyllm_file *file, config *out, pyllm_error *err);
+/* (n_rot / 2) doubles, owned by the caller; also sets c->rope_mscale. */
+int32_t config_rope(const pyllm_file *file, config *c, double **out, pyllm_error *err);
+
+#endif

@@ -1,0 +1,149 @@
+/* Drawing the next token: penalties, then top_k, top_p, min_p, then temperature, as pyllm.h orders them. */
+#include "error.h"
+#include <math.h>
+#include <stdbool.h>
+#include <stdlib.h>
+
+typedef struct candidate {
+  int32_t token;
+  float logit;
+  float p;
+} candidate;
+
+static int by_token(const void *a, const void *b) {
+  int32_t x = *(const int32_t *)a, y = *(const int32_t *)b;
+  return (x > y) - (x < y);
+}
+
+/* Highest logit first, then lowest token: a total order, so that ties are the same everywhere. */
+static int by_logit(const void *a, const void *b) {
+  const candidate *x = a, *y = b;
+  if (x->logit != y->logit) return x->logit < y->logit ? 1 : -1;
+  return (x->token > y->token) - (x->token < y->token);
+}
+
+static bool has_penalties(const pyllm_sampling *s) {
+  return s->repeat_penalty != 1.0f || s->frequency_penalty != 0 || s->presence_penalty != 0;
+}
+
+/* Applies the penalties to each distinct recent token; false when memory is refused. */
+static bool penalize(candidate *c, int32_t n_vocab, const pyllm_sampling *s, const int32_t *recent, int32_t n_recent) {
+  if (n_recent == 0 || !has_penalties(s)) return true;
+  int32_t *sorted = malloc((size_t)n_recent * sizeof *sorted);
+  if (!sorted) return false;
+  for (int32_t i = 0; i < n_recent; i++) sorted[i] = recent[i];
+  qsort(sorted, (size_t)n_recent, sizeof *sorted, by_token);
+  for (int32_t i = 0, end; i < n_recent; i = end) {
+    for (end = i; end < n_recent && sorted[end] == sorted[i];) end++;
+    if (sorted[i] < 0 || sorted[i] >= n_vocab) continue;
+    float *logit = &c[sorted[i]].logit;
+    *logit = *logit > 0 ? *logit / s->repeat_penalty : *logit * s->repeat_penalty;
+    *logit -= (float)(end - i) * s->frequency_penalty + s->presence_penalty;
+  }
+  free(sorted);
+  return true;
+}
+
+static void softmax(candidate *c, int32_t n, float temperature) {
+  double sum = 0;
+  for (int32_t i = 0; i < n; i++) sum += c[i].p = expf((c[i].logit - c[0].logit) / temperature);
+  for (int32_t i = 0; i < n; i++) c[i].p = (float)(c[i].p / sum);
+}
+
+/* Smallest set of the best tokens whose probability reaches top_p. */
+static int32_t keep_top_p(candidate *c, int32_t n, float top_p) {
+  if (top_p >= 1) return n;
+  softmax(c, n, 1.0f);
+  double sum = 0;
+  for (int32_t i = 0; i < n; i++)
+    if ((sum += c[i].p) >= top_p) return i + 1;
+  return n;
+}
+
+/* Tokens at least min_p times as probable as the best. */
+static int32_t keep_min_p(const candidate *c, int32_t n, float min_p) {
+  if (min_p <= 0) return n;
+  int32_t kept = 1;
+  while (kept < n && expf(c[kept].logit - c[0].logit) >= min_p) kept++;
+  return kept;
+}
+
+/* splitmix64; in [0, 1). */
+static double uniform(uint64_t *state) {
+  uint64_t z = *state += 0x9e3779b97f4a7c15u;
+  z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+  z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+  return (double)((z ^ (z >> 31)) >> 11) * 0x1p-53;
+}
+
+static int32_t greedy(const candidate *c, int32_t n) {
+  int32_t best = 0;
+  for (int32_t i = 1; i < n; i++)
+    if (c[i].logit > c[best].logit) best = i;
+  return c[best].token;
+}
+
+enum { INSERTION_LIMIT = 256 };
+
+/* Brings the k best to the front, in order, without sorting the rest. */
+static void select_best(candidate *c, int32_t n, int32_t k) {
+  int32_t kept = 0;
+  for (int32_t i = 0; i < n; i++) {
+    candidate x = c[i];
+    if (kept == k && by_logit(&x, &c[kept - 1]) > 0) continue;
+    int32_t at = kept < k ? kept++ : kept - 1;
+    c[i] = c[at]; /* what falls out is not needed again: it is worse than k others */
+    for (; at > 0 && by_logit(&x, &c[at - 1]) < 0; at--) c[at] = c[at - 1];
+    c[at] = x;
+  }
+}
+
+/* Orders the candidates, best first, and returns how many remain. */
+static int32_t keep_top_k(candidate *c, int32_t n, int32_t top_k) {
+  int32_t k = top_k > 0 && top_k < n ? top_k : n;
+  if (k <= INSERTION_LIMIT) select_best(c, n, k);
+  else qsort(c, (size_t)n, sizeof *c, by_logit);
+  return k;
+}
+
+static int32_t draw(candidate *c, int32_t n, const pyllm_sampling *s, uint64_t *rng) {
+  n = keep_top_k(c, n, s->top_k);
+  n = keep_top_p(c, n, s->top_p);
+  n = keep_min_p(c, n, s->min_p);
+  softmax(c, n, s->temperature);
+  double left = uniform(rng);
+  for (int32_t i = 0; i < n - 1; i++)
+    if ((left -= c[i].p) < 0) return c[i].token;
+  return c[n - 1].token;
+}
+
+static int32_t check(const float *logits, int32_t n_vocab, const pyllm_sampling *s, pyllm_error *err) {
+  if (n_vocab < 1) return fail(err, PYLLM_ERR_ARGUMENT, "no logits to sample from");
+  const float settings[] = {s->temperature,       s->top_p,           s->min_p, s->repeat_penalty,
+                            s->frequency_penalty, s->presence_penalty};
+  for (size_t i = 0; i < sizeof settings / sizeof *settings; i++)
+    if (!isfinite(settings[i])) return fail(err, PYLLM_ERR_ARGUMENT, "a sampling parameter is not a finite number");
+  if (s->repeat_penalty <= 0)
+    return fail(err, PYLLM_ERR_ARGUMENT, "repeat_penalty is %g, expected above 0", (double)s->repeat_penalty);
+  if (s->top_p <= 0) return fail(err, PYLLM_ERR_ARGUMENT, "top_p is %g, expected above 0", (double)s->top_p);
+  bool any = false;
+  for (int32_t i = 0; i < n_vocab; i++) {
+    if (isnan(logits[i]) || logits[i] == INFINITY)
+      return fail(err, PYLLM_ERR_NUMERIC, "logit %d is %g", i, (double)logits[i]);
+    any |= logits[i] > -INFINITY;
+  }
+  return any ? PYLLM_OK : fail(err, PYLLM_ERR_ARGUMENT, "every logit is -infinity: no token is allowed");
+}
+
+int32_t pyllm_sample(const float *logits, int32_t n_vocab, const pyllm_sampling *params, const int32_t *recent,
+                     int32_t n_recent, uint64_t *rng, int32_t *token, pyllm_error *err) {
+  int32_t status = check(logits, n_vocab, params, err);
+  if (status) return status;
+  candidate *c = malloc((size_t)n_vocab * sizeof *c);
+  if (!c) return fail(err, PYLLM_ERR_MEMORY, "memory to sample from %d logits was refused", n_vocab);
+  for (int32_t i = 0; i < n_vocab; i++) c[i] = (candidate){i, logits[i], 0};
+  bool ok = penalize(c, n_vocab, params, recent, n_recent);
+  if (ok) *token = params->temperature <= 0 ? greedy(c, n_vocab) : draw(c, n_vocab, params, rng);
+  free(c);
+  return ok ? PYLLM_OK : fail(err, PYLLM_ERR_MEMORY, "memory for %d recent tokens was refused", n_recent);
+}

@@ -1,0 +1,336 @@
+#include "session.h"
+#include "error.h"
+#include <stdlib.h>
+#include <string.h>
+
+static uint64_t layer_kv_bytes(const config *c, int32_t n_ctx, int32_t n_sink) {
+  return (uint64_t)c->n_kv_heads * (uint64_t)session_blocks(n_ctx, n_sink) * session_block_bytes(c);
+}
+
+static uint64_t moment_floats(const config *c) { return (uint64_t)c->head_dim * (1 + 2 * (uint64_t)c->head_dim); }
+
+static int32_t check_params(const pyllm_session_params *p, pyllm_error *err) {
+  if (p->n_ctx < 1 || p->n_ctx > 1 << 28)
+    return fail(err, PYLLM_ERR_ARGUMENT, "n_ctx is %d, expected 1 to %d", p->n_ctx, 1 << 28);
+  if (p->n_batch < 1 || p->n_batch > 4096)
+    return fail(err, PYLLM_ERR_ARGUMENT, "n_batch is %d, expected 1 to 4096", p->n_batch);
+  if (p->n_sink < 0 || p->n_sink > PYLLM_PAGE)
+    return fail(err, PYLLM_ERR_ARGUMENT, "n_sink is %d, expected 0 to %d", p->n_sink, PYLLM_PAGE);
+  return PYLLM_OK;
+}
+
+static attention_shape shape_of(const config *c, int32_t n_batch, int32_t n_ctx, int32_t n_sink) {
+  return (attention_shape){n_batch, n_ctx, c->n_heads, c->n_kv_heads, c->head_dim, n_sink, c->attention_scale};
+}
+
+static uint64_t activation_bytes(uint64_t cols) { return cols * 6 + cols / ACT_GROUP * 4 + cols / ACT_HALF * 8; }
+
+int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_params *p, pyllm_session_memory *out,
+                                    pyllm_error *err) {
+  int32_t status = check_params(p, err);
+  if (status) return status;
+  const config *c = &m->config;
+  uint64_t q_width = (uint64_t)c->n_heads * (uint64_t)c->head_dim,
+           kv_width = (uint64_t)c->n_kv_heads * (uint64_t)c->head_dim;
+  uint64_t per_token = (uint64_t)c->dim * 4 + activation_bytes((uint64_t)c->dim) + (q_width + 2 * kv_width) * 4 +
+                       activation_bytes(q_width) + (uint64_t)c->n_ff * 8 + activation_bytes((uint64_t)c->n_ff) +
+                       (uint64_t)c->n_rot * 4;
+  const backend *be = &m->backend;
+  attention_shape shape = shape_of(c, p->n_batch, p->n_ctx, p->n_sink);
+  out->kv_bytes = (uint64_t)c->n_layers * layer_kv_bytes(c, p->n_ctx, p->n_sink);
+  out->moment_bytes = (uint64_t)c->n_layers * (uint64_t)c->n_kv_heads * moment_floats(c) * sizeof(float);
+  out->scratch_bytes = (uint64_t)p->n_batch * per_token + attention_bytes(&shape) +
+                       be->ops->scratch_bytes(pool_size(be->pool), &shape) + (uint64_t)p->n_ctx * 4;
+  return PYLLM_OK;
+}
+
+static bool new_activation(activation *a, int32_t n, int32_t cols) {
+  size_t rows = (size_t)n, width = (size_t)cols;
+  a->cols = cols;
+  a->values = malloc(rows * width * sizeof(float));
+  a->q.planes = malloc(rows * width * 2);
+  a->q.scale = malloc(rows * (width / ACT_GROUP + 1) * sizeof(float));
+  a->q.sum = malloc(rows * (width / ACT_HALF + 1) * sizeof(int32_t));
+  a->q.product = malloc(rows * (width / ACT_HALF + 1) * sizeof(float));
+  return a->values && a->q.planes && a->q.scale && a->q.sum && a->q.product;
+}
+
+static void free_activation(activation *a) {
+  free(a->values);
+  free(a->q.planes);
+  free(a->q.scale);
+  free(a->q.sum);
+  free(a->q.product);
+}
+
+static bool new_buffers(batch_buffers *b, const config *c, int32_t n) {
+  size_t rows = (size_t)n, q_width = (size_t)(c->n_heads * c->head_dim),
+         kv_width = (size_t)(c->n_kv_heads * c->head_dim);
+  b->x = malloc(rows * (size_t)c->dim * sizeof(float));
+  b->q = malloc(rows * q_width * sizeof(float));
+  b->k = malloc(rows * kv_width * sizeof(float));
+  b->v = malloc(rows * kv_width * sizeof(float));
+  b->gate = malloc(rows * (size_t)c->n_ff * sizeof(float));
+  b->up = malloc(rows * (size_t)c->n_ff * sizeof(float));
+  b->cosine = malloc(rows * (size_t)(c->n_rot / 2) * sizeof(float));
+  b->sine = malloc(rows * (size_t)(c->n_rot / 2) * sizeof(float));
+  bool ok = new_activation(&b->normed, n, c->dim);
+  ok &= new_activation(&b->attended, n, (int32_t)q_width);
+  ok &= new_activation(&b->hidden, n, c->n_ff);
+  return ok && b->x && b->q && b->k && b->v && b->gate && b->up && b->cosine && b->sine;
+}
+
+static void free_buffers(batch_buffers *b) {
+  float *plain[] = {b->x, b->q, b->k, b->v, b->gate, b->up, b->cosine, b->sine};
+  for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) free(plain[i]);
+  free_activation(&b->normed);
+  free_activation(&b->attended);
+  free_activation(&b->hidden);
+}
+
+static bool new_layer(layer_cache *l, const config *c, int32_t n_ctx, int32_t n_sink) {
+  l->n_blocks = session_blocks(n_ctx, n_sink);
+  l->kv = calloc(1, layer_kv_bytes(c, n_ctx, n_sink)); /* untouched blocks take no memory */
+  l->moments = calloc((size_t)c->n_kv_heads, sizeof *l->moments);
+  l->sketches = calloc((size_t)c->n_kv_heads, sizeof *l->sketches);
+  if (!l->kv || !l->moments || !l->sketches) return false;
+  size_t d = (size_t)c->head_dim;
+  for (int32_t g = 0; g < c->n_kv_heads; g++) {
+    float *memory = calloc(moment_floats(c), sizeof *memory);
+    if (!memory) return false;
+    l->moments[g] = (key_moments){0, memory, memory + d, memory + d + d * d};
+  }
+  return true;
+}
+
+static void free_layer_cache(layer_cache *l, const config *c) {
+  for (int32_t g = 0; l->moments && g < c->n_kv_heads; g++) free(l->moments[g].mean);
+  for (int32_t g = 0; l->sketches && g < c->n_kv_heads; g++) free(l->sketches[g].pages);
+  free(l->moments);
+  free(l->sketches);
+  free(l->kv);
+}
+
+static bool allocate(pyllm_session *s) {
+  const config *c = &s->model->config;
+  s->tokens = malloc((size_t)s->n_ctx * sizeof *s->tokens);
+  s->stats = calloc((size_t)c->n_layers, sizeof *s->stats);
+  s->layers = calloc((size_t)c->n_layers, sizeof *s->layers);
+  if (!s->tokens || !s->stats || !s->layers) return false;
+  for (int32_t i = 0; i < c->n_layers; i++)
+    if (!new_layer(&s->layers[i], c, s->n_ctx, s->n_sink)) return false;
+  attention_shape shape = shape_of(c, s->n_batch, s->n_ctx, s->n_sink);
+  bool ok = attention_new(&s->attention, &shape);
+  ok &= new_buffers(&s->buffers, c, s->n_batch);
+  s->attention.q = s->buffers.q;
+  s->attention.backend_scratch = s->model->backend.ops->scratch_new(&s->model->backend, &shape);
+  return ok && s->attention.backend_scratch;
+}
+
+int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params *params, pyllm_session **out,
+                           pyllm_error *err) {
+  int32_t status = check_params(params, err);
+  if (status) return status;
+  pyllm_session *s = calloc(1, sizeof *s);
+  if (s) {
+    s->model = model;
+    model_hold(model);
+    s->n_ctx = params->n_ctx;
+    s->n_batch = params->n_batch < params->n_ctx ? params->n_batch : params->n_ctx;
+    s->n_sink = params->n_sink;
+    s->policy = (attention_policy){.policy = PYLLM_DENSE, .granularity = PYLLM_GROUP, .n_window = 1024};
+    atomic_flag_clear(&s->busy);
+    trace_init(&s->trace);
+  }
+  if (!s || !allocate(s)) {
+    pyllm_session_close(s);
+    return fail(err, PYLLM_ERR_MEMORY, "memory for a context of %d tokens (%llu bytes of KV cache) was refused",
+                params->n_ctx,
+                (unsigned long long)((uint64_t)model->config.n_layers *
+                                     layer_kv_bytes(&model->config, params->n_ctx, params->n_sink)));
+  }
+  *out = s;
+  return PYLLM_OK;
+}
+
+void pyllm_session_close(pyllm_session *s) {
+  if (!s) return;
+  for (int32_t i = 0; s->layers && i < s->model->config.n_layers; i++)
+    free_layer_cache(&s->layers[i], &s->model->config);
+  s->model->backend.ops->scratch_free(s->attention.backend_scratch);
+  attention_free(&s->attention);
+  free_buffers(&s->buffers);
+  free(s->policy.thresholds);
+  free(s->policy.static_local);
+  free(s->layers);
+  free(s->stats);
+  free(s->tokens);
+  pyllm_model_close((pyllm_model *)s->model);
+  free(s);
+}
+
+int32_t session_enter(pyllm_session *s, pyllm_error *err) {
+  if (!atomic_flag_test_and_set(&s->busy)) return PYLLM_OK;
+  return fail(err, PYLLM_ERR_ARGUMENT, "the session is in use by another thread");
+}
+
+int32_t session_leave(pyllm_session *s, int32_t status) {
+  atomic_flag_clear(&s->busy);
+  return status;
+}
+
+/* A copy of n items, or NULL: of nothing, or when memory is refused. */
+static void *copy_of(const void *source, size_t bytes) {
+  void *copy = source ? malloc(bytes) : NULL;
+  return copy ? memcpy(copy, source, bytes) : NULL;
+}
+
+static int32_t check_attention(const pyllm_attention *a, int32_t n_layer_heads, pyllm_error *err) {
+  if (a->policy < PYLLM_DENSE || a->policy > PYLLM_ADAPTIVE)
+    return fail(err, PYLLM_ERR_ARGUMENT, "attention policy %d is unknown", a->policy);
+  if (a->granularity != PYLLM_HEAD && a->granularity != PYLLM_GROUP)
+    return fail(err, PYLLM_ERR_ARGUMENT, "attention granularity %d is unknown", a->granularity);
+  if (a->n_window < 1) return fail(err, PYLLM_ERR_ARGUMENT, "attention window is %d, expected at least 1", a->n_window);
+  if (a->page_bits != 0 && (a->page_bits < 2 || a->page_bits > 4))
+    return fail(err, PYLLM_ERR_ARGUMENT, "a key sketch of %d bits: 0 (none), 2, 3 and 4 are possible", a->page_bits);
+  if (!(a->page_share >= 0) || !(a->page_drop >= 0))
+    return fail(err, PYLLM_ERR_ARGUMENT, "page_share is %g and page_drop %g, expected at least 0",
+                (double)a->page_share, (double)a->page_drop);
+  bool needs_thresholds = a->policy == PYLLM_ORACLE || a->policy == PYLLM_ADAPTIVE;
+  if (needs_thresholds && !a->thresholds)
+    return fail(err, PYLLM_ERR_ARGUMENT, "this attention policy needs thresholds");
+  if (a->policy == PYLLM_STATIC && !a->static_local)
+    return fail(err, PYLLM_ERR_ARGUMENT, "static attention needs its head labels");
+  for (int32_t i = 0; needs_thresholds && i < n_layer_heads; i++)
+    if (!(a->thresholds[i] == a->thresholds[i]))
+      return fail(err, PYLLM_ERR_ARGUMENT, "attention threshold %d is NaN", i);
+  return PYLLM_OK;
+}
+
+/* Gives every layer room for sketches of `bits`, empty; what there is stays where it has as many bits. */
+static int32_t resize_sketches(pyllm_session *s, int32_t bits, pyllm_error *err) {
+  const config *c = &s->model->config;
+  uint64_t page_bytes = s->model->backend.ops->sketch_bytes(bits, c->head_dim);
+  for (int32_t i = 0; i < c->n_layers; i++) {
+    layer_cache *l = &s->layers[i];
+    if (l->sketch_bits == bits) continue;
+    l->sketch_bits = 0;
+    for (int32_t g = 0; g < c->n_kv_heads; g++) {
+      free(l->sketches[g].pages);
+      l->sketches[g] = (key_sketch){0, calloc((size_t)l->n_blocks, page_bytes)};
+      if (!l->sketches[g].pages)
+        return fail(err, PYLLM_ERR_MEMORY, "memory for a key sketch of %d bits was refused", bits);
+    }
+    l->sketch_bits = bits;
+  }
+  return PYLLM_OK;
+}
+
+static int32_t replace_policy(pyllm_session *s, const pyllm_attention *a, pyllm_error *err) {
+  size_t n = (size_t)s->model->config.n_layers * (size_t)s->model->config.n_heads;
+  int32_t status = check_attention(a, (int32_t)n, err);
+  if (!status && a->page_bits) status = resize_sketches(s, a->page_bits, err);
+  if (status) return status;
+  attention_policy p = {
+      a->policy,    a->granularity, a->n_window, copy_of(a->thresholds, n * sizeof(float)), copy_of(a->static_local, n),
+      a->page_bits, a->page_share,  a->page_drop};
+  if ((a->thresholds && !p.thresholds) || (a->static_local && !p.static_local)) {
+    free(p.thresholds);
+    free(p.static_local);
+    return fail(err, PYLLM_ERR_MEMORY, "memory for an attention policy of %zu heads was refused", n);
+  }
+  free(s->policy.thresholds);
+  free(s->policy.static_local);
+  s->policy = p;
+  return PYLLM_OK;
+}
+
+int32_t pyllm_session_set_attention(pyllm_session *s, const pyllm_attention *a, pyllm_error *err) {
+  int32_t status = session_enter(s, err);
+  return status ? status : session_leave(s, replace_policy(s, a, err));
+}
+
+static int32_t check_eval(const pyllm_session *s, const int32_t *tokens, int32_t n, int32_t n_logits,
+                          pyllm_error *err) {
+  if (n < 1) return fail(err, PYLLM_ERR_ARGUMENT, "no tokens to evaluate");
+  if (n_logits < 0 || n_logits > n)
+    return fail(err, PYLLM_ERR_ARGUMENT, "logits of %d tokens asked for, with %d tokens to evaluate", n_logits, n);
+  if (n > s->n_ctx - s->position)
+    return fail(err, PYLLM_ERR_CONTEXT, "%d tokens at position %d do not fit the context of %d tokens", n, s->position,
+                s->n_ctx);
+  for (int32_t i = 0; i < n; i++)
+    if (tokens[i] < 0 || tokens[i] >= s->model->config.n_vocab)
+      return fail(err, PYLLM_ERR_ARGUMENT, "token id %d at index %d is not in the vocabulary of %d", tokens[i], i,
+                  s->model->config.n_vocab);
+  return PYLLM_OK;
+}
+
+static int32_t eval_batches(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
+                            pyllm_error *err) {
+  for (int32_t done = 0; done < n;) {
+    int32_t m = n - done < s->n_batch ? n - done : s->n_batch, start = s->position;
+    int32_t skipped = n - n_logits - done; /* tokens of this batch that need no logits */
+    int32_t wanted = skipped <= 0 ? m : skipped < m ? m - skipped : 0;
+    float *out = logits + (skipped > 0 ? 0 : (int64_t)-skipped * s->model->config.n_vocab);
+    int32_t status = forward(s, tokens + done, m, out, wanted, err);
+    if (status) {
+      session_cut(s, start, start + m);
+      return status;
+    }
+    done += m;
+  }
+  return PYLLM_OK;
+}
+
+int32_t pyllm_session_eval(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
+                           pyllm_error *err) {
+  int32_t status = session_enter(s, err);
+  if (status) return status;
+  status = check_eval(s, tokens, n, n_logits, err);
+  if (status) return session_leave(s, status);
+  atomic_store(&s->abort, false);
+  pool_begin(s->model->backend.pool);
+  status = eval_batches(s, tokens, n, logits, n_logits, err);
+  pool_end(s->model->backend.pool);
+  return session_leave(s, status);
+}
+
+static int32_t rewind_to(pyllm_session *s, int32_t n, pyllm_error *err) {
+  if (n < 0 || n > s->position)
+    return fail(err, PYLLM_ERR_ARGUMENT, "cannot rewind to position %d: the session is at %d", n, s->position);
+  if (n < s->position) session_cut(s, n, s->position);
+  return PYLLM_OK;
+}
+
+int32_t pyllm_session_rewind(pyllm_session *s, int32_t n, pyllm_error *err) {
+  int32_t status = session_enter(s, err);
+  return status ? status : session_leave(s, rewind_to(s, n, err));
+}
+
+int32_t pyllm_session_sync(pyllm_session *s, const int32_t *tokens, int32_t n, int32_t *n_kept, pyllm_error *err) {
+  if (n < 1) return fail(err, PYLLM_ERR_ARGUMENT, "no tokens to evaluate");
+  int32_t status = session_enter(s, err);
+  if (status) return status;
+  int32_t kept = 0;
+  while (kept < s->position && kept < n - 1 && s->tokens[kept] == tokens[kept]) kept++;
+  status = rewind_to(s, kept, err);
+  if (!status) *n_kept = kept;
+  return session_leave(s, status);
+}
+
+int32_t pyllm_session_position(const pyllm_session *s) { return s->position; }
+
+void pyllm_session_tokens(const pyllm_session *s, int32_t *out) {
+  memcpy(out, s->tokens, (size_t)s->position * sizeof *out);
+}
+
+void pyllm_session_abort(pyllm_session *s) { atomic_store(&s->abort, true); }
+
+void pyllm_session_layer_stats(const pyllm_session *s, pyllm_layer_stats *out) {
+  memcpy(out, s->stats, (size_t)s->model->config.n_layers * sizeof *out);
+}
+
+int32_t pyllm_session_stage_stats(const pyllm_session *s, pyllm_stage_stats *out, int32_t n) {
+  for (int32_t i = 0; i < n && i < N_STAGES; i++) out[i] = s->trace.stages[i];
+  return N_STAGES;
+}

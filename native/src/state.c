@@ -1,0 +1,133 @@
+/* Looking into a session, and a session as bytes:
+ *   header, tokens i32 (position), then per layer and key/value head the blocks that hold tokens, as they are. */
+#include "session.h"
+#include "error.h"
+#include <string.h>
+
+enum { STATE_VERSION = 1 };
+
+typedef struct state_header {
+  char magic[8]; /* "pyllmkv\0" */
+  uint32_t version;
+  int32_t n_sink, position;
+  int32_t reserved;
+  uint64_t model;    /* fingerprint */
+  uint64_t checksum; /* of everything behind the header */
+} state_header;
+
+/* FNV-1a over 64-bit words, the last one padded with zeros. */
+static uint64_t hash(uint64_t h, const void *data, uint64_t size) {
+  const unsigned char *p = data;
+  for (uint64_t i = 0; i < size; i += 8) {
+    uint64_t word = 0;
+    memcpy(&word, p + i, size - i < 8 ? size - i : 8);
+    h = (h ^ word) * 0x100000001b3u;
+  }
+  return h;
+}
+
+static uint64_t fingerprint(const pyllm_model *m) {
+  const config *c = &m->config;
+  const int32_t shape[] = {c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim, c->dim, c->n_ff, c->n_vocab};
+  uint64_t h = hash(0xcbf29ce484222325u, c->arch->name, strlen(c->arch->name));
+  h = hash(h, shape, sizeof shape);
+  h = hash(h, m->output_norm, (uint64_t)c->dim * sizeof *m->output_norm);
+  return hash(h, m->layers[0].wk.data, m->layers[0].wk.tile_bytes);
+}
+
+/* Bytes of the blocks of one head that hold the first `position` tokens. */
+static uint64_t head_bytes(const pyllm_session *s, int32_t position) {
+  return position ? (uint64_t)(kv_block_of(s->n_sink, position - 1) + 1) * session_block_bytes(&s->model->config) : 0;
+}
+
+static uint64_t state_bytes(const pyllm_session *s, int32_t position) {
+  const config *c = &s->model->config;
+  return sizeof(state_header) + (uint64_t)position * sizeof(int32_t) +
+         (uint64_t)c->n_layers * (uint64_t)c->n_kv_heads * head_bytes(s, position);
+}
+
+uint64_t pyllm_session_state_size(const pyllm_session *s) { return state_bytes(s, s->position); }
+
+int32_t pyllm_session_save(const pyllm_session *s, void *buffer, uint64_t size, pyllm_error *err) {
+  if (size < pyllm_session_state_size(s))
+    return fail(err, PYLLM_ERR_ARGUMENT, "saving the session needs %llu bytes, the buffer has %llu",
+                (unsigned long long)pyllm_session_state_size(s), (unsigned long long)size);
+  unsigned char *at = (unsigned char *)buffer + sizeof(state_header);
+  memcpy(at, s->tokens, (size_t)s->position * sizeof(int32_t));
+  at += (size_t)s->position * sizeof(int32_t);
+  uint64_t bytes = head_bytes(s, s->position);
+  for (int32_t i = 0; i < s->model->config.n_layers; i++)
+    for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += bytes)
+      memcpy(at, session_head_blocks(s, i, g), bytes);
+  state_header h = {"pyllmkv", STATE_VERSION, s->n_sink, s->position, 0, fingerprint(s->model), 0};
+  h.checksum = hash(0, (unsigned char *)buffer + sizeof h, pyllm_session_state_size(s) - sizeof h);
+  memcpy(buffer, &h, sizeof h);
+  return PYLLM_OK;
+}
+
+static int32_t check_state(const pyllm_session *s, const state_header *h, const void *buffer, uint64_t size,
+                           pyllm_error *err) {
+  if (memcmp(h->magic, "pyllmkv", 8) != 0)
+    return fail(err, PYLLM_ERR_FORMAT, "not a saved session: it does not begin with 'pyllmkv'");
+  if (h->version != STATE_VERSION)
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "saved session of version %u, this library reads %d", h->version,
+                STATE_VERSION);
+  if (h->model != fingerprint(s->model)) return fail(err, PYLLM_ERR_FORMAT, "saved session of another model");
+  if (h->n_sink != s->n_sink)
+    return fail(err, PYLLM_ERR_FORMAT, "saved session with %d sinks, this one has %d", h->n_sink, s->n_sink);
+  if (h->position < 0 || h->position > s->n_ctx)
+    return fail(err, PYLLM_ERR_CONTEXT, "saved session of %d tokens does not fit the context of %d", h->position,
+                s->n_ctx);
+  if (size != state_bytes(s, h->position))
+    return fail(err, PYLLM_ERR_FORMAT, "saved session of %d tokens has %llu bytes, expected %llu", h->position,
+                (unsigned long long)size, (unsigned long long)state_bytes(s, h->position));
+  if (h->checksum != hash(0, (const unsigned char *)buffer + sizeof *h, size - sizeof *h))
+    return fail(err, PYLLM_ERR_FORMAT, "saved session is damaged: its checksum does not match");
+  return PYLLM_OK;
+}
+
+static int32_t load(pyllm_session *s, const void *buffer, uint64_t size, pyllm_error *err) {
+  state_header h;
+  if (size < sizeof h)
+    return fail(err, PYLLM_ERR_FORMAT, "saved session is truncated: %llu bytes", (unsigned long long)size);
+  memcpy(&h, buffer, sizeof h);
+  int32_t status = check_state(s, &h, buffer, size, err);
+  if (status) return status;
+  const unsigned char *at = (const unsigned char *)buffer + sizeof h;
+  session_cut(s, 0, s->position);
+  memcpy(s->tokens, at, (size_t)h.position * sizeof(int32_t));
+  at += (size_t)h.position * sizeof(int32_t);
+  uint64_t bytes = head_bytes(s, h.position);
+  for (int32_t i = 0; i < s->model->config.n_layers; i++)
+    for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += bytes)
+      memcpy(session_head_blocks(s, i, g), at, bytes);
+  s->position = h.position;
+  return PYLLM_OK;
+}
+
+int32_t pyllm_session_load(pyllm_session *s, const void *buffer, uint64_t size, pyllm_error *err) {
+  int32_t status = session_enter(s, err);
+  return status ? status : session_leave(s, load(s, buffer, size, err));
+}
+
+static int32_t moments(pyllm_session *s, int32_t layer, int32_t kv_head, int32_t n_pages, float *mean, float *cov,
+                       pyllm_error *err) {
+  const config *c = &s->model->config;
+  if (layer < 0 || layer >= c->n_layers || kv_head < 0 || kv_head >= c->n_kv_heads)
+    return fail(err, PYLLM_ERR_ARGUMENT, "layer %d, key/value head %d: the model has %d and %d", layer, kv_head,
+                c->n_layers, c->n_kv_heads);
+  if (n_pages < 1 || s->n_sink + (int64_t)n_pages * PYLLM_PAGE > s->position)
+    return fail(err, PYLLM_ERR_ARGUMENT, "%d pages behind %d sinks are not all in a session at position %d", n_pages,
+                s->n_sink, s->position);
+  key_moments *m = &s->layers[layer].moments[kv_head];
+  moments_fold(s->model->backend.kernels, m, session_head_blocks(s, layer, kv_head), c->head_dim, n_pages);
+  memcpy(mean, m->mean, (size_t)c->head_dim * sizeof *mean);
+  for (int64_t i = 0; i < (int64_t)c->head_dim * c->head_dim; i++) cov[i] = m->m2[i] / (float)(n_pages * PYLLM_PAGE);
+  return PYLLM_OK;
+}
+
+int32_t pyllm_session_moments(pyllm_session *s, int32_t layer, int32_t kv_head, int32_t n_pages, float *mean,
+                              float *cov, pyllm_error *err) {
+  int32_t status = session_enter(s, err);
+  return status ? status : session_leave(s, moments(s, layer, kv_head, n_pages, mean, cov, err));
+}

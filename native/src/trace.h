@@ -1,0 +1,32 @@
+/* Where an evaluation's time goes: the time between two laps belongs to the stage the second names. */
+#ifndef PYLLM_SRC_TRACE_H
+#define PYLLM_SRC_TRACE_H
+#include "pyllm.h"
+
+enum stage {
+  STAGE_EMBED,
+  STAGE_NORM,
+  STAGE_QKV,
+  STAGE_ROPE,
+  STAGE_ATTEND_LOCAL,
+  STAGE_SELECT,
+  STAGE_ATTEND_BULK,
+  STAGE_FINISH,
+  STAGE_ATTENTION_OUT,
+  STAGE_GATE_UP,
+  STAGE_SWIGLU,
+  STAGE_DOWN,
+  STAGE_LOGITS,
+  N_STAGES
+};
+
+typedef struct trace {
+  pyllm_stage_stats stages[N_STAGES];
+  uint64_t last; /* nanoseconds */
+} trace;
+
+void trace_init(trace *t);
+void trace_begin(trace *t);
+void trace_lap(trace *t, enum stage stage, uint64_t bytes);
+
+#endif

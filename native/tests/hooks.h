@@ -1,0 +1,67 @@
+/* Entry points of the tests into what the library does not export; cffi parses this text after pyllm.h, so
+ * there are only guards and plain C declarations. Where a function returns a status, a type number that the
+ * library does not read is PYLLM_ERR_UNSUPPORTED. */
+#ifndef PYLLM_TESTS_HOOKS_H
+#define PYLLM_TESTS_HOOKS_H
+#include "pyllm.h"
+
+#pragma GCC visibility push(default)
+
+/* ---- quant.h ---- */
+
+/* The fields of quant_type, unpack apart; name lives as long as the library. */
+typedef struct hook_quant_traits {
+  const char *name;
+  int32_t block, bytes, bits, group, offset;
+  int32_t has_min, scaled; /* 0 or 1 */
+} hook_quant_traits;
+int32_t hook_quant_type(int32_t type, hook_quant_traits *out);
+const char *hook_quant_supported(void);
+
+/* One block as quant_block has it. d_m: (2), scale: (16), min: (16), q: (256); only the entries the type uses
+ * are written. PYLLM_ERR_ARGUMENT for F32, F16 and BF16, which have no blocks. */
+int32_t hook_unpack(int32_t type, const void *block, uint16_t *d_m, int16_t *scale, uint8_t *min, uint8_t *q);
+
+/* data: n values in the type's blocks, any alignment; out: (n). PYLLM_ERR_ARGUMENT unless n is a multiple of
+ * the block. */
+int32_t hook_dequantize(int32_t type, const void *data, float *out, int64_t n);
+
+/* x and out: (n). Halves as their bits. */
+void hook_f16_to_f32(const uint16_t *x, float *out, int64_t n);
+void hook_bf16_to_f32(const uint16_t *x, float *out, int64_t n);
+void hook_f32_to_f16(const float *x, uint16_t *out, int64_t n);
+
+/* ---- the CPU backend, on arrays; isa NULL for the best ---- */
+
+/* out (n, rows) = (add ? out : 0) + x (n, cols) W^T + bias; weights: rows of cols values in the type's blocks; bias
+ * (rows) or NULL. Goes through pack, the rounding of activations and the linear stage. */
+int32_t hook_linear(const char *isa, int32_t n_threads, int32_t type, const void *weights, int32_t rows, int32_t cols,
+                    const float *x, int32_t n, const float *bias, int32_t add, float *out, pyllm_error *err);
+
+/* x: (n), n a multiple of 32; out: what the rounding of activations makes of it. */
+int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyllm_error *err);
+
+/* gate, up, out: (n), n a multiple of 16. */
+int32_t hook_swiglu(const char *isa, const float *gate, const float *up, float *out, int32_t n, pyllm_error *err);
+
+/* Moments of the pages of one head's keys k (64 n_pages, head_dim), folded one page after another, at every page
+ * boundary: mean (n_pages, head_dim), cov (n_pages, head_dim, head_dim). */
+int32_t hook_moments(const char *isa, const float *k, int32_t n_pages, int32_t head_dim, float *mean, float *cov,
+                     pyllm_error *err);
+
+typedef struct hook_attention_shape {
+  int32_t n, n_heads, n_kv_heads, head_dim, n_sink;
+  float scale;
+  int32_t chunk; /* queries evaluated at once */
+} hook_attention_shape;
+
+/* The attention pipeline of one layer over given q (n, n_heads, head_dim), k and v (n, n_kv_heads, head_dim), from an
+ * empty cache, chunk by chunk. attention: arrays of one layer. out: (n, n_heads, head_dim); is_long, local_mass,
+ * bulk_mass: (n, n_heads); stats: one layer's. */
+int32_t hook_attention(const char *isa, int32_t n_threads, const hook_attention_shape *shape,
+                       const pyllm_attention *attention, const float *q, const float *k, const float *v, float *out,
+                       uint8_t *is_long, float *local_mass, float *bulk_mass, pyllm_layer_stats *stats,
+                       pyllm_error *err);
+
+#pragma GCC visibility pop
+#endif

@@ -1,0 +1,41 @@
+"""A standalone runtime for quantized GGUF models with adaptive sparse attention."""
+
+from pyllm.attention import Adaptive, Dense, Oracle, Static, Window
+from pyllm.errors import (
+    AbortedError,
+    ArgumentError,
+    ContextError,
+    DocumentError,
+    DownloadError,
+    FileError,
+    FormatError,
+    InsufficientMemoryError,
+    NumericError,
+    PyllmError,
+    TemplateError,
+    UnsupportedError,
+)
+from pyllm.llm import LLM
+from pyllm.session import Session
+
+__all__ = [
+    "LLM",
+    "AbortedError",
+    "Adaptive",
+    "ArgumentError",
+    "ContextError",
+    "Dense",
+    "DocumentError",
+    "DownloadError",
+    "FileError",
+    "FormatError",
+    "InsufficientMemoryError",
+    "NumericError",
+    "Oracle",
+    "PyllmError",
+    "Session",
+    "Static",
+    "TemplateError",
+    "UnsupportedError",
+    "Window",
+]

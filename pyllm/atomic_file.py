@@ -1,0 +1,30 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+
+def _umask() -> int:
+    """Reading the process's mask means setting it, which other threads would see: so from /proc."""
+    try:
+        status = Path("/proc/self/status").read_text("ascii", "replace")
+        return int(status.split("Umask:")[1].split()[0], 8)
+    except (OSError, IndexError, ValueError):
+        return 0o077
+
+
+def write(path: Path, data: memoryview) -> None:
+    """Replaces `path` by data: until the end it is what it was. Raises OSError, and leaves nothing behind."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        try:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+            os.fchmod(file.fileno(), 0o666 & ~_umask())  # as open() would have made it
+            os.replace(file.name, path)
+        except BaseException:
+            os.unlink(file.name)
+            raise

@@ -1,0 +1,254 @@
+"""How attention decides what to read: the policies as values, their text form and their native arrays."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pyllm.errors import ArgumentError
+
+GRANULARITIES = ("head", "group")
+PAGE_BITS = (0, 2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What all policies share.
+
+    window: newest tokens that are always read, at least. sinks: first tokens that are always read, 0..64,
+    fixed for a session because its pages start behind them.
+    """
+
+    name: ClassVar[str]
+    code: ClassVar[int]
+    parameter: ClassVar[str] = ""  # what the text form has after its colon
+
+    window: int = field(default=1024, kw_only=True)
+    sinks: int = field(default=16, kw_only=True)
+
+    def __post_init__(self) -> None:
+        _require_int("window", self.window, 1, 2**31 - 1)
+        _require_int("sinks", self.sinks, 0, 64)
+
+    def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
+        """Arguments of `NativeSession.set_attention` for a model of this shape."""
+        return {
+            "policy": self.code,
+            "granularity": 1,
+            "n_window": self.window,
+            "thresholds": None,
+            "static_local": None,
+        }
+
+    def __str__(self) -> str:
+        """The spelling that `parse` reads, where there is one."""
+        head = self.name
+        if self.parameter:
+            value = getattr(self, self.parameter)
+            head += f":{value}" if isinstance(value, (int, float)) else ":array"
+        options = [f for f in fields(self) if f.name in OPTIONS and f.name != self.parameter]
+        changed = [f for f in options if getattr(self, f.name) != f.default]
+        return ",".join([head, *(f"{f.name}={getattr(self, f.name)}" for f in changed)])
+
+
+@dataclass(frozen=True)
+class _Paged(Policy):
+    """What all policies share that let some heads be long: how much of the bulk these read.
+
+    page_bits: 0, the whole bulk; or 2, 3 or 4: bits per value of a sketch of the bulk's keys, from which the
+    shares of attention of read pages, 16 tokens, are estimated. page_share: the share above which a read page
+    is read, 0..1. page_drop: what the shares of the others may sum to, at least 0; page_share is halved for a
+    head until they do, 1 is no bound. With page_bits results depend on how a prompt is cut into batches.
+    """
+
+    page_bits: int = field(default=0, kw_only=True)
+    page_share: float = field(default=0.005, kw_only=True)
+    page_drop: float = field(default=1.0, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require_int("page_bits", self.page_bits, PAGE_BITS[0], PAGE_BITS[-1])
+        if self.page_bits not in PAGE_BITS:
+            raise ArgumentError(f"page_bits: expected one of {PAGE_BITS}, got {self.page_bits!r}")
+        object.__setattr__(self, "page_share", _require_float("page_share", self.page_share, 1.0))
+        object.__setattr__(self, "page_drop", _require_float("page_drop", self.page_drop, math.inf))
+
+    def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
+        pages = {name: getattr(self, name) for name in ("page_bits", "page_share", "page_drop")}
+        return super().native(n_layers, n_heads) | pages
+
+
+@dataclass(frozen=True)
+class Dense(_Paged):
+    """Every head reads everything, or with page_bits the read pages it wants of everything."""
+
+    name = "dense"
+    code = 0
+
+
+@dataclass(frozen=True)
+class Window(Policy):
+    """Every head reads the sinks and the window, never the bulk between them."""
+
+    name = "window"
+    code = 1
+    parameter = "window"
+
+
+@dataclass(frozen=True)
+class Static(_Paged):
+    """Fixed labels. local: (n_layers, n_heads), true where a head never reads the bulk."""
+
+    name = "static"
+    code = 2
+    parameter = "local"
+
+    local: ArrayLike
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        labels = np.asarray(self.local)
+        if labels.ndim != 2 or not np.isin(labels, (0, 1)).all():
+            raise ArgumentError(f"static labels: expected 0 or 1 per (layer, head), got shape {labels.shape}")
+        object.__setattr__(self, "local", _nested(labels.astype(bool)))
+
+    def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
+        labels = np.array(self.local, np.uint8)
+        if labels.shape != (n_layers, n_heads):
+            raise ArgumentError(
+                f"static labels of shape {labels.shape}, but the model has {(n_layers, n_heads)}"
+            )
+        return {**super().native(n_layers, n_heads), "granularity": 0, "static_local": labels}
+
+
+@dataclass(frozen=True)
+class _Thresholded(_Paged):
+    """What Oracle and Adaptive share.
+
+    threshold: of the local share, at least 0; above 1 every head is long. One number, (n_layers,)
+    numbers or (n_layers, n_heads). granularity: "group" makes all query heads of a key/value head long when
+    one is, "head" decides one by one.
+    """
+
+    parameter = "threshold"
+
+    threshold: ArrayLike = 0.9
+    granularity: str = "group"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "threshold", _thresholds(self.threshold))
+        if self.granularity not in GRANULARITIES:
+            raise ArgumentError(f"granularity: expected 'head' or 'group', got {self.granularity!r}")
+
+    def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
+        values = np.array(self.threshold, np.float32)
+        if values.ndim == 1:
+            values = values[:, None]
+        try:
+            thresholds = np.broadcast_to(values, (n_layers, n_heads)).copy()
+        except ValueError:
+            shape = np.shape(self.threshold)
+            raise ArgumentError(
+                f"thresholds of shape {shape}, but the model has {(n_layers, n_heads)}"
+            ) from None
+        granularity = GRANULARITIES.index(self.granularity)
+        return {**super().native(n_layers, n_heads), "granularity": granularity, "thresholds": thresholds}
+
+
+@dataclass(frozen=True)
+class Oracle(_Thresholded):
+    """The adaptive rule with the true bulk mass in place of its estimate: the best an estimate could do."""
+
+    name = "oracle"
+    code = 3
+
+
+@dataclass(frozen=True)
+class Adaptive(_Thresholded):
+    """A head is local for a query iff sinks and window hold an estimated share of at least the threshold."""
+
+    name = "adaptive"
+    code = 4
+
+
+# Options of the text form, and what reads their values.
+OPTIONS: dict[str, Callable[[str], Any]] = {
+    "window": int,
+    "sinks": int,
+    "granularity": str,
+    "page_bits": int,
+    "page_share": float,
+    "page_drop": float,
+}
+PARSED: dict[str, type[Policy]] = {policy.name: policy for policy in (Dense, Window, Oracle, Adaptive)}
+SYNTAX = (
+    "dense, window[:TOKENS], adaptive[:THRESHOLD] or oracle[:THRESHOLD], "
+    "then any of ,window=N ,sinks=N ,granularity=head|group ,page_bits=0|2|3|4 ,page_share=X ,page_drop=X"
+)
+
+
+def parse(spec: str) -> Policy:
+    """The policy a command line names: "dense", "window:512", "adaptive:0.9,page_bits=3,page_share=0.01".
+
+    Raises ArgumentError with the syntax when it names none.
+    """
+    head, *options = spec.strip().split(",")
+    name, _, value = head.partition(":")
+    policy = PARSED.get(name)
+    if policy is None:
+        raise ArgumentError(f"attention {spec!r}: expected {SYNTAX}")
+    arguments: dict[str, Any] = {}
+    if value:
+        if not policy.parameter:
+            raise ArgumentError(f"attention {spec!r}: {name} takes no value; expected {SYNTAX}")
+        arguments[policy.parameter] = _value(spec, value, int if policy is Window else float)
+    for option in options:
+        key, _, text = option.partition("=")
+        if key not in OPTIONS:
+            raise ArgumentError(f"attention {spec!r}: unknown option {key!r}; expected {SYNTAX}")
+        arguments[key] = _value(spec, text, OPTIONS[key])
+    try:
+        return policy(**arguments)
+    except TypeError:
+        raise ArgumentError(f"attention {spec!r}: not for {name}; expected {SYNTAX}") from None
+
+
+def _value(spec: str, text: str, read: Callable[[str], Any]) -> Any:
+    try:
+        return read(text)
+    except ValueError:
+        raise ArgumentError(f"attention {spec!r}: {text!r} is not a number; expected {SYNTAX}") from None
+
+
+def _thresholds(value: ArrayLike) -> Any:
+    try:
+        array = np.asarray(value, np.float64)
+    except (TypeError, ValueError):
+        raise ArgumentError(f"threshold: expected a number or an array of numbers, got {value!r}") from None
+    if array.ndim > 2 or array.size == 0 or not np.isfinite(array).all() or (array < 0).any():
+        shown = f"{value!r}" if array.ndim == 0 else f"an array of shape {array.shape}"
+        raise ArgumentError(f"threshold: expected numbers >= 0, one, per layer or per head, got {shown}")
+    return _nested(array)
+
+
+def _nested(array: np.ndarray) -> Any:
+    """As nested tuples, so that policies are values that compare and hash."""
+    return tuple(_nested(row) for row in array) if array.ndim else array.item()
+
+
+def _require_int(name: str, value: Any, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
+        raise ArgumentError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
+
+
+def _require_float(name: str, value: Any, high: float) -> float:
+    if isinstance(value, (int, float, np.number)) and not isinstance(value, bool) and 0 <= value <= high:
+        return float(value)
+    bound = f"from 0 to {high:g}" if math.isfinite(high) else "of at least 0"
+    raise ArgumentError(f"{name}: expected a number {bound}, got {value!r}")

@@ -1,0 +1,167 @@
+"""`pyllm eval`: what each attention policy costs and what it loses, on long text."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pyllm.cli import options
+from pyllm.cli.terminal import prefill_bar, render
+from pyllm.download import file_sha256
+from pyllm.errors import ArgumentError
+from pyllm.evaluate import report, texts, tradeoff
+from pyllm.evaluate.candidates import PAGE_BITS, PAGE_SHARES, ROWS, SHARES, THRESHOLDS, Choice
+from pyllm.evaluate.evaluation import Evaluation
+from pyllm.evaluate.results import Results, csv_bytes, require_writable, write
+from pyllm.evaluate.texts import Text
+from pyllm.llm import LLM
+from pyllm.models import DEFAULT_MODEL
+
+N = TypeVar("N", int, float)
+
+HELP = "Compare attention policies with dense attention on long text: quality against cost."
+
+DEFAULT_CONTEXT = 4096
+IMAGES = ("png", "svg", "pdf")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", default=DEFAULT_MODEL, help="name or path (default: %(default)s)")
+    parser.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="documents to evaluate on (default: Python's language reference and source code)",
+    )
+    parser.add_argument(
+        "--ctx", type=int, metavar="N", help=f"tokens of each text (default: {DEFAULT_CONTEXT})"
+    )
+    parser.add_argument("--window", type=int, default=1024, metavar="N", help="default: %(default)s")
+    parser.add_argument("--sinks", type=int, default=16, metavar="N", help="default: %(default)s")
+    parser.add_argument(
+        "--policies", type=_words, default=tuple(ROWS), metavar="A,B", help=f"default: {','.join(ROWS)}"
+    )
+    for name, kind, default, what in (
+        ("--thresholds", _floats, THRESHOLDS, "of oracle and adaptive"),
+        ("--shares", _floats, SHARES, "of heads that static labels call local"),
+        ("--page-shares", _floats, PAGE_SHARES, "of attention above which the page tier reads a page"),
+        ("--page-bits", _ints, PAGE_BITS, "of the page tier's sketch: 2, 3 or 4"),
+    ):
+        shown = ",".join(f"{value:g}" for value in default)
+        parser.add_argument(
+            name, type=kind, default=default, metavar="A,B", help=f"{what} (default: {shown})"
+        )
+    parser.add_argument(
+        "--decode",
+        type=int,
+        default=32,
+        metavar="N",
+        help="tokens at the end evaluated one by one (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="chooses the part of each text (default: %(default)s)"
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="evaluate at most N more rows in this run")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="keeps finished rows; a later run goes on from them"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="the table as comma-separated values")
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help=f"KL against bytes read, as {', '.join(IMAGES)}"
+    )
+    parser.add_argument(
+        "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: %(default)s)"
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
+    parser.add_argument("--isa", choices=("generic", "avx2", "avx512"), help="default: the best there is")
+    parser.set_defaults(device="auto", attention=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    choice = Choice(
+        window=args.window,
+        sinks=args.sinks,
+        policies=args.policies,
+        thresholds=args.thresholds,
+        shares=args.shares,
+        page_shares=args.page_shares,
+        page_bits=args.page_bits,
+    )
+    _check(args)
+    llm = options.open_llm(args)
+    n_ctx = args.ctx or min(llm.n_ctx, DEFAULT_CONTEXT)
+    sources = texts.files(args.text) if args.text else texts.builtin()
+    chosen = [texts.excerpt(llm, name, text, n_ctx + 1, args.seed) for name, text in sources.items()]
+    for text in chosen:
+        tradeoff.require_bulk(text, choice.window, choice.sinks, args.decode)
+    settings = _settings(args, llm, n_ctx, chosen)
+    results = Results.open(args.json, settings) if args.json else Results(settings)
+    evaluation = Evaluation(llm, choice, chosen, results, args.json, args.decode, args.seed, n_ctx)
+    with prefill_bar() as tick:
+        left = evaluation.run(args.limit, tick)
+    rows = evaluation.finished()
+    if args.csv:
+        write(args.csv, csv_bytes(rows))
+    if args.plot and rows:
+        write(args.plot, report.plot(rows, args.plot.suffix[1:].lower()))
+    for headline, tables in report.by_text(rows):
+        print(headline, *map(render, tables), sep="\n")
+    print(report.LEGEND)
+    if left:
+        print(f"{left} rows are left for the next run", file=sys.stderr)
+    return 0
+
+
+def _check(args: argparse.Namespace) -> None:
+    """What can be refused before the model is opened."""
+    for name in ("ctx", "decode", "limit"):
+        value = getattr(args, name)
+        least = 0 if name == "decode" else 1
+        if value is not None and value < least:
+            raise ArgumentError(f"--{name}: expected at least {least}, got {value}")
+    for path in filter(None, (args.json, args.csv, args.plot)):
+        require_writable(path)
+    if args.plot:
+        if args.plot.suffix[1:].lower() not in IMAGES:
+            raise ArgumentError(f"--plot {args.plot}: expected a name that ends in .{', .'.join(IMAGES)}")
+        report.require_matplotlib()
+
+
+def _settings(args: argparse.Namespace, llm: LLM, n_ctx: int, chosen: Sequence[Text]) -> dict[str, Any]:
+    """All that a row depends on besides its policy: results of other settings are not mixed with these."""
+    return {
+        "model": llm.name,
+        "model sha256": [file_sha256(path) for path in llm.paths],
+        "isa": llm.info.isa,
+        "threads": llm.info.n_threads,
+        "texts": {text.name: text.sha256 for text in chosen},
+        "tokens": n_ctx,
+        "batch": args.batch,
+        "window": args.window,
+        "sinks": args.sinks,
+        "decode": args.decode,
+        "seed": args.seed,
+    }
+
+
+def _words(text: str) -> tuple[str, ...]:
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def _floats(text: str) -> tuple[float, ...]:
+    return _numbers(text, float)
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return _numbers(text, int)
+
+
+def _numbers(text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
+    """Each of them once."""
+    try:
+        return tuple(dict.fromkeys(map(kind, _words(text))))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None

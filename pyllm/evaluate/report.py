@@ -1,0 +1,141 @@
+"""Results for people: a table and a plot."""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from rich.table import Table
+
+from pyllm.errors import UnsupportedError
+from pyllm.evaluate.metrics import BLOCK
+from pyllm.evaluate.results import Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+MARKERS = "osD^vP*X"
+FLOOR = 1e-5  # nats; what is below, dense attention itself among it, stands at the plot's lower edge
+
+
+LEGEND = (
+    "KL to dense attention in nats with its 95 % interval; ppl: perplexity. In %: top-1, tokens whose "
+    "likeliest next token is dense attention's; heads local; bulk work; bulk bytes read; time beside dense's."
+)
+
+
+def by_text(rows: Iterable[Row]) -> list[tuple[str, list[Table]]]:
+    """Per text a line on it and on dense attention, and tables of the policies: of prefill, and of decode
+    where that had tokens enough to say something about its quality."""
+    found = []
+    for _, group in itertools.groupby(rows, lambda row: row.text):
+        rows_of_text = list(group)
+        decoded = [row for row in rows_of_text if row.decode_tokens >= BLOCK]
+        tables = [_table(rows_of_text), *([_decode_table(decoded)] if decoded else [])]
+        found.append((_headline(rows_of_text[0]), tables))
+    return found
+
+
+def _headline(row: Row) -> str:
+    decode = "" if row.dense_decode_ms is None else f", decode {row.dense_decode_ms:.1f} ms a token"
+    return (
+        f"{row.text}: {row.tokens:,} tokens with a bulk; dense attention: perplexity "
+        f"{row.dense_perplexity:.2f}, prefill {row.dense_prefill_seconds:.1f} s{decode}"
+    )
+
+
+def _table(rows: Iterable[Row]) -> Table:
+    columns = ("KL", "95 %", "ppl", "top-1", "local", "work", "read", "prefill", "decode")
+    return _columns("policy", columns, map(_cells, rows))
+
+
+def _decode_table(rows: Iterable[Row]) -> Table:
+    cells = ([_name(row), _kl(row.decode_kl), _percent(row.decode_bulk_read)] for row in rows)
+    return _columns("in decode", ("KL", "read"), cells)
+
+
+def _columns(first: str, others: Sequence[str], rows: Iterable[Sequence[str]]) -> Table:
+    found = Table(box=None, padding=(0, 1, 0, 0))
+    found.add_column(first, no_wrap=True)
+    for name in others:
+        found.add_column(name, justify="right", no_wrap=True)
+    for cells in rows:
+        found.add_row(*cells)
+    return found
+
+
+def plot(rows: Sequence[Row], kind: str) -> bytes:
+    """KL against bulk bytes read, a panel per text and a line per policy, as an image of that kind ("png",
+    "svg", "pdf"). Raises UnsupportedError where matplotlib is missing."""
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    texts = list(dict.fromkeys(row.text for row in rows))
+    figure = Figure(figsize=(6.2 * len(texts), 4.6), layout="constrained")
+    panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
+    for text, panel in zip(texts, panels, strict=True):
+        lines = dict.fromkeys(row.line for row in rows if row.text == text)
+        for line, marker in zip(lines, itertools.cycle(MARKERS), strict=False):
+            points = [row for row in rows if (row.text, row.line) == (text, line)]
+            _draw(panel, line, marker, points)
+        panel.set(title=text, xlabel="bulk bytes read, % of dense", yscale="log", xlim=(-4, 104))
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("KL to dense, nats")
+    panels[-1].legend(fontsize=8)
+    image = io.BytesIO()
+    figure.savefig(image, format=kind, dpi=90)
+    return image.getvalue()
+
+
+def require_matplotlib() -> None:
+    """Raises UnsupportedError where it is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UnsupportedError("plots need matplotlib: pip install 'pyllm[eval]'") from None
+
+
+def _draw(panel: Axes, line: str, marker: str, rows: Sequence[Row]) -> None:
+    points = [row for row in rows if row.bulk_read is not None]
+    x = [row.bulk_read or 0.0 for row in points]
+    y = [max(row.kl, FLOOR) for row in points]
+    low = [v - max(row.kl_low or v, FLOOR) for v, row in zip(y, points, strict=True)]
+    high = [(row.kl_high or v) - v for v, row in zip(y, points, strict=True)]
+    errors = [[max(0.0, v) for v in side] for side in (low, high)]
+    panel.errorbar(x, y, yerr=errors, label=line, marker=marker, markersize=5, linewidth=1.2, elinewidth=0.6)
+    for row, at, kl in zip(points, x, y, strict=True):
+        if row.setting is not None:
+            panel.annotate(f"{row.setting:g}", (at, kl), (4, 3), textcoords="offset points", fontsize=6)
+
+
+def _cells(row: Row) -> list[str]:
+    interval = "–" if row.kl_low is None else f"{row.kl_low:.4f}–{row.kl_high:.4f}"
+    costs = (_percent(value) for value in (row.heads_local, row.bulk_work, row.bulk_read))
+    return [
+        _name(row),
+        _kl(row.kl),
+        interval,
+        f"{row.perplexity:.2f}",
+        f"{row.top1:.1f}",
+        *costs,
+        _ratio(row.prefill_seconds, row.dense_prefill_seconds),
+        _ratio(row.decode_ms, row.dense_decode_ms),
+    ]
+
+
+def _name(row: Row) -> str:
+    return row.line if row.setting is None else f"{row.line} {row.setting:g}"
+
+
+def _kl(value: float | None) -> str:
+    return "–" if value is None else f"{value:.4f}"
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{value:.1f}"
+
+
+def _ratio(value: float | None, dense: float | None) -> str:
+    return "–" if value is None or not dense else f"{100 * value / dense:.0f}"

@@ -1,0 +1,145 @@
+"""Finished rows, and the file that keeps them from run to run."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import tempfile
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm import atomic_file
+from pyllm.errors import FileError, FormatError
+
+FORMAT = "pyllm eval 1"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A policy on a text. Percentages are 0..100; None where there was nothing to measure.
+
+    tokens: those with a bulk, which quality is the mean of. kl: KL to dense attention in nats, with its 95 %
+    interval. top1: % of tokens where dense attention's likeliest is also this one's. heads_local, bulk_work,
+    bulk_read, pages_read: as `LayerStats`, of the prefill. prefill_seconds: of the whole text, with logits.
+    decode_*: the text's last tokens, one by one; milliseconds are the median of a token. dense_*: the
+    same of the dense session beside it.
+    """
+
+    text: str
+    line: str
+    setting: float | None
+    tokens: int
+    kl: float
+    kl_low: float | None
+    kl_high: float | None
+    top1: float
+    perplexity: float
+    dense_perplexity: float
+    heads_local: float | None
+    bulk_work: float | None
+    bulk_read: float | None
+    prefill_seconds: float
+    dense_prefill_seconds: float
+    decode_tokens: int
+    decode_kl: float | None
+    decode_bulk_read: float | None
+    decode_ms: float | None
+    dense_decode_ms: float | None
+    pages_read: float | None = None
+
+    @property
+    def key(self) -> tuple[str, str, float | None]:
+        return self.text, self.line, self.setting
+
+
+@dataclass
+class Results:
+    """What the JSON file holds.
+
+    settings: all that a row depends on besides its policy: the model's sha256, the texts', sizes, seed.
+    local_shares: (n_layers, n_heads) or None, what static labels were chosen by.
+    """
+
+    settings: dict[str, Any]
+    local_shares: NDArray[np.float64] | None = None
+    rows: list[Row] = field(default_factory=list)
+
+    def find(self, text: str, line: str, setting: float | None) -> Row | None:
+        return next((row for row in self.rows if row.key == (text, line, setting)), None)
+
+    @classmethod
+    def open(cls, path: Path, settings: dict[str, Any]) -> Results:
+        """What an earlier run left at path, or nothing yet where there is no file.
+
+        Raises FileError where it cannot be read, FormatError for what is no such file, or one of other
+        settings.
+        """
+        try:
+            text = path.read_text("utf-8")
+        except FileNotFoundError:
+            return cls(settings)
+        except (OSError, UnicodeDecodeError) as error:
+            raise FileError(f"{path}: the results cannot be read: {error}") from None
+        try:
+            found = json.loads(text)
+            if found["format"] != FORMAT:
+                raise ValueError(f"format {found['format']!r}")
+            shares = None if found["local_shares"] is None else np.array(found["local_shares"], np.float64)
+            results = cls(dict(found["settings"]), shares, [Row(**row) for row in found["rows"]])
+        except (ValueError, KeyError, TypeError) as error:
+            raise FormatError(f"{path}: not the results of an evaluation ({error!r})") from None
+        _require_same(path, results.settings, settings)
+        return results
+
+    def save(self, path: Path) -> None:
+        """Raises FileError."""
+        content = {
+            "format": FORMAT,
+            "settings": self.settings,
+            "local_shares": None if self.local_shares is None else self.local_shares.tolist(),
+            "rows": [dataclasses.asdict(row) for row in self.rows],
+        }
+        write(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def csv_bytes(rows: list[Row]) -> bytes:
+    """One line per row under the names of its fields; None is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+    return text.getvalue().encode()
+
+
+def write(path: Path, data: bytes) -> None:
+    """Raises FileError."""
+    try:
+        atomic_file.write(path, memoryview(data))
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def require_writable(path: Path) -> None:
+    """Raises FileError where a file could not be written in the end, before the work is done."""
+    if path.is_dir():
+        raise FileError(f"{path}: cannot be written: it is a directory")
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
+            pass
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def _require_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    for name in sorted({*found, *wanted}):
+        if found.get(name) != wanted.get(name):
+            raise FormatError(
+                f"{path}: these results were made with {name} {found.get(name)!r}, now it is "
+                f"{wanted.get(name)!r}: name another file, or remove this one"
+            )

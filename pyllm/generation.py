@@ -1,0 +1,220 @@
+"""From a prompt's tokens to text, piece by piece: sampling, stop strings, and when to end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm import _native
+from pyllm.errors import ArgumentError, PyllmError
+from pyllm.session import Progress, Session
+from pyllm.stats import Stats
+from pyllm.tokenizer import Tokenizer
+
+RECENT = 64  # tokens the penalties look back at
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is drawn. temperature 0 takes the most probable one.
+
+    top_k 0, top_p 1, min_p 0, repeat_penalty 1 and the other penalties at 0 are off.
+    """
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    min_p: float = 0.05
+    repeat_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        limits: dict[str, tuple[float, float]] = {
+            "temperature": (0, 100),
+            "top_k": (0, 2**31 - 1),
+            "top_p": (0, 1),
+            "min_p": (0, 1),
+        }
+        limits |= {"repeat_penalty": (0.01, 100), "frequency_penalty": (-2, 2), "presence_penalty": (-2, 2)}
+        for name, (low, high) in limits.items():
+            value = getattr(self, name)
+            kind = int if name == "top_k" else (int, float)
+            if isinstance(value, bool) or not isinstance(value, kind) or not low <= value <= high:
+                what = "a whole number" if name == "top_k" else "a number"
+                raise ArgumentError(f"{name}: expected {what} from {low} to {high}, got {value!r}")
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to be generated. n_logprobs: alternatives reported per token; None for no
+    log-probabilities."""
+
+    sampling: Sampling
+    seed: int
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    n_logprobs: int | None = None
+
+    def __post_init__(self) -> None:
+        if any(not isinstance(text, str) or not text for text in self.stop):
+            raise ArgumentError(f"stop: expected non-empty strings, got {list(self.stop)!r}")
+        for name, low in (("max_tokens", 1), ("n_logprobs", 0)):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
+                raise ArgumentError(f"{name}: expected None or a whole number from {low} up, got {value!r}")
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A generated token. offset: characters of the answer before it; top: (token, text, logprob), best
+    first."""
+
+    token: int
+    text: str
+    logprob: float
+    offset: int
+    top: tuple[tuple[int, str, float], ...]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Text ready to be shown, with the log-probabilities of tokens that ended in it."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: str | None = None  # "stop", "length" or "context" in the last piece
+
+
+class StopFilter:
+    """Passes text on, but for what may be the start of a stop string; cuts it where one is complete."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self.stop = stop
+        self.held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """The text that is certain by now."""
+        self.held += text
+        found = [at for stop in self.stop if (at := self.held.find(stop)) >= 0]
+        if found:
+            self.stopped = True
+            return self._release(min(found))
+        return self._release(len(self.held) - max((self._overlap(stop) for stop in self.stop), default=0))
+
+    def flush(self) -> str:
+        """What is still held: the text has ended."""
+        return "" if self.stopped else self._release(len(self.held))
+
+    def _release(self, n: int) -> str:
+        ready, self.held = self.held[:n], self.held[n:]
+        return ready
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that a stop string begins with."""
+        longest = min(len(stop) - 1, len(self.held))
+        return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
+
+
+class Generation:
+    """One answer in the making: iterate for its pieces; the counts are right at every moment.
+
+    n_prompt: tokens of the prompt, n_reused: of these found in the session's KV cache, n_generated: tokens
+    of the answer; `stats`: what was evaluated for it. continuing: the answer goes on in the prompt's text,
+    rather than beginning one of its own. Raises ContextError where the prompt does not fit,
+    and PyllmError where the session was used for something else between two pieces.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        request: Request,
+        *,
+        continuing: bool,
+    ) -> None:
+        if not len(prompt):
+            raise ArgumentError("the prompt is empty: there is nothing to go on from")
+        self.session = session
+        self.request = request
+        self.n_prompt = len(prompt)
+        self.n_reused = 0
+        self.n_generated = 0
+        self._tokenizer = tokenizer
+        self._prompt = prompt
+        self._continuing = continuing
+        self._before = session.stats
+        self._rng = np.array([request.seed % 2**64], np.uint64)
+        self._params: dict[str, Any] = asdict(request.sampling)
+
+    @property
+    def stats(self) -> Stats:
+        return self.session.stats - self._before
+
+    def pieces(self, progress: Progress | None = None) -> Iterator[Piece]:
+        """Evaluates what the session does not hold yet of the prompt, then yields the answer as it comes.
+
+        progress: called with (tokens done, tokens in all) after each batch of the prompt.
+        """
+        with self.session.lock:
+            self._before = self.session.stats
+            logits = self.session.sync(self._prompt, progress)
+            self.n_reused = self.n_prompt - self.stats.prefill_tokens
+            revision = self.session.revision
+        recent = list(self._prompt[-RECENT:])
+        decoder, stops = (
+            self._tokenizer.decoder(skip_special=True, continuing=self._continuing),
+            StopFilter(self.request.stop),
+        )
+        length = 0
+        while True:
+            token = _native.sample(logits, self._params, np.array(recent[-RECENT:], np.int32), self._rng)
+            self.n_generated += 1
+            if token in self._tokenizer.eog_ids:
+                yield self._last(stops.push(decoder.flush()) + stops.flush(), "stop")
+                return
+            recent.append(token)
+            text = decoder.feed(token)
+            logprobs = self._logprobs(token, logits, length)
+            length += len(text)
+            ready = stops.push(text)
+            if reason := self._finish(stops):
+                yield self._last(ready + stops.push(decoder.flush()) + stops.flush(), reason, logprobs)
+                return
+            yield Piece(ready, logprobs)
+            with self.session.lock:
+                if self.session.revision != revision:
+                    raise PyllmError(
+                        "the session was used for something else while this answer was streaming"
+                    )
+                logits = self.session.eval([token])
+                revision = self.session.revision
+
+    def _finish(self, stops: StopFilter) -> str | None:
+        if stops.stopped:
+            return "stop"
+        if self.n_generated == self.request.max_tokens:
+            return "length"
+        return "context" if self.session.position >= self.session.n_ctx else None
+
+    @staticmethod
+    def _last(text: str, reason: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Piece:
+        return Piece(text, logprobs, reason)
+
+    def _logprobs(self, token: int, logits: NDArray[np.float32], offset: int) -> tuple[TokenLogprob, ...]:
+        """Of the model's own distribution: before penalties and temperature."""
+        n = self.request.n_logprobs
+        if n is None:
+            return ()
+        peak = float(logits.max())
+        logprobs = logits - (peak + np.log(np.exp(logits - peak, dtype=np.float64).sum()))
+        best = np.argsort(-logprobs, kind="stable")[:n]
+        decode = self._tokenizer.decode
+        top = tuple((int(i), decode([int(i)]), float(logprobs[i])) for i in best)
+        return (TokenLogprob(token, decode([token]), float(logprobs[token]), offset, top),)

@@ -1,0 +1,260 @@
+"""LLM: an opened model with its tokenizer and chat template; text in, text out."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from os import PathLike
+from typing import Any, Literal, overload
+
+from rich.filesize import decimal
+
+from pyllm import _native
+from pyllm.attention import Adaptive, Policy
+from pyllm.completion import Completion
+from pyllm.cpus import available_cpus
+from pyllm.errors import ArgumentError, FormatError, InsufficientMemoryError, TemplateError, UnsupportedError
+from pyllm.generation import Generation, Request, Sampling
+from pyllm.memory import available_memory
+from pyllm.models import resolve
+from pyllm.session import Ids, Progress, Session
+from pyllm.template import ChatTemplate
+from pyllm.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class LLM:
+    """A model file, opened.
+
+    model: a known name, a path or a file name in the models directory. n_ctx: tokens of context, by default
+    what the model was trained on. n_batch: tokens evaluated at once in prefill. n_threads: by default the
+    CPUs this process may use. device: "auto" or "cpu". attention: for all its sessions, by default
+    Adaptive(0.9) in groups. isa: "generic", "avx2" or "avx512", by default $PYLLM_ISA or the best of this
+    processor. seed: makes the sequence of answers drawn without a seed of their own repeatable.
+
+    Raises FileError, FormatError, UnsupportedError, NumericError, ArgumentError and
+    InsufficientMemoryError, the last before anything is allocated. Memory is given back with the last
+    reference to it and its sessions.
+    """
+
+    def __init__(
+        self,
+        model: str | PathLike[str],
+        *,
+        n_ctx: int | None = None,
+        n_batch: int = 512,
+        n_threads: int | None = None,
+        device: str = "auto",
+        attention: Policy | None = None,
+        isa: str | None = None,
+        seed: int | None = None,
+    ) -> None:
+        _require_device(device)
+        self.paths = resolve(model)
+        self.name = self.paths[0].stem
+        self._file = _native.File(self.paths)
+        self.metadata = self._file.values()
+        self.tokenizer = self._open_tokenizer()
+        self._require_memory()
+        threads = available_cpus() if n_threads is None else _whole("n_threads", n_threads, 1, 256)
+        self._model = _native.Model(self._file, threads, isa or os.environ.get("PYLLM_ISA") or None)
+        self.info = self._model.info
+        self.n_ctx = self._context(n_ctx)
+        self.n_batch = _whole("n_batch", n_batch, 1, 4096)
+        self.attention = Adaptive() if attention is None else attention
+        self._seeds = random.Random(seed)
+        self._check_attention()
+
+    def _open_tokenizer(self) -> Tokenizer:
+        try:
+            return Tokenizer(self.metadata)
+        except (FormatError, UnsupportedError) as error:
+            raise type(error)(f"{self.paths[0]}: {error}") from None
+
+    def _require_memory(self) -> None:
+        needed, available = _native.Model.memory(self._file), available_memory()
+        if available is not None and needed > available:
+            raise InsufficientMemoryError(
+                f"{self.paths[0]}: the model needs {decimal(needed)} of memory, but only "
+                f"{decimal(available)} is available"
+            )
+
+    def _context(self, n_ctx: int | None) -> int:
+        trained = self.info.n_ctx_train
+        if n_ctx is not None and _whole("n_ctx", n_ctx, 1, 2**31 - 1) > trained:
+            raise ArgumentError(f"n_ctx: {n_ctx} tokens, but the model was trained on at most {trained}")
+        return trained if n_ctx is None else n_ctx
+
+    def _check_attention(self) -> None:
+        if not isinstance(self.attention, Policy):
+            raise ArgumentError(f"attention: expected a policy such as Adaptive(0.9), got {self.attention!r}")
+        self.attention.native(self.info.n_layers, self.info.n_heads)
+
+    def tensors(self) -> list[_native.Tensor]:
+        """The file's tensor directory: name, type, shape, size of each."""
+        return self._file.tensors()
+
+    # ---- text and tokens ----
+
+    def tokenize(self, text: str, add_special: bool = False, parse_special: bool = True) -> list[int]:
+        """Token ids. add_special: with BOS and EOS where the file asks for them; parse_special: special
+        tokens spelled out in the text become those tokens."""
+        return self.tokenizer.encode(text, add_special=add_special, parse_special=parse_special)
+
+    def detokenize(self, ids: Ids) -> str:
+        """The text of ids; bytes that are no UTF-8 become U+FFFD."""
+        return self.tokenizer.decode([int(i) for i in ids])
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The file's chat template. Raises TemplateError where there is none or it is broken."""
+        source = self.metadata.get("tokenizer.chat_template")
+        if not isinstance(source, str):
+            raise TemplateError(
+                f"{self.paths[0]}: the model has no chat template: use generate instead of chat"
+            )
+        return ChatTemplate(source, self.tokenizer.bos_token, self.tokenizer.eos_token)
+
+    def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
+        """The prompt that the model sees for messages, up to where its answer begins."""
+        text = self.template.render(messages)
+        ids = self.tokenizer.encode(text, add_special=False, parse_special=True)
+        bos = self.tokenizer.bos_id
+        # Some templates spell BOS out, others leave it to the file's keys.
+        return [bos, *ids] if self.tokenizer.add_bos and bos is not None and ids[:1] != [bos] else ids
+
+    # ---- sessions ----
+
+    def session(self, *, n_ctx: int | None = None, attention: Policy | None = None) -> Session:
+        """A new, empty session; by default with the model's context and attention.
+
+        Raises InsufficientMemoryError with the numbers where its KV cache would not fit.
+        """
+        return Session(
+            self._model,
+            n_ctx=self.n_ctx if n_ctx is None else self._context(n_ctx),
+            n_batch=self.n_batch,
+            attention=attention or self.attention,
+        )
+
+    def session_memory(self, n_ctx: int) -> int:
+        """Bytes that a session with a context of n_ctx tokens needs."""
+        return _native.session_memory(self._model, n_ctx, self.n_batch, self.attention.sinks).total
+
+    @cached_property
+    def default_session(self) -> Session:
+        """What `generate` and `chat` use where no session is given: a prompt's known prefix is not
+        evaluated again."""
+        return self.session()
+
+    # ---- answers ----
+
+    @overload
+    def generate(
+        self, prompt: str | Ids, *, stream: Literal[False] = False, **options: Any
+    ) -> dict[str, Any]: ...
+
+    @overload
+    def generate(
+        self, prompt: str | Ids, *, stream: Literal[True], **options: Any
+    ) -> Iterator[dict[str, Any]]: ...
+
+    def generate(
+        self,
+        prompt: str | Ids,
+        *,
+        max_tokens: int | None = 128,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        logprobs: int | None = None,
+        stream: bool = False,
+        session: Session | None = None,
+        progress: Progress | None = None,
+        **sampling: float,
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """Continues a text, or token ids as they are.
+
+        Returns a completion as OpenAI's API shapes it: `choices[0]["text"]`, `["finish_reason"]` ("stop" for
+        an end-of-generation token or a stop string, "length" for max_tokens, "context" for a full context),
+        `usage`, and beside them `timings` and `attention`. With `stream` an iterator of chunks.
+
+        max_tokens None: until the model or the context ends. stop: strings that end the answer and are not
+        part of it. logprobs: with each token its log-probability and that many alternatives. sampling: the
+        fields of `Sampling`: temperature=0.8 (0 takes the most probable token), top_k=40, top_p=0.95,
+        min_p=0.05, repeat_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0. The part of the prompt
+        that the session holds already is not evaluated again. progress: called with (tokens done, tokens in
+        all) after each batch of the prompt. Raises ArgumentError, and ContextError where the prompt does
+        not fit.
+        """
+        ids = self.tokenize(prompt, add_special=True) if isinstance(prompt, str) else prompt
+        request = self._request(max_tokens, stop, seed, logprobs, sampling)
+        completion = self._completion(ids, request, session, chat=False)
+        return completion.stream(progress) if stream else completion.collect(progress)
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[False] = False, **options: Any
+    ) -> dict[str, Any]: ...
+
+    @overload
+    def chat(
+        self, messages: Sequence[Message], *, stream: Literal[True], **options: Any
+    ) -> Iterator[dict[str, Any]]: ...
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        stop: str | Sequence[str] | None = None,
+        seed: int | None = None,
+        logprobs: int | None = None,
+        stream: bool = False,
+        session: Session | None = None,
+        progress: Progress | None = None,
+        **sampling: float,
+    ) -> dict[str, Any] | Iterator[dict[str, Any]]:
+        """Answers messages of the OpenAI API's shape: [{"role": "user", "content": "..."}, ...].
+
+        As `generate`, but with `choices[0]["message"]["content"]`, or `["delta"]` in chunks. Raises
+        TemplateError where the model has no chat template or the template refuses the messages.
+        """
+        request = self._request(max_tokens, stop, seed, logprobs, sampling)
+        completion = self._completion(self.chat_tokens(messages), request, session, chat=True)
+        return completion.stream(progress) if stream else completion.collect(progress)
+
+    def _request(
+        self,
+        max_tokens: int | None,
+        stop: str | Sequence[str] | None,
+        seed: int | None,
+        logprobs: int | None,
+        sampling: Mapping[str, Any],
+    ) -> Request:
+        stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+        drawn = self._seeds.getrandbits(64) if seed is None else seed
+        return Request(Sampling(**sampling), drawn, max_tokens, stops, logprobs)
+
+    def _completion(self, prompt: Ids, request: Request, session: Session | None, chat: bool) -> Completion:
+        session = session or self.default_session
+        generation = Generation(
+            session, self.tokenizer, [int(i) for i in prompt], request, continuing=not chat
+        )
+        session.require_room(generation.n_prompt)
+        return Completion(generation, self.name, chat)
+
+
+def _require_device(device: str) -> None:
+    if device == "cuda":
+        raise UnsupportedError("device 'cuda': this version of pyllm runs on the CPU only")
+    if device not in ("auto", "cpu"):
+        raise ArgumentError(f"device: expected 'auto' or 'cpu', got {device!r}")
+
+
+def _whole(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        raise ArgumentError(f"{name}: expected a whole number from {low} to {high}, got {value!r}")
+    return value

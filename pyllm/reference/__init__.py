@@ -1,0 +1,1 @@
+"""The numpy reference: the readable specification of everything the native library computes."""

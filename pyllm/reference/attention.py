@@ -1,0 +1,346 @@
+"""Adaptive attention of one layer: geometry, masses, head selection, output, statistics.
+
+Scores, masses and outputs are float64 over keys and values as the KV cache stores them (f16), so that what
+differs from the native library is the library's rounding. Axes: T queries, S positions, H query heads,
+G key/value heads, d = head_dim.
+
+A query at position t always reads the sinks, the first positions, and the window, the last ones. Between
+them lies the bulk, in whole pages, which a head reads only where it is long. L is the logsumexp of the
+scores over sinks and window, M over the bulk, M̂ the estimate of M from the moments of the bulk's keys
+(arXiv 2502.09647), and a head is local for this query iff sigmoid(L − M̂) >= τ.
+
+Without page_bits a long head reads the whole bulk, and no result depends on how a prompt is cut into
+batches. With page_bits it reads what its tile of queries wants, see `sketch`; batches cut tiles, so results
+depend on them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .moments import Moments, bulk_mass
+from .sketch import BITS, READ_PAGE, Sketch, page_bytes, read_pages, sketch
+
+PAGE = 64
+
+POLICIES = ("dense", "window", "static", "oracle", "adaptive")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How attention decides what to read.
+
+    thresholds: τ, a number, (n_heads) or (n_layers, n_heads); rounded to float32, as the library takes them.
+    static_local: bool, shaped likewise, True where a head is always local; needed by kind "static" only.
+    form: which G turns a variance into a mass, see `moments.log_mean_exp`.
+    page_bits: of the key sketch that tells a long head what to read: 2, 3, 4; 0 reads the whole bulk.
+    page_share, page_drop: a head wants the read pages whose share exceeds page_share, or less until those it
+    does not want hold at most page_drop (1: no bound); rounded to float32, as the library takes them.
+    """
+
+    kind: str = "dense"
+    n_sink: int = 16
+    n_window: int = 1024
+    granularity: str = "head"
+    thresholds: npt.ArrayLike = 0.9
+    static_local: npt.ArrayLike | None = None
+    form: str = "lognormal"
+    page_bits: int = 0
+    page_share: float = 0.005
+    page_drop: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.kind not in POLICIES:
+            raise ValueError(f"kind is {self.kind!r}, expected one of {POLICIES}")
+        if self.granularity not in ("head", "group"):
+            raise ValueError(f"granularity is {self.granularity!r}, expected 'head' or 'group'")
+        if self.kind == "static" and self.static_local is None:
+            raise ValueError("kind is 'static' but static_local is missing")
+        if self.page_bits not in (0, *BITS):
+            raise ValueError(f"page_bits is {self.page_bits}, expected 0 or one of {BITS}")
+        if not (self.page_share >= 0 and self.page_drop >= 0):
+            raise ValueError(f"page_share is {self.page_share} and page_drop {self.page_drop}, expected >= 0")
+        if self.n_window < 1 or not 0 <= self.n_sink <= PAGE:
+            raise ValueError(
+                f"n_window is {self.n_window} and n_sink {self.n_sink}, expected >= 1 and 0..{PAGE}"
+            )
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """What one layer decided, per query; masses are −inf where the bulk is empty.
+
+    has_bulk: (T) bool. local: (T, H) bool, True where nothing of the bulk was read.
+    local_mass, bulk_mass_estimate, bulk_mass_true: (T, H) float64, natural logs: L, M̂, M.
+    reads: (T, G, R) bool, the read pages of the bulk of the last query that the long heads of a group read.
+    scored: (T, G) bool, True where the query's long heads scored the sketch; False everywhere without it.
+    """
+
+    has_bulk: npt.NDArray[np.bool_]
+    local: npt.NDArray[np.bool_]
+    local_mass: npt.NDArray[np.float64]
+    bulk_mass_estimate: npt.NDArray[np.float64]
+    bulk_mass_true: npt.NDArray[np.float64]
+    reads: npt.NDArray[np.bool_]
+    scored: npt.NDArray[np.bool_]
+
+
+@dataclass
+class LayerStats:
+    """Counts of one layer, defined as pyllm_layer_stats in pyllm.h."""
+
+    pairs: int = 0
+    pairs_local: int = 0
+    work: int = 0
+    work_done: int = 0
+    bytes: int = 0
+    bytes_read: int = 0
+    pages: int = 0
+    pages_read: int = 0
+
+
+@dataclass(frozen=True)
+class AttentionResult:
+    """output: (T, H, d) float32. moments: (G) of the bulk of the last query."""
+
+    output: npt.NDArray[np.float32]
+    decisions: Decisions
+    stats: LayerStats
+    moments: list[Moments] = field(default_factory=list)
+
+
+def bulk_end(t: int, n_sink: int, n_window: int, page: int = PAGE) -> int:
+    """First position after the bulk [n_sink, bulk_end) of the query at position t."""
+    return n_sink + page * (max(0, t + 1 - n_window - n_sink) // page)
+
+
+def tiles(
+    first: int, stop: int, n_sink: int, n_window: int, chunk: int | None = None
+) -> Iterator[tuple[int, int]]:
+    """Cuts query positions [first, stop) wherever bulk_end moves, at most a page each, and every chunk."""
+    start = first
+    for t in range(first + 1, stop + 1):
+        moves = (t + 1 - n_window - n_sink) % PAGE == 0
+        if t == stop or moves or (chunk and (t - first) % chunk == 0):
+            yield start, t
+            start = t
+
+
+def stored(x: npt.ArrayLike) -> npt.NDArray[np.float64]:
+    """Keys or values as the KV cache gives them back: rounded to f16."""
+    return np.asarray(x).astype(np.float16).astype(np.float64)
+
+
+def attend(
+    q: npt.ArrayLike,
+    k: npt.ArrayLike,
+    v: npt.ArrayLike,
+    scale: float,
+    policy: Policy,
+    layer: int = 0,
+    chunk: int | None = None,
+) -> AttentionResult:
+    """The attention of one layer.
+
+    q: (T, H, d) of the last T of S positions, RoPE applied. k (RoPE applied), v: (S, G, d) of all positions.
+    scale: c, by which scores are multiplied. layer: the row of the policy's thresholds and labels. chunk: how
+    many queries make a batch, all T by default; it matters only where page_bits is set.
+    """
+    n_queries, n_heads, head_dim = np.shape(q)
+    n_positions, n_kv_heads, _ = np.shape(k)
+    first = n_positions - n_queries
+    queries = by_head(np.asarray(q).astype(np.float64), n_kv_heads)
+    keys, values = stored(k).transpose(1, 0, 2), stored(v).transpose(1, 0, 2)
+    sketches = sketch_bulk(keys, policy)
+
+    output = np.empty((n_queries, n_heads, head_dim), np.float32)
+    has_bulk = np.zeros(n_queries, bool)
+    local = np.ones((n_queries, n_heads), bool)
+    masses = np.full((3, n_queries, n_heads), -np.inf)
+    reads = np.zeros((n_queries, n_kv_heads, n_read_pages(n_positions - 1, policy)), bool)
+    scored = np.zeros((n_queries, n_kv_heads), bool)
+    moments = [Moments.empty(head_dim) for _ in range(n_kv_heads)]
+    for start, stop in tiles(first, n_positions, policy.n_sink, policy.n_window, chunk):
+        end = bulk_end(start, policy.n_sink, policy.n_window)
+        moments = [fold_pages(m, keys[g], policy.n_sink, end) for g, m in enumerate(moments)]
+        rows = slice(start - first, stop - first)
+        tile = queries[:, :, rows]  # (G, H/G, n, d)
+        scores = scale * (tile @ keys[:, None, :stop].swapaxes(-1, -2))  # (G, H/G, n, stop)
+        in_bulk, in_local = position_masks(start, stop, policy.n_sink, end)
+
+        masses[0, rows] = by_query(log_sum_exp(scores, in_local))
+        masses[1, rows] = by_query(estimated_masses(tile, moments, scale, policy.form))
+        masses[2, rows] = by_query(log_sum_exp(scores, in_bulk))
+        n_read = n_read_pages(start, policy)
+        has_bulk[rows] = n_read > 0
+        if n_read:
+            local[rows] = select(masses[:, rows], n_kv_heads, policy, layer)
+            reads[rows, :, :n_read], scored[rows] = list_reads(
+                tile, ~local[rows], masses[0, rows], n_read, sketches, scale, policy
+            )
+        visible = in_local | positions_read(reads[rows, :, :n_read], ~local[rows], policy.n_sink, stop)
+        attended = softmax(scores, visible) @ values[:, None, :stop]
+        output[rows] = attended.transpose(2, 0, 1, 3).reshape(stop - start, n_heads, head_dim)
+
+    decisions = Decisions(has_bulk, local, masses[0], masses[1], masses[2], reads, scored)
+    return AttentionResult(output, decisions, count(decisions, first, head_dim, policy), moments)
+
+
+def fold_pages(moments: Moments, keys: npt.NDArray[np.float64], n_sink: int, end: int) -> Moments:
+    """Merges, page by page, the keys (S, d) between what moments already hold and the end of the bulk."""
+    for start in range(n_sink + moments.n, end, PAGE):
+        moments = moments.merged(Moments.of(keys[start : start + PAGE]))
+    return moments
+
+
+def position_masks(
+    start: int, stop: int, n_sink: int, end: int
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """(stop − start, stop) masks of the bulk and of sinks and window, for queries at [start, stop)."""
+    position = np.arange(stop)
+    causal = position <= np.arange(start, stop)[:, None]
+    bulk = (position >= n_sink) & (position < end)
+    return causal & bulk, causal & ~bulk
+
+
+def estimated_masses(
+    tile: npt.NDArray[np.float64], moments: list[Moments], scale: float, form: str
+) -> npt.NDArray[np.float64]:
+    """M̂ (G, H/G, n) of queries (G, H/G, n, d)."""
+    return np.array(
+        [[bulk_mass(q, m, scale, form) for q in heads] for heads, m in zip(tile, moments, strict=True)]
+    )
+
+
+def select(
+    masses: npt.NDArray[np.float64], n_kv_heads: int, policy: Policy, layer: int
+) -> npt.NDArray[np.bool_]:
+    """Head selection for queries that have a bulk: (n, H) bool, True where local.
+
+    masses: (3, n, H), L, M̂ and M. Granularity "group" keeps a head local only if its whole group is.
+    """
+    local_mass, estimate, true_mass = masses
+    local = np.zeros(local_mass.shape, bool)
+    if policy.kind == "window":
+        local[:] = True
+    elif policy.kind == "static":
+        local[:] = layer_row(np.asarray(policy.static_local, bool), layer)
+    elif policy.kind in ("oracle", "adaptive"):
+        bulk = true_mass if policy.kind == "oracle" else estimate
+        local = sigmoid(local_mass - bulk) >= layer_row(np.asarray(policy.thresholds, np.float32), layer)
+    if policy.granularity == "group":
+        groups = local.reshape(len(local), n_kv_heads, -1)
+        local = np.broadcast_to(groups.all(axis=2, keepdims=True), groups.shape).reshape(local.shape)
+    return local
+
+
+def layer_row(x: npt.NDArray[Any], layer: int) -> npt.NDArray[Any]:
+    """A layer's row of (n_layers, n_heads); a number or one row (n_heads) holds for every layer."""
+    return x[layer] if x.ndim == 2 else x
+
+
+def n_read_pages(t: int, policy: Policy) -> int:
+    """In the bulk of the query at position t."""
+    return (bulk_end(t, policy.n_sink, policy.n_window) - policy.n_sink) // READ_PAGE
+
+
+def sketch_bulk(keys: npt.NDArray[np.float64], policy: Policy) -> list[Sketch]:
+    """(G) of the bulk of the last of keys (G, S, d); none without page_bits."""
+    if not policy.page_bits:
+        return []
+    end = bulk_end(keys.shape[1] - 1, policy.n_sink, policy.n_window)
+    return [sketch(k[policy.n_sink : end].reshape(-1, PAGE, k.shape[1]), policy.page_bits) for k in keys]
+
+
+def list_reads(
+    tile: npt.NDArray[np.float64],
+    is_long: npt.NDArray[np.bool_],
+    local_mass: npt.NDArray[np.float64],
+    n_read: int,
+    sketches: list[Sketch],
+    scale: float,
+    policy: Policy,
+) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Read pages that a tile's long heads read, (n, G, n_read), and where they scored the sketch, (n, G).
+
+    tile: (G, H/G, n, d). is_long, local_mass: (n, H). n_read: read pages in the tile's bulk.
+    """
+    is_long, local_mass = by_head(is_long, len(tile)), by_head(local_mass, len(tile))  # (G, H/G, n)
+    reads = np.repeat(np.asarray(is_long.any(axis=1)).T[..., None], n_read, axis=2)  # (n, G, n_read)
+    scored = np.zeros(reads.shape[:2], bool)
+    for g, s in enumerate(sketches):
+        bulk = s.first(n_read * READ_PAGE // PAGE)
+        wanted, scored[:, g] = read_pages(
+            tile[g], is_long[g], local_mass[g], bulk, scale, policy.page_share, policy.page_drop
+        )
+        reads[:, g] &= wanted
+    return reads, scored
+
+
+def positions_read(
+    reads: npt.NDArray[np.bool_], is_long: npt.NDArray[np.bool_], n_sink: int, stop: int
+) -> npt.NDArray[np.bool_]:
+    """(G, H/G, n, stop) mask of what long heads (n, H) read of the bulk, by reads (n, G, R)."""
+    long_heads = by_head(is_long, reads.shape[1])
+    in_list = np.repeat(reads.swapaxes(0, 1), READ_PAGE, axis=2)  # (G, n, 16 R)
+    mask = np.zeros((*long_heads.shape, stop), bool)
+    mask[..., n_sink : n_sink + in_list.shape[2]] = long_heads[..., None] & in_list[:, None]
+    return mask
+
+
+def count(decisions: Decisions, first: int, head_dim: int, policy: Policy) -> LayerStats:
+    """Statistics over the queries at positions first, first + 1, ...; a query without bulk counts nowhere."""
+    stats = LayerStats()
+    n_heads, n_kv_heads = decisions.local.shape[1], decisions.reads.shape[1]
+    key_and_value = 2 * 2 * head_dim
+    for row in np.flatnonzero(decisions.has_bulk):
+        n_pages = n_read_pages(first + int(row), policy)
+        n_bulk = n_pages * READ_PAGE
+        n_long = (~decisions.local[row]).reshape(n_kv_heads, -1).sum(axis=1)
+        n_read = decisions.reads[row].sum(axis=1)  # (G)
+        stats.pairs += n_heads
+        stats.pairs_local += n_heads - int(n_long.sum())
+        stats.work += n_heads * n_bulk
+        stats.work_done += int(n_long @ n_read) * READ_PAGE
+        stats.bytes += n_kv_heads * n_bulk * key_and_value
+        stats.bytes_read += int(n_read.sum()) * READ_PAGE * key_and_value
+        if policy.page_bits:
+            sketch_bytes = n_bulk // PAGE * page_bytes(head_dim, policy.page_bits)
+            stats.bytes_read += int(decisions.scored[row].sum()) * sketch_bytes
+        stats.pages += int(np.count_nonzero(n_long)) * n_pages
+        stats.pages_read += int(n_read.sum())
+    return stats
+
+
+def by_head(x: npt.NDArray[Any], n_kv_heads: int) -> npt.NDArray[Any]:
+    """(n, H, ...) -> (G, H/G, n, ...)."""
+    return np.moveaxis(x.reshape(len(x), n_kv_heads, -1, *x.shape[2:]), 0, 2)
+
+
+def by_query(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """(G, H/G, n) -> (n, H)."""
+    return np.transpose(x.reshape(-1, x.shape[-1]))
+
+
+def log_sum_exp(scores: npt.NDArray[np.float64], mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Over the last axis where mask holds; −inf where it holds nowhere."""
+    largest = np.max(scores, axis=-1, keepdims=True, where=mask, initial=-np.inf)
+    shift = np.where(np.isfinite(largest), largest, 0.0)
+    total = np.exp(np.where(mask, scores - shift, -np.inf)).sum(axis=-1)
+    log_total = np.log(total, where=total > 0, out=np.full(total.shape, -np.inf))
+    return np.asarray(log_total + shift[..., 0])
+
+
+def softmax(scores: npt.NDArray[np.float64], mask: npt.NDArray[np.bool_]) -> npt.NDArray[np.float64]:
+    """Over the last axis where mask holds, 0 elsewhere; mask holds somewhere in every row."""
+    log_total = log_sum_exp(scores, mask)[..., None]
+    return np.asarray(np.exp(np.where(mask, scores, -np.inf) - log_total))
+
+
+def sigmoid(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return 0.5 * (1.0 + np.tanh(0.5 * x))

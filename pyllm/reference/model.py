@@ -1,0 +1,137 @@
+"""The transformer, all tokens at once, in float32: the specification of pyllm_session_eval.
+
+Axes: T tokens, H query heads, G key/value heads, d = head_dim. Attention's inside is float64, see
+`attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import ArgumentError, UnsupportedError
+from .attention import AttentionResult, Policy, attend
+from .rope import rotate
+from .weights import Model, Tensor
+
+Array = npt.NDArray[np.float32]
+
+ACTIVATION_BLOCK = 32
+
+
+@dataclass(frozen=True)
+class ForwardResult:
+    """logits: (n_logits, n_vocab) float32. layers: (n_layers) what each layer's attention did."""
+
+    logits: Array
+    layers: list[AttentionResult]
+
+
+def forward(
+    model: Model,
+    tokens: Sequence[int],
+    policy: Policy | None = None,
+    n_logits: int | None = None,
+    round_activations: bool = True,
+) -> ForwardResult:
+    """Evaluates tokens from position 0 and returns the logits of the last n_logits of them (all by default).
+
+    round_activations=False multiplies quantized weights by the float32 input, which no library call does: it
+    tells what the rounding costs. Raises ArgumentError for an empty prompt or a token out of range.
+    """
+    config = model.config
+    check_tokens(model, tokens)
+    x = model.tensor("token_embd.weight").values[np.asarray(tokens)]
+    layers = []
+    for layer in range(config.n_layers):
+        blk = f"blk.{layer}"
+        normed = rms_norm(x, model.tensor(f"{blk}.attn_norm.weight").values, config.rms_eps)
+        q, k, v = project_qkv(model, layer, normed, round_activations)
+        result = attend(q, k, v, config.scale, policy or Policy(), layer)
+        heads = result.output.reshape(len(tokens), -1)
+        x = x + biased_linear(model, f"{blk}.attn_output", heads, round_activations)
+        normed = rms_norm(x, model.tensor(f"{blk}.ffn_norm.weight").values, config.rms_eps)
+        x = x + swiglu(model, layer, normed, round_activations)
+        layers.append(result)
+    last = x[len(tokens) - (len(tokens) if n_logits is None else n_logits) :]
+    last = rms_norm(last, model.tensor("output_norm.weight").values, config.rms_eps)
+    output = model.tensors.get("output.weight", model.tensor("token_embd.weight"))
+    return ForwardResult(linear(last, output, round_activations), layers)
+
+
+def check_tokens(model: Model, tokens: Sequence[int]) -> None:
+    """Raises ArgumentError for tokens that cannot be evaluated, UnsupportedError past a sliding window."""
+    if len(tokens) == 0:
+        raise ArgumentError("the prompt is empty")
+    for token in (min(tokens), max(tokens)):
+        if not 0 <= token < model.config.n_vocab:
+            raise ArgumentError(f"token {token} is out of range, the model has {model.config.n_vocab}")
+    window = model.config.sliding_window
+    if window and len(tokens) > window:
+        raise UnsupportedError(f"{len(tokens)} tokens exceed the model's sliding window of {window}")
+
+
+def project_qkv(
+    model: Model, layer: int, normed: Array, round_activations: bool
+) -> tuple[Array, Array, Array]:
+    """normed: (T, dim). q: (T, H, d), k: (T, G, d), both rotated, v: (T, G, d)."""
+    config = model.config
+
+    def heads(part: str) -> Array:
+        projected = biased_linear(model, f"blk.{layer}.attn_{part}", normed, round_activations)
+        projected = projected.reshape(len(normed), -1, config.head_dim)
+        norm = model.tensors.get(f"blk.{layer}.attn_{part}_norm.weight")
+        return projected if norm is None else rms_norm(projected, norm.values, config.rms_eps)
+
+    positions = np.arange(len(normed))
+    return rotate(heads("q"), positions, config.rope), rotate(heads("k"), positions, config.rope), heads("v")
+
+
+def swiglu(model: Model, layer: int, normed: Array, round_activations: bool) -> Array:
+    """down(silu(gate(x)) · up(x)); normed and the result: (T, dim)."""
+    blk = f"blk.{layer}"
+    gate = linear(normed, model.tensor(f"{blk}.ffn_gate.weight"), round_activations)
+    up = linear(normed, model.tensor(f"{blk}.ffn_up.weight"), round_activations)
+    return linear(silu(gate) * up, model.tensor(f"{blk}.ffn_down.weight"), round_activations)
+
+
+def rms_norm(x: Array, weight: Array, eps: float) -> Array:
+    """x / √(mean(x²) + eps) · weight over the last axis; the mean is taken in float64."""
+    mean_square = np.mean(x.astype(np.float64) ** 2, axis=-1, keepdims=True)
+    normed: Array = x * (1.0 / np.sqrt(mean_square + eps)).astype(np.float32) * weight
+    return normed
+
+
+def silu(x: Array) -> Array:
+    """x · sigmoid(x), without overflow."""
+    sigmoid: Array = np.float32(0.5) * (np.float32(1.0) + np.tanh(np.float32(0.5) * x))
+    return x * sigmoid
+
+
+def linear(x: Array, weight: Tensor, round_activations: bool = True) -> Array:
+    """x (n, cols) times weight (rows, cols) transposed: (n, rows). Quantized weights see a rounded input."""
+    inputs = rounded_to_int16(x) if weight.quantized and round_activations else x
+    product: Array = inputs @ weight.values.T
+    return product
+
+
+def biased_linear(model: Model, name: str, x: Array, round_activations: bool) -> Array:
+    """linear with NAME.weight, plus NAME.bias where the file has one."""
+    projected = linear(x, model.tensor(f"{name}.weight"), round_activations)
+    bias = model.tensors.get(f"{name}.bias")
+    return projected if bias is None else projected + bias.values
+
+
+def rounded_to_int16(x: Array) -> Array:
+    """What the library's integer kernels see of x (n, cols), cols a multiple of 32.
+
+    Per 32 values: scale = max|x| / 32512 in float32, q = x / scale rounded half to even, value = q · scale. A
+    block whose scale is 0 gives zeros.
+    """
+    blocks = x.reshape(len(x), -1, ACTIVATION_BLOCK)
+    scale = np.max(np.abs(blocks), axis=-1, keepdims=True) / np.float32(32512.0)
+    q: Array = np.rint(np.divide(blocks, scale, where=scale > 0, out=np.zeros_like(blocks)))
+    return np.asarray(q * scale).reshape(x.shape)

@@ -1,0 +1,137 @@
+"""The page tier: which read pages of the bulk the long heads of a tile read, judged by a low-bit key sketch.
+
+A sketch rounds the keys of a page, 64 tokens of one key/value head, to 2, 3 or 4 bits between the least and
+the greatest value of each channel. Scores estimated from it give every read page, 16 tokens, its share of a
+query head's attention, and a head wants the read pages whose share exceeds a cut. All long heads of a tile
+and key/value head read what any scored one of them wants: so with this tier results depend on how a prompt
+is cut into batches. Axes: P pages, R = 4 P read pages, d = head_dim; one key/value head everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+READ_PAGE = 16
+PAGE_STRIDE = 4
+MAX_HALVINGS = 16
+BITS = (2, 3, 4)
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """Key i of a page is about lo + step * codes[i]. lo, step: (P, d), values of f16. codes: (P, 64, d)."""
+
+    lo: Floats
+    step: Floats
+    codes: npt.NDArray[np.uint8]
+
+    def first(self, n_pages: int) -> Sketch:
+        return Sketch(self.lo[:n_pages], self.step[:n_pages], self.codes[:n_pages])
+
+
+def sketch(pages: npt.ArrayLike, bits: int) -> Sketch:
+    """Of the keys (P, 64, d) as the KV cache stores them, in f16."""
+    keys = np.asarray(pages).astype(np.float32)
+    top = np.float32(2**bits - 1)
+    lo, hi = keys.min(axis=1), keys.max(axis=1)
+    step = ((hi - lo) / top).astype(np.float16).astype(np.float32)
+    steps = np.broadcast_to(step[:, None], keys.shape)
+    codes = np.divide(keys - lo[:, None], steps, where=steps > 0, out=np.zeros_like(keys))
+    return Sketch(lo, step, np.clip(np.rint(codes), 0, top).astype(np.uint8))
+
+
+def page_bytes(head_dim: int, bits: int) -> int:
+    """Size of one page's sketch: lo and step in f16, and the codes.
+
+    Codes are two planes per read page: the low two bits of four channels to a byte, then for 4 bits the high
+    two likewise, for 3 bits the high one of eight channels to a byte, in whole units of 32 channels.
+    """
+    two_bits = 16 * head_dim
+    high = {2: 0, 3: 4 * 64 * -(-head_dim // 32), 4: two_bits}[bits]
+    return 4 * head_dim + two_bits + high
+
+
+def estimated_scores(queries: npt.ArrayLike, s: Sketch, scale: float) -> Doubles:
+    """(n, 64 P) of queries (n, d), with w = scale * q * step rounded to 8 bits for each query and page."""
+    scaled = np.asarray(queries).astype(np.float32) * np.float32(scale)
+    weights, unit = rounded_weights(scaled[:, None] * s.step)
+    base = np.einsum("nd,pd->np", scaled.astype(np.float64), s.lo)
+    # (P, n, 64), of whole numbers under 2^53: exact.
+    products = weights.astype(np.float64).swapaxes(0, 1) @ s.codes.astype(np.float64).swapaxes(1, 2)
+    scores = base[..., None] + unit.astype(np.float64) * products.swapaxes(0, 1)
+    return np.asarray(scores.reshape(len(scaled), s.codes.shape[0] * s.codes.shape[1]))
+
+
+def rounded_weights(weights: Floats) -> tuple[npt.NDArray[np.int8], Floats]:
+    """Weights (..., d) as whole numbers, at most 127 in magnitude, times a unit (..., 1)."""
+    unit = np.abs(weights).max(axis=-1, keepdims=True) / np.float32(127)
+    usable = np.broadcast_to(unit >= np.finfo(np.float32).tiny, weights.shape)
+    whole = np.divide(weights, unit, where=usable, out=np.zeros_like(weights))
+    return np.rint(whole).astype(np.int8), unit
+
+
+def shares(scores: Doubles, local_mass: Doubles) -> Doubles:
+    """(n, R): the part of all attention that each read page has.
+
+    scores: (n, 16 R), of the whole bulk. local_mass: (n), the true L of sinks and window.
+    """
+    total = np.logaddexp(local_mass, np.logaddexp.reduce(scores, axis=1))
+    share = np.exp(scores - total[:, None]).reshape(len(scores), scores.shape[1] // READ_PAGE, READ_PAGE)
+    return np.asarray(share.sum(axis=2))
+
+
+def wanted(share: Doubles, page_share: float, page_drop: float) -> Bools:
+    """The read pages (R) of one query head whose share (R) exceeds a cut.
+
+    The cut is page_share, halved until the shares it leaves out sum to at most page_drop; 1 is no bound.
+    """
+    cut = np.float32(page_share)
+    if page_drop < 1:
+        for _ in range(MAX_HALVINGS):
+            if share[share <= cut].sum() <= np.float32(page_drop):
+                break
+            cut /= np.float32(2)
+    return np.asarray(share > cut)
+
+
+def scored_queries(is_long: Bools) -> Bools:
+    """(n): the queries of a tile whose long heads are asked, by is_long (H/G, n).
+
+    Every fourth query counting back from the last, so that a lone query is asked; where none of these has a
+    long head, the last query that has one.
+    """
+    has_long = np.asarray(is_long.any(axis=0))
+    asked = np.zeros(len(has_long), bool)
+    asked[::-PAGE_STRIDE] = True
+    if not (asked & has_long).any():
+        asked[np.flatnonzero(has_long)[-1:]] = True
+    return np.asarray(asked & has_long)
+
+
+def read_pages(
+    queries: npt.ArrayLike,
+    is_long: Bools,
+    local_mass: Doubles,
+    s: Sketch,
+    scale: float,
+    page_share: float,
+    page_drop: float,
+) -> tuple[Bools, Bools]:
+    """What the long heads of a tile read, (R), and the queries (n) that were scored for it.
+
+    queries: (H/G, n, d), of the tile. is_long, local_mass: (H/G, n). s: the sketch of the tile's whole bulk.
+    """
+    scored = scored_queries(is_long)
+    asked = is_long & scored
+    share = shares(estimated_scores(np.asarray(queries)[asked], s, scale), local_mass[asked])
+    reads = np.zeros(share.shape[1], bool)
+    for of_head in share:
+        reads |= wanted(of_head, page_share, page_drop)
+    return reads, scored

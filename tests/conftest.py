@@ -1,0 +1,37 @@
+"""Models for the tests: the real default one, and a tiny random one with a tokenizer and a chat template."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from pyllm import LLM
+from pyllm.errors import FileError
+from pyllm.models import DEFAULT_MODEL, resolve
+from tiny_models import write_tiny
+
+# A shell that starts the suite in the background makes it ignore Ctrl-C, and its children with it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The default model's file. scripts/test fetches it."""
+    try:
+        return resolve(DEFAULT_MODEL)[0]
+    except FileError as error:
+        pytest.fail(f"{error} (scripts/test does it)")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of random weights; what it says is noise, but the same noise every time."""
+    return write_tiny(tmp_path_factory.mktemp("models") / "tiny.gguf", tokenizer=True, sharp=4.0)
+
+
+@pytest.fixture
+def tiny(tiny_model: Path) -> LLM:
+    return LLM(tiny_model)

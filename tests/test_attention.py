@@ -1,0 +1,224 @@
+"""The attention pipeline on given queries, keys and values, against the numpy reference and itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from native import check, ffi, lib
+from pyllm.reference import attention as reference
+from pyllm.reference.attention import Policy
+from test_linear import ISAS, floats
+
+SEEDS = st.integers(0, 2**32 - 1)
+POLICY_NUMBER = {"dense": 0, "window": 1, "static": 2, "oracle": 3, "adaptive": 4}
+FIELDS = ("pairs", "pairs_local", "work", "work_done", "bytes", "bytes_read", "pages", "pages_read")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q: (T, H, d); k, v: (T, G, d), float32."""
+
+    q: NDArray[np.float32]
+    k: NDArray[np.float32]
+    v: NDArray[np.float32]
+
+    @property
+    def scale(self) -> float:
+        return float(np.float32(1 / np.sqrt(self.q.shape[2])))
+
+
+@dataclass(frozen=True)
+class Result:
+    output: NDArray[np.float32]
+    is_long: NDArray[np.bool_]
+    local_mass: NDArray[np.float32]
+    bulk_mass: NDArray[np.float32]
+    stats: dict[str, int]
+
+
+def random_inputs(seed: int, n: int, n_heads: int, n_kv_heads: int, head_dim: int) -> Inputs:
+    """Keys drift along the text and queries differ in sharpness: some heads are local, others are not."""
+    rng = np.random.default_rng(seed)
+    drift = np.cumsum(rng.standard_normal((n, n_kv_heads, head_dim)), 0) * 0.15
+    k = rng.standard_normal((n, n_kv_heads, head_dim)) + drift
+    q = rng.standard_normal((n, n_heads, head_dim)) * rng.uniform(0.1, 3, (1, n_heads, 1))
+    v = rng.standard_normal((n, n_kv_heads, head_dim))
+    return Inputs(*(np.ascontiguousarray(x, np.float32) for x in (q, k, v)))
+
+
+def run(x: Inputs, policy: Policy, isa: str = ISAS[-1], n_threads: int = 1, chunk: int = 512) -> Result:
+    n, n_heads, head_dim = x.q.shape
+    n_kv_heads = x.k.shape[1]
+    thresholds = np.full(n_heads, policy.thresholds, np.float32)
+    static = np.broadcast_to(
+        np.asarray(policy.static_local if policy.static_local is not None else 0, np.uint8), (n_heads,)
+    ).copy()
+    shape = ffi.new(
+        "hook_attention_shape *", (n, n_heads, n_kv_heads, head_dim, policy.n_sink, x.scale, chunk)
+    )
+    attention = ffi.new("pyllm_attention *")
+    attention.policy = POLICY_NUMBER[policy.kind]
+    attention.granularity = int(policy.granularity == "group")
+    attention.n_window = policy.n_window
+    attention.page_bits, attention.page_share = policy.page_bits, policy.page_share
+    attention.page_drop = policy.page_drop
+    attention.thresholds = floats(thresholds)
+    attention.static_local = ffi.from_buffer("uint8_t[]", static)
+    output = np.full_like(x.q, np.nan)
+    is_long = np.full((n, n_heads), 255, np.uint8)
+    masses = np.full((2, n, n_heads), np.nan, np.float32)
+    stats = ffi.new("pyllm_layer_stats *")
+    err = ffi.new("pyllm_error *")
+    check(
+        lib.hook_attention(
+            isa.encode(), n_threads, shape, attention, floats(x.q), floats(x.k), floats(x.v), floats(output),
+            ffi.from_buffer("uint8_t[]", is_long), floats(masses[0]), floats(masses[1]), stats, err,
+        ),
+        err,
+    )  # fmt: skip
+    assert (is_long <= 1).all()
+    assert np.isfinite(output).all()
+    return Result(
+        output, is_long == 1, masses[0], masses[1], {name: int(getattr(stats, name)) for name in FIELDS}
+    )
+
+
+def assert_same(a: Result, b: Result) -> None:
+    """Bit for bit, but for the sign of zero."""
+    assert np.array_equal(a.output, b.output)
+    assert np.array_equal(a.is_long, b.is_long)
+    assert np.array_equal(a.local_mass, b.local_mass)
+    assert a.stats == b.stats
+
+
+shapes = st.sampled_from(
+    [(1, 1, 32), (3, 1, 64), (6, 2, 64), (8, 1, 80), (4, 4, 128), (7, 1, 16), (14, 2, 48)]
+)
+policies = st.builds(
+    Policy,
+    kind=st.sampled_from(list(POLICY_NUMBER)),
+    n_sink=st.sampled_from([0, 1, 16, 63, 64]),
+    n_window=st.sampled_from([1, 2, 63, 64, 65, 100, 256]),
+    granularity=st.sampled_from(["head", "group"]),
+    thresholds=st.sampled_from([0.0, 0.3, 0.6, 0.9, 0.99, 1.1]),
+    static_local=st.just(True),
+)
+
+
+def with_labels(policy: Policy, n_heads: int, seed: int) -> Policy:
+    return replace(policy, static_local=np.random.default_rng(seed).random(n_heads) < 0.5)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=40, deadline=None)
+@given(
+    seed=SEEDS, shape=shapes, policy=policies, n=st.integers(1, 700), chunk=st.sampled_from([1, 7, 64, 512])
+)
+def test_reference(
+    isa: str, seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int
+) -> None:
+    x = random_inputs(seed, n if chunk > 1 else min(n, 200), *shape)
+    policy = with_labels(policy, shape[0], seed)
+    ours = run(x, policy, isa, chunk=chunk)
+    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy)
+    decisions = theirs.decisions
+    # Sharp heads have large scores; float32 rounding of q.k is relative to them.
+    tolerance = 1e-5 * (1 + np.abs(decisions.local_mass).max())
+    assert np.allclose(ours.local_mass, decisions.local_mass, atol=tolerance, rtol=0)
+    bulk = decisions.has_bulk
+    mass = {"oracle": decisions.bulk_mass_true, "adaptive": decisions.bulk_mass_estimate}.get(policy.kind)
+    if mass is not None:
+        scale = 1 + np.abs(mass[bulk]).max(initial=0)
+        assert np.allclose(ours.bulk_mass[bulk], mass[bulk], atol=2e-5 * scale, rtol=0)
+        near = near_ties(decisions.local_mass, mass, policy, 1e-3 + 4e-5 * scale)
+        near = near.reshape(len(near), shape[1], -1)
+        near = (
+            np.repeat(near.any(2), shape[0] // shape[1], 1)
+            if policy.granularity == "group"
+            else near.reshape(len(near), -1)
+        )
+    else:
+        near = np.zeros_like(decisions.local)
+    different = ours.is_long != (~decisions.local & bulk[:, None])
+    assert not (different & ~near).any()
+    same = ~different
+    spread = np.abs(x.v).max() * tolerance
+    assert np.allclose(ours.output[same], theirs.output[same], atol=spread + 1e-6, rtol=0)
+    if not different.any():
+        assert ours.stats == {name: getattr(theirs.stats, name) for name in FIELDS}
+
+
+def near_ties(local_mass: Any, mass: Any, policy: Policy, margin: float) -> NDArray[np.bool_]:
+    """Where the decision is so close that rounding may flip it."""
+    tau = float(np.asarray(policy.thresholds, np.float32))
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        boundary = np.log(tau / (1 - tau)) if 0 < tau < 1 else np.inf
+        near: NDArray[np.bool_] = np.abs(local_mass - mass - boundary) < margin
+    return near
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS, shape=shapes, policy=policies, n=st.integers(65, 900), n_threads=st.integers(2, 4))
+def test_chunks_and_threads_change_nothing(
+    isa: str, seed: int, shape: tuple[int, int, int], policy: Policy, n: int, n_threads: int
+) -> None:
+    x = random_inputs(seed, n, *shape)
+    policy = with_labels(policy, shape[0], seed)
+    whole = run(x, policy, isa, chunk=n)
+    for chunk, threads in ((1, n_threads), (7, 1), (64, n_threads), (512, 1), (512, n_threads)):
+        assert_same(whole, run(x, policy, isa, threads, min(chunk, n)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, shape=shapes, policy=policies, n=st.integers(1, 600))
+def test_threshold_above_one_is_dense(seed: int, shape: tuple[int, int, int], policy: Policy, n: int) -> None:
+    x = random_inputs(seed, n, *shape)
+    dense = run(x, replace(policy, kind="dense", static_local=None))
+    for kind in ("oracle", "adaptive"):
+        assert_same(dense, run(x, replace(policy, kind=kind, thresholds=1.01)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, shape=shapes, policy=policies, n=st.integers(1, 300))
+def test_nothing_in_the_bulk_is_dense(seed: int, shape: tuple[int, int, int], policy: Policy, n: int) -> None:
+    x = random_inputs(seed, n, *shape)
+    policy = replace(with_labels(policy, shape[0], seed), n_window=n)
+    dense = run(x, replace(policy, kind="dense"))
+    result = run(x, policy)
+    assert_same(dense, result)
+    assert result.stats == dict.fromkeys(FIELDS, 0)
+
+
+@pytest.mark.parametrize("n_sink", [0, 1, 16, 64])
+@pytest.mark.parametrize("n_window", [1, 64, 100])
+def test_the_bulk_begins_with_its_first_whole_page(n_sink: int, n_window: int) -> None:
+    """One query before, and the query at which the first page has left the window."""
+    first = n_sink + n_window + reference.PAGE
+    policy = Policy("dense", n_sink=n_sink, n_window=n_window)
+    x = random_inputs(3, first, 3, 1, 32)
+    before = Inputs(x.q[:-1], x.k[:-1], x.v[:-1])
+    assert run(before, policy).stats["pairs"] == 0
+    assert run(x, policy).stats["work"] == 3 * reference.PAGE
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=SEEDS, shape=shapes, n=st.integers(400, 700))
+def test_some_heads_are_long_and_some_are_local(seed: int, shape: tuple[int, int, int], n: int) -> None:
+    """Guards the tests above: their inputs really make the rule decide both ways."""
+    x = random_inputs(seed, n, *shape)
+    policy = Policy("adaptive", n_window=64, thresholds=0.6)
+    stats = [run(replace_q(x, sharp), policy).stats for sharp in (0.05, 30.0)]
+    assert stats[0]["pairs"] == stats[1]["pairs"] > 0
+    assert stats[0]["pairs_local"] + stats[1]["pairs_local"] < 2 * stats[0]["pairs"]
+
+
+def replace_q(x: Inputs, factor: float) -> Inputs:
+    return replace(x, q=np.ascontiguousarray(x.q * np.float32(factor)))

@@ -1,0 +1,386 @@
+"""`pyllm eval`: its metrics against numpy, its rows, and the command from end to end on a tiny model."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.image import imread
+
+from pyllm import LLM, Adaptive, ArgumentError, Dense, FormatError, Oracle, Static, Window
+from pyllm.cli import main
+from pyllm.evaluate import texts, tradeoff
+from pyllm.evaluate.candidates import ROWS, Candidate, Choice, candidates, top_share
+from pyllm.evaluate.metrics import BLOCK, Reference, Scores, mean_interval, perplexity
+from pyllm.evaluate.results import Results
+from pyllm.evaluate.static_labels import first_with_bulk, local_shares
+from pyllm.evaluate.texts import Text
+
+WINDOW, SINKS = 64, 4
+FIRST = first_with_bulk(WINDOW, SINKS)
+
+
+def random_text(llm: LLM, n: int, seed: int) -> Text:
+    tokens = np.random.default_rng(seed).integers(0, 256, n).astype(np.int32)
+    return Text("noise", tokens)
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    wide = x.astype(np.float64)
+    found: np.ndarray = wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
+    return found
+
+
+# ---- metrics ----
+
+
+@given(st.integers(1, 70), st.integers(2, 90), st.floats(0, 3), st.integers(0, 2**32 - 1))
+def test_scores_are_numpys(n: int, n_vocab: int, noise: float, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    dense = rng.normal(0, 4, (n, n_vocab)).astype(np.float32)
+    other = (dense + rng.normal(0, noise, dense.shape)).astype(np.float32)
+    targets = rng.integers(0, n_vocab, n)
+    scores = Reference(dense, targets).compare(other)
+    p, q = log_softmax(dense), log_softmax(other)
+    np.testing.assert_allclose(scores.kl, (np.exp(p) * (p - q)).sum(axis=1), rtol=1e-4, atol=3e-6)
+    np.testing.assert_array_equal(scores.agrees, dense.argmax(axis=1) == other.argmax(axis=1))
+    np.testing.assert_allclose(scores.nll, -q[np.arange(n), targets], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(scores.dense_nll, -p[np.arange(n), targets], rtol=1e-5, atol=1e-5)
+
+
+def test_known_answers() -> None:
+    quarters = np.log(np.array([[0.5, 0.25, 0.25]], np.float32))
+    uniform = np.zeros((1, 3), np.float32)
+    scores = Reference(quarters, np.array([1])).compare(uniform + 7)
+    assert scores.kl[0] == pytest.approx(np.log(3) - 1.5 * np.log(2), abs=1e-6)
+    assert perplexity(scores.nll) == pytest.approx(3)
+    assert perplexity(scores.dense_nll) == pytest.approx(4)
+    assert not Reference(quarters, np.array([1])).compare(np.flip(quarters, 1)).agrees[0]
+
+
+def test_equal_logits_have_no_divergence_at_all() -> None:
+    logits = np.random.default_rng().normal(0, 10, (33, 500)).astype(np.float32)
+    scores = Reference(logits, np.zeros(33, int)).compare(logits.copy())
+    assert not scores.kl.any()
+    assert scores.agrees.all()
+
+
+def test_scores_join() -> None:
+    logits = np.random.default_rng().normal(0, 1, (9, 5)).astype(np.float32)
+    other, targets = logits[::-1].copy(), np.arange(9) % 5
+    whole = Reference(logits, targets).compare(other)
+    halves = [Reference(logits[s], targets[s]).compare(other[s]) for s in (slice(4), slice(4, 9))]
+    np.testing.assert_array_equal(Scores.joined(halves).kl, whole.kl)
+    assert len(Scores.joined([])) == 0
+    with pytest.raises(ValueError, match="shape"):
+        Reference(logits, targets).compare(other[:3])
+
+
+def test_interval_covers_the_mean_of_dependent_tokens() -> None:
+    """Tokens of a block are the same here: an interval that took them for independent would be 8 times too
+    narrow, and cover the mean in a fifth of the cases."""
+    rng = np.random.default_rng()
+    covered = 0
+    for seed in range(200):
+        values = np.repeat(rng.exponential(1.0, 40), BLOCK)
+        interval = mean_interval(values, seed)
+        assert interval
+        covered += interval[0] <= 1.0 <= interval[1]
+    assert 160 <= covered <= 199
+
+
+def test_interval_of_little() -> None:
+    assert mean_interval(np.arange(BLOCK) / 1.0, 0) is None
+    assert mean_interval(np.full(BLOCK + 1, 0.25), 0) == (0.25, 0.25)
+    values = np.random.default_rng().random(50 * BLOCK)
+    assert mean_interval(values, 3) == mean_interval(values, 3)
+    assert mean_interval(values, 3) != mean_interval(values, 4)
+
+
+# ---- rows ----
+
+
+@given(st.integers(1, 5), st.integers(1, 12), st.floats(0, 1), st.integers(0, 2**32 - 1))
+def test_top_share(n_layers: int, n_heads: int, share: float, seed: int) -> None:
+    values = np.random.default_rng(seed).integers(0, 5, (n_layers, n_heads)) / 5
+    labels = top_share(values, share)
+    assert labels.sum() == round(share * values.size)
+    if labels.any() and not labels.all():
+        assert values[labels].min() >= values[~labels].max()
+
+
+def test_rows_of_a_choice() -> None:
+    local = np.array([[0.9, 0.8, 0.1, 0.7], [0.6, 0.5, 0.4, 0.3]])
+    choice = Choice(WINDOW, SINKS, tuple(ROWS), (0.5, 0.9), (0.5,), (0.01,), (2, 4))
+    geometry = {"window": WINDOW, "sinks": SINKS}
+    settings = [(granularity, threshold) for granularity in ("head", "group") for threshold in (0.5, 0.9)]
+    assert candidates(choice, local, n_kv_heads=2) == [
+        Candidate("dense", Dense(**geometry)),
+        Candidate("window", Window(**geometry)),
+        Candidate("static head", Static([[1, 1, 0, 1], [1, 0, 0, 0]], **geometry), 0.5),
+        # The third head of the first layer is hardly ever local, and neither is therefore its group.
+        Candidate("static group", Static([[1, 1, 0, 0], [1, 1, 0, 0]], **geometry), 0.5),
+        *(Candidate(f"oracle {g}", Oracle(t, g, window=WINDOW, sinks=SINKS), t) for g, t in settings),
+        *(Candidate(f"adaptive {g}", Adaptive(t, g, window=WINDOW, sinks=SINKS), t) for g, t in settings),
+        *(
+            Candidate(f"pages {bits}-bit", Dense(**geometry, page_bits=bits, page_share=0.01), 0.01)
+            for bits in (2, 4)
+        ),
+        *(
+            Candidate(
+                f"adaptive+pages {bits}-bit",
+                Adaptive(0.9, "group", window=WINDOW, sinks=SINKS, page_bits=bits, page_share=0.01),
+                0.01,
+            )
+            for bits in (2, 4)
+        ),
+    ]
+
+
+def test_evaluate_is_what_sessions_say(tiny: LLM) -> None:
+    text = random_text(tiny, 301, seed=np.random.randint(2**31))
+    policies = {
+        "dense": Dense(window=WINDOW, sinks=SINKS),
+        "window": Window(window=WINDOW, sinks=SINKS),
+        "long": Adaptive(2.0, window=WINDOW, sinks=SINKS),
+    }
+    rows = tradeoff.evaluate(
+        tiny, text, [Candidate(name, policy) for name, policy in policies.items()], n_decode=10, seed=1
+    )
+    dense, window, long = rows
+    for row in (dense, long):
+        assert (row.kl, row.kl_low, row.kl_high, row.decode_kl) == (0.0, 0.0, 0.0, 0.0)
+        assert (row.top1, row.heads_local, row.bulk_work, row.bulk_read) == (100.0, 0.0, 100.0, 100.0)
+        assert row.perplexity == row.dense_perplexity
+    assert (window.heads_local, window.bulk_work, window.bulk_read) == (100.0, 0.0, 0.0)
+
+    inputs = text.tokens[:-1]
+    p, q = (log_softmax(tiny.session(attention=policies[name]).eval(inputs, all_logits=True))
+            for name in ("dense", "window"))  # fmt: skip
+    assert not np.allclose(p[FIRST], q[FIRST], atol=1e-4)
+    np.testing.assert_allclose(p[:FIRST], q[:FIRST], atol=1e-6)
+    kl = (np.exp(p) * (p - q)).sum(axis=1)
+    assert window.tokens == 290 - FIRST
+    assert window.kl == pytest.approx(kl[FIRST:290].mean(), rel=1e-4)
+    assert window.decode_tokens == 10
+    assert window.decode_kl == pytest.approx(kl[290:].mean(), rel=1e-4)
+    assert window.top1 == pytest.approx(100 * (p.argmax(1) == q.argmax(1))[FIRST:290].mean())
+    nll = -q[np.arange(300), text.tokens[1:]]
+    assert window.perplexity == pytest.approx(np.exp(nll[FIRST:290].mean()), rel=1e-4)
+
+
+def test_quality_does_not_depend_on_how_the_text_is_cut(tiny: LLM, tiny_model: Path) -> None:
+    text = random_text(tiny, 260, seed=np.random.randint(2**31))
+    row = Candidate("adaptive", Adaptive(0.6, "head", window=WINDOW, sinks=SINKS))
+    whole, small = (
+        tradeoff.evaluate(LLM(tiny_model, n_batch=n), text, [row], n_decode=0, seed=0)[0] for n in (512, 37)
+    )
+    assert (whole.kl, whole.heads_local, whole.tokens) == (small.kl, small.heads_local, small.tokens)
+    assert whole.kl > 0
+    assert (whole.decode_tokens, whole.decode_kl, whole.decode_ms) == (0, None, None)
+
+
+def test_local_shares_are_the_oracles(tiny: LLM) -> None:
+    """In the first layer, queries and keys do not depend on what other heads read."""
+    text = random_text(tiny, 400, seed=np.random.randint(2**31))
+    shares = local_shares(tiny, [text], WINDOW, SINKS)
+    assert shares.shape == (2, 8)
+    session = tiny.session(attention=Dense(window=WINDOW, sinks=SINKS))
+    session.eval(text.tokens[:-64])
+    before = session.stats
+    session.attention = Oracle(0.9, "head", window=WINDOW, sinks=SINKS)
+    session.eval(text.tokens[-64:])
+    first_layer = (session.stats - before).layers[0]
+    assert first_layer.heads_local == pytest.approx(100 * shares[0].mean())
+    assert 0 < shares[0].mean() < 1
+
+
+# ---- texts ----
+
+
+def test_builtin_texts_differ_from_those_for_fitting() -> None:
+    evaluated, fitted = texts.builtin(), texts.builtin(fitted=True)
+    assert evaluated.keys() == fitted.keys() == {"prose", "code"}
+    assert all(len(text) > 100_000 for text in (*evaluated.values(), *fitted.values()))
+    lines = [{line for line in text["code"].splitlines() if len(line) > 60} for text in (evaluated, fitted)]
+    assert len(lines[0] & lines[1]) < len(lines[0]) / 20
+
+
+def test_excerpt(tiny: LLM) -> None:
+    text = "".join(f"line {i}\n" for i in range(3000))
+    found = texts.excerpt(tiny, "lines", text, 100, seed=5)
+    assert len(found.tokens) == 100
+    shown = tiny.detokenize(found.tokens)
+    assert shown in text
+    assert shown.startswith("line ")
+    np.testing.assert_array_equal(texts.excerpt(tiny, "lines", text, 100, seed=5).tokens, found.tokens)
+    assert any(
+        not np.array_equal(texts.excerpt(tiny, "lines", text, 100, seed=seed).tokens, found.tokens)
+        for seed in range(6, 16)
+    )
+    assert tiny.detokenize(texts.excerpt(tiny, "short", "a\nb", 100, seed=5).tokens) == "a\nb"
+
+
+# ---- the command ----
+
+
+@pytest.fixture
+def prose(tmp_path: Path) -> Path:
+    words = np.random.default_rng(0).choice(["the", "hand", "and", "inner", "thing", "\n"], 600)
+    path = tmp_path / "prose.txt"
+    path.write_text(" ".join(words))
+    return path
+
+
+def command(model: Path, prose: Path, *arguments: str | Path) -> list[str]:
+    fixed = ("eval", model, "--text", prose, "--ctx", "300", "--window", WINDOW, "--sinks", SINKS)
+    return [str(x) for x in (*fixed, "--decode", "4", *arguments)]
+
+
+def test_from_end_to_end(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    outputs = [tmp_path / f"out.{kind}" for kind in ("json", "csv", "png")]
+    asked = ["--thresholds", "0.6,0.9", "--shares", "0.5"]
+    asked += [str(x) for kind, path in zip(("json", "csv", "plot"), outputs, strict=True)
+              for x in (f"--{kind}", path)]  # fmt: skip
+    asked += ["--page-shares", "0.01", "--decode", str(BLOCK)]
+    assert main(command(tiny_model, prose, *asked)) == 0
+    shown = capsys.readouterr()
+    lines = ["dense", "window", *(f"static {g} 0.5" for g in ("head", "group"))]
+    lines += [
+        f"{name} {g} {t}" for name in ("oracle", "adaptive") for g in ("head", "group") for t in (0.6, 0.9)
+    ]
+    found = [line for line in shown.out.splitlines() if line.startswith(tuple(lines))]
+    assert [next(name for name in lines if line.startswith(name)) for line in found] == lines * 2
+    assert "in decode" in shown.out
+    assert f"prose.txt: {300 - BLOCK - FIRST} tokens with a bulk" in shown.out
+    assert "…" not in shown.out
+
+    content = json.loads(outputs[0].read_text())
+    assert [len(content["rows"]), np.shape(content["local_shares"])] == [14, (2, 8)]
+    assert content["settings"]["window"] == WINDOW
+    with outputs[1].open(newline="") as file:
+        table = list(csv.DictReader(file))
+    assert [row["line"] for row in table] == [row["line"] for row in content["rows"]]
+    assert [float(row["kl"]) for row in table] == [row["kl"] for row in content["rows"]]
+    image = imread(outputs[2])[..., :3]
+    assert len(np.unique(image.reshape(-1, 3), axis=0)) > 10
+
+
+def test_finished_rows_are_not_evaluated_again(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    arguments = command(tiny_model, prose, "--policies", "dense,window,adaptive", "--json", path)
+
+    def rows() -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = json.loads(path.read_text())["rows"]
+        return found
+
+    assert main([*arguments, "--thresholds", "0.9", "--limit", "3"]) == 0
+    assert "1 rows are left" in capsys.readouterr().err
+    first = rows()
+    assert [row["line"] for row in first] == ["dense", "window", "adaptive head"]
+    assert main([*arguments, "--thresholds", "0.9"]) == 0
+    assert len(rows()) == 4
+    # Measured times would differ if a row were evaluated again.
+    assert rows()[:3] == first
+    finished = path.read_bytes()
+    assert main([*arguments, "--thresholds", "0.9"]) == 0
+    assert path.read_bytes() == finished
+    # One more threshold is two more rows.
+    assert main([*arguments, "--thresholds", "0.5,0.9"]) == 0
+    assert len(rows()) == 6
+    assert rows()[:3] == first
+    assert capsys.readouterr().out.count("adaptive head 0.5") == 1
+
+
+def test_results_of_other_settings_are_not_mixed(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    assert main(command(tiny_model, prose, "--policies", "window", "--json", path)) == 0
+    kept = path.read_bytes()
+    assert main(command(tiny_model, prose, "--policies", "window", "--json", path, "--seed", "1")) == 1
+    assert f"{path}: these results were made with seed 0, now it is 1" in capsys.readouterr().err
+    assert path.read_bytes() == kept
+    for broken in (b"", b"[]", b'{"format": "x"}', kept[:-30], kept.replace(b'"kl":', b'"lk":'), b"\xff"):
+        path.write_bytes(broken)
+        assert main(command(tiny_model, prose, "--policies", "window", "--json", path)) == 1
+        assert str(path) in capsys.readouterr().err
+        assert path.read_bytes() == broken
+    path.write_bytes(kept)
+    with pytest.raises(FormatError, match="batch 512, now it is None"):
+        Results.open(path, {})
+
+
+BAD = [
+    (["--policies", "dense,sideways"], "'sideways' is unknown; there are dense, window, static"),
+    (["--policies", ""], "nothing to evaluate"),
+    (["--policies", "oracle", "--thresholds", "-1"], "threshold"),
+    (["--page-bits", "5"], "page_bits"),
+    (["--page-shares", "1.5"], "page_share"),
+    (["--shares", "1.5"], "share of local heads"),
+    (["--ctx", "99999"], "4096"),
+    (["--ctx", "0"], "--ctx"),
+    (["--ctx", "100"], "from 137 tokens on"),
+    (["--window", "0"], "window"),
+    (["--window", "4000"], "'prose.txt'"),
+    (["--sinks", "65"], "sinks"),
+    (["--decode", "-1"], "--decode"),
+    (["--decode", "280"], "'prose.txt'"),
+    (["--limit", "0"], "--limit"),
+    (["--json", "/nosuch/rows.json"], "/nosuch/rows.json: cannot be written"),
+    (["--csv", "/"], "/: cannot be written"),
+    (["--plot", "/nosuch/plot.png"], "/nosuch/plot.png: cannot be written"),
+    (["--plot", "plot.gif"], ".png, .svg, .pdf"),
+    (["--text", "nosuch.txt"], "nosuch.txt"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "text"), BAD)
+def test_bad_input_is_one_line(
+    tiny_model: Path, prose: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], text: str
+) -> None:
+    assert main(command(tiny_model, prose, *arguments)) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("pyllm: error: ")
+    assert shown.err.count("\n") == 1
+    assert text in shown.err
+
+
+def test_texts_that_cannot_be_evaluated(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "short.txt").write_text("the hand")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "prose.txt").write_text("the hand")
+    for files, text in (
+        (["empty.txt"], "empty"),
+        (["prose.txt", "short.txt"], "'short.txt'"),
+        (["prose.txt", "other/prose.txt"], "same name"),
+    ):
+        paths = [str(tmp_path / file) for file in files]
+        assert main(["eval", str(tiny_model), "--window", str(WINDOW), "--text", *paths]) == 1
+        assert text in capsys.readouterr().err
+
+
+def test_numbers_that_are_none(tiny_model: Path, prose: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main(command(tiny_model, prose, "--thresholds", "0.9,x"))
+    assert exit_.value.code == 2
+    assert "'0.9,x'" in capsys.readouterr().err
+
+
+def test_a_choice_of_nothing() -> None:
+    with pytest.raises(ArgumentError, match="nothing"):
+        candidates(Choice(policies=("adaptive",), thresholds=()))

@@ -1,0 +1,231 @@
+"""The whole forward pass on tiny random models against the numpy reference, and against itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import pyllm
+from pyllm import LLM, Adaptive, Dense, Oracle, Static, Window
+from pyllm.attention import Policy
+from pyllm.reference import model as reference
+from pyllm.reference import weights
+from pyllm.reference.attention import Policy as ReferencePolicy
+from test_linear import FLOATS, ISAS, QUANTIZED
+from tiny_models import RopeScaling, write_tiny
+
+SEEDS = st.integers(0, 2**32 - 1)
+fresh_file = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+VOCABULARY = 300
+
+
+def tiny(folder: Path, arch: str = "llama", **options: Any) -> Path:
+    return write_tiny(folder / "tiny.gguf", arch, n_vocab=VOCABULARY, tokenizer=True, **options)
+
+
+def reference_policy(policy: Policy, labels: Any = None) -> ReferencePolicy:
+    kind = type(policy).__name__.lower()
+    thresholds = getattr(policy, "threshold", 0.9)
+    granularity = getattr(policy, "granularity", "head")
+    return ReferencePolicy(kind, policy.sinks, policy.window, granularity, thresholds, labels)
+
+
+def compare(path: Path, isa: str, tokens: list[int], policy: Policy, labels: Any = None) -> None:
+    """Logits of every token. Float noise flips the last bit of a few keys and values on their way to f16, and
+    a few decisions that hang on rounding: most tokens are held to a tight bound, all to a wider one."""
+    llm = LLM(path, isa=isa, attention=policy, n_batch=48)
+    session = llm.session()
+    ours = session.eval(tokens, all_logits=True)
+    theirs = reference.forward(weights.load(path), tokens, reference_policy(policy, labels))
+    assert ours.shape == theirs.logits.shape
+    assert np.isfinite(ours).all()
+    scale = np.abs(theirs.logits).max()
+    error = np.abs(ours - theirs.logits).max(1) / scale
+    # Where activations are rounded to 16 bits, float noise flips some of those roundings too, in most tokens.
+    rounded = any(tensor.type_name not in {kind.name for kind in FLOATS} for tensor in llm.tensors())
+    # A flipped decision changes its token, and later ones a little: one in ten may be off.
+    worst = np.quantile(error, 0.9) if isinstance(policy, Oracle | Adaptive) else error.max()
+    assert np.median(error) <= (5e-4 if rounded else 2e-4)
+    assert worst <= 1e-2
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
+@settings(parent=fresh_file, max_examples=6)
+@given(
+    seed=SEEDS,
+    heads=st.sampled_from([(2, 2), (6, 2), (8, 1)]),
+    head_dim=st.sampled_from([32, 64, 80, 128]),
+    tied=st.booleans(),
+    kind=st.sampled_from([Type.F32, Type.F16, Type.BF16, Type.Q8_0, Type.Q4_1]),
+)
+def test_architectures(
+    tmp_path: Path,
+    isa: str,
+    arch: str,
+    seed: int,
+    heads: tuple[int, int],
+    head_dim: int,
+    tied: bool,
+    kind: Type,
+) -> None:
+    path = tiny(
+        tmp_path, arch, n_heads=heads[0], n_kv_heads=heads[1], head_dim=head_dim,
+        dim=96, n_ff=160, types=kind, tied=tied, sharp=4, seed=seed,
+    )  # fmt: skip
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, 100).tolist()
+    compare(path, isa, tokens, Dense(window=32))
+
+
+@pytest.mark.parametrize("kind", FLOATS + QUANTIZED, ids=lambda kind: kind.name)
+@settings(parent=fresh_file, max_examples=2)
+@given(seed=SEEDS)
+def test_formats(tmp_path: Path, kind: Type, seed: int) -> None:
+    path = tiny(tmp_path, types=kind, seed=seed)
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, 60).tolist()
+    compare(path, ISAS[-1], tokens, Dense(window=32))
+
+
+def test_formats_mixed_per_tensor(tmp_path: Path) -> None:
+    types = {
+        "attn_q": Type.Q4_K,
+        "attn_v": Type.Q6_K,
+        "ffn_down": Type.F16,
+        "token_embd": Type.Q8_0,
+        "*": Type.Q5_0,
+    }
+    path = tiny(tmp_path, types=types, tied=False)
+    compare(path, ISAS[-1], list(range(100, 180)), Dense(window=32))
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        Window(window=40),
+        Oracle(0.7, window=40, granularity="head"),
+        Oracle(0.7, window=40, granularity="group"),
+        Adaptive(0.6, window=40, granularity="head"),
+        Adaptive(0.6, window=40, granularity="group"),
+    ],
+    ids=str,
+)
+@settings(parent=fresh_file, max_examples=4)
+@given(seed=SEEDS)
+def test_policies(tmp_path: Path, policy: Policy, seed: int) -> None:
+    """float32 weights, so that float noise is all that can flip a decision; a flip shows in the logits."""
+    path = tiny(tmp_path, dim=64, n_ff=96, sharp=12, seed=seed)
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, 300).tolist()
+    compare(path, ISAS[-1], tokens, policy)
+
+
+def test_static_labels(tmp_path: Path) -> None:
+    path = tiny(tmp_path, dim=64, n_ff=96, sharp=12)
+    labels = np.random.default_rng(1).random((2, 8)) < 0.5
+    tokens = np.random.default_rng(2).integers(0, VOCABULARY, 300).tolist()
+    compare(path, ISAS[-1], tokens, Static(labels, window=40), labels)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        None,
+        RopeScaling("linear", 4.0),
+        RopeScaling("yarn", 4.0, original_context=128),
+        RopeScaling("yarn", 8.0, original_context=64, attn_factor=0.9, beta_fast=16.0, beta_slow=2.0),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("arch", ["llama", "qwen2"])
+def test_rope_scaling(tmp_path: Path, arch: str, scaling: RopeScaling | None) -> None:
+    path = tiny(tmp_path, arch, dim=64, n_ff=96, sharp=8, rope_scaling=scaling)
+    compare(path, ISAS[-1], list(range(50)) * 5, Dense(window=32))
+
+
+def test_rope_frequencies_of_llama3(tmp_path: Path) -> None:
+    factors = np.linspace(1, 8, 16, dtype=np.float32)
+    path = tiny(tmp_path, dim=64, n_ff=96, sharp=8, rope_freqs=factors)
+    compare(path, ISAS[-1], list(range(50)) * 5, Dense(window=32))
+
+
+POLICIES = [Dense(window=64), Adaptive(0.6, window=64), Oracle(0.6, window=64), Window(window=64)]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=str)
+@settings(parent=fresh_file, max_examples=4)
+@given(seed=SEEDS, kind=st.sampled_from([Type.F32, Type.Q4_1, Type.Q4_K]))
+def test_batches_and_threads_change_no_bit(tmp_path: Path, policy: Policy, seed: int, kind: Type) -> None:
+    path = tiny(tmp_path, types=kind, sharp=8, seed=seed)
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, 260).tolist()
+    whole = LLM(path, n_batch=512, n_threads=1, attention=policy).session().eval(tokens, all_logits=True)
+    pieces = LLM(path, n_batch=33, n_threads=3, attention=policy).session().eval(tokens, all_logits=True)
+    session = LLM(path, n_threads=2, attention=policy).session()
+    single = np.concatenate([session.eval([token])[None] for token in tokens])
+    assert np.array_equal(whole, pieces)
+    assert np.array_equal(whole, single)
+
+
+@settings(parent=fresh_file, max_examples=10)
+@given(seed=SEEDS, cut=st.integers(0, VOCABULARY), sinks=st.sampled_from([0, 16]))
+def test_rewind_then_replay_is_never_having_gone(tmp_path: Path, seed: int, cut: int, sinks: int) -> None:
+    path = tiny(tmp_path, dim=64, n_ff=96, sharp=12, seed=seed)
+    llm = LLM(path, attention=Adaptive(0.6, window=32, sinks=sinks))
+    rng = np.random.default_rng(seed)
+    first, second = rng.integers(0, VOCABULARY, 300).tolist(), rng.integers(0, VOCABULARY, 150).tolist()
+    gone, never = llm.session(), llm.session()
+    gone.eval(first)
+    gone.rewind(cut)
+    if cut:
+        never.eval(first[:cut])
+    assert np.array_equal(gone.eval(second, all_logits=True), never.eval(second, all_logits=True))
+
+
+@settings(parent=fresh_file, max_examples=6)
+@given(seed=SEEDS, pages=st.integers(0, 3), bits=st.sampled_from([2, 3, 4]))
+def test_rewind_then_replay_with_pages(tmp_path: Path, seed: int, pages: int, bits: int) -> None:
+    """At the beginning of a query tile, since tiles share what they read."""
+    path = tiny(tmp_path, dim=64, n_ff=96, sharp=12, seed=seed)
+    policy = Adaptive(1.1, window=32, sinks=16, page_bits=bits, page_share=0.02)
+    llm = LLM(path, attention=policy)
+    cut = 32 + 16 - 1 + 64 * pages
+    rng = np.random.default_rng(seed)
+    first, second = rng.integers(0, VOCABULARY, 300).tolist(), rng.integers(0, VOCABULARY, 150).tolist()
+    gone, never = llm.session(), llm.session()
+    gone.eval(first)
+    gone.rewind(cut)
+    never.eval(first[:cut])
+    assert np.array_equal(gone.eval(second, all_logits=True), never.eval(second, all_logits=True))
+    assert gone.stats.total.pages_read is not None
+
+
+def test_moments_restart_after_a_rewind_under_another_policy(tmp_path: Path) -> None:
+    """Pages folded before the rewind must not survive while dense attention moves on without folding."""
+    path = tiny(tmp_path, dim=64, n_ff=96, sharp=12)
+    llm = LLM(path, attention=Adaptive(0.6, window=32))
+    rng = np.random.default_rng(5)
+    first, second, third = (rng.integers(0, VOCABULARY, n).tolist() for n in (300, 250, 100))
+    gone, never = llm.session(), llm.session()
+    gone.eval(first)
+    gone.rewind(100)
+    never.eval(first[:100])
+    for session in (gone, never):
+        session.attention = Dense(window=32)
+        session.eval(second)
+        session.attention = Adaptive(0.6, window=32)
+    assert np.array_equal(gone.eval(third, all_logits=True), never.eval(third, all_logits=True))
+
+
+def test_a_full_context_and_one_token_more(tmp_path: Path) -> None:
+    path = tiny(tmp_path, dim=64, n_ff=96)
+    session = LLM(path, n_ctx=130, attention=Adaptive(0.6, window=16)).session()
+    session.eval([1] * 130)
+    with pytest.raises(pyllm.ContextError, match="130"):
+        session.eval([1])
+    assert session.position == 130

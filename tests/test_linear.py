@@ -1,0 +1,198 @@
+"""The linear stage: every weight format, on every instruction set, against dequantized weights in float64."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from gguf import quants
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from native import check, ffi, lib
+from pyllm import errors
+from pyllm.reference.model import rounded_to_int16
+from tiny_models import random_matrix
+
+FLOATS = (Type.F32, Type.F16, Type.BF16)
+QUANTIZED = (
+    Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K,
+    Type.Q6_K, Type.IQ4_NL, Type.IQ4_XS,
+)  # fmt: skip
+SEEDS = st.integers(0, 2**32 - 1)
+
+# Around the tile of 16 rows, the kernels' 1, 2, 3, 6, 8 and 12 tokens at once, and the block of 128 tokens.
+ROWS = st.sampled_from([1, 2, 15, 16, 17, 31, 33, 48, 64, 65, 80])
+TOKENS = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 25, 127, 128, 129, 130])
+
+
+def available_isas() -> list[str]:
+    """Instruction sets this processor runs."""
+    err = ffi.new("pyllm_error *")
+    x, out = ffi.new("float[32]"), ffi.new("float[32]")
+    return [
+        isa for isa in ("generic", "avx2", "avx512") if lib.hook_rounded(isa.encode(), x, out, 32, err) == 0
+    ]
+
+
+ISAS = available_isas()
+
+
+def floats(x: NDArray[np.float32]) -> object:
+    assert x.dtype == np.float32
+    assert x.flags.c_contiguous
+    return ffi.from_buffer("float[]", x)
+
+
+def linear(
+    isa: str, kind: Type, weights: NDArray[np.uint8], x: NDArray[np.float32], rows: int,
+    bias: NDArray[np.float32] | None = None, onto: NDArray[np.float32] | None = None, n_threads: int = 1,
+) -> NDArray[np.float32]:  # fmt: skip
+    """x (n, cols) times weights (rows, bytes): (n, rows). Without `onto` the output starts as NaN."""
+    n, cols = x.shape
+    out = np.full((n, rows), np.nan, np.float32) if onto is None else onto.copy()
+    err = ffi.new("pyllm_error *")
+    data = np.ascontiguousarray(weights).view(np.uint8).reshape(-1)
+    check(
+        lib.hook_linear(
+            isa.encode(), n_threads, kind.value, ffi.from_buffer(data), rows, cols, floats(x), n,
+            ffi.NULL if bias is None else floats(bias), onto is not None, floats(out), err,
+        ),
+        err,
+    )  # fmt: skip
+    return out
+
+
+def rounded(isa: str, x: NDArray[np.float32]) -> NDArray[np.float32]:
+    out = np.full_like(x, np.nan)
+    err = ffi.new("pyllm_error *")
+    check(lib.hook_rounded(isa.encode(), floats(x), floats(out), x.size, err), err)
+    return out
+
+
+def assert_close(
+    actual: NDArray[np.float32], exact: NDArray[np.float64], magnitude: NDArray[np.float64]
+) -> None:
+    """magnitude: the sum of the absolute products, to which float32 summation errors are relative."""
+    assert np.isfinite(actual).all()
+    assert (np.abs(actual - exact) <= 4e-6 * magnitude + 1e-30).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", FLOATS + QUANTIZED, ids=lambda kind: kind.name)
+@settings(max_examples=12, deadline=None)
+@given(seed=SEEDS, rows=ROWS, n=TOKENS, blocks=st.integers(1, 3), bias=st.booleans(), add=st.booleans())
+def test_product(
+    isa: str, kind: Type, seed: int, rows: int, n: int, blocks: int, bias: bool, add: bool
+) -> None:
+    rng = np.random.default_rng(seed)
+    block = 1 if kind in FLOATS else quants.GGML_QUANT_SIZES[kind][0]
+    cols = blocks * max(block, 32) if kind not in FLOATS else 2 * int(rng.integers(1, 70))
+    weights = random_matrix(rng, kind, rows, cols, 1.0)
+    x = (rng.standard_normal((n, cols)) * 10.0 ** rng.integers(-3, 4)).astype(np.float32)
+    b = rng.standard_normal(rows).astype(np.float32) if bias else None
+    onto = rng.standard_normal((n, rows)).astype(np.float32) if add else None
+    w = quants.dequantize(weights, kind).reshape(rows, cols).astype(np.float64)
+    seen = (x if kind in FLOATS else rounded(isa, x)).astype(np.float64)
+    exact = seen @ w.T
+    # Minima are added apart from the scaled quants, so cancellation is relative to both.
+    magnitude = np.abs(seen) @ np.abs(w).T + np.abs(seen).sum(1, keepdims=True) * np.abs(w).max()
+    for part in (b, onto):
+        if part is not None:
+            exact = exact + part
+            magnitude = magnitude + np.abs(part)
+    assert_close(linear(isa, kind, weights, x, rows, b, onto), exact, magnitude)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", FLOATS + QUANTIZED, ids=lambda kind: kind.name)
+@settings(max_examples=5, deadline=None)
+@given(seed=SEEDS, n=st.integers(2, 40), n_threads=st.integers(1, 4))
+def test_a_token_does_not_depend_on_its_batch(
+    isa: str, kind: Type, seed: int, n: int, n_threads: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    weights = random_matrix(rng, kind, 70, 256, 1.0)
+    x = rng.standard_normal((n, 256)).astype(np.float32)
+    together = linear(isa, kind, weights, x, 70, n_threads=n_threads)
+    alone = np.concatenate([linear(isa, kind, weights, x[i : i + 1], 70) for i in range(n)])
+    assert np.array_equal(together, alone)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
+@settings(max_examples=5, deadline=None)
+@given(seed=SEEDS)
+def test_every_byte_pattern(isa: str, kind: Type, seed: int) -> None:
+    """Random bytes, so every quant and scale code occurs; only the f16 scales are kept finite."""
+    rng = np.random.default_rng(seed)
+    block, size = quants.GGML_QUANT_SIZES[kind]
+    rows, cols = 19, 2 * max(block, 32)
+    weights = random_matrix(rng, kind, rows, cols, 1.0)
+    raw = rng.integers(0, 256, (rows, cols // block * size), np.uint8)
+    with np.errstate(invalid="ignore", over="ignore"):
+        finite = quants.dequantize(raw, kind).reshape(rows, cols)
+    raw = np.where(np.isfinite(finite).all(1, keepdims=True), raw, weights.view(np.uint8).reshape(raw.shape))
+    x = rng.standard_normal((9, cols)).astype(np.float32)
+    w = quants.dequantize(raw, kind).reshape(rows, cols).astype(np.float64)
+    seen = rounded(isa, x).astype(np.float64)
+    magnitude = np.abs(seen).sum(1, keepdims=True) * np.abs(w).max(1) * 32
+    assert_close(linear(isa, kind, raw, x, rows), seen @ w.T, magnitude)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=50, deadline=None)
+@given(seed=SEEDS, exponent=st.integers(-30, 30))
+def test_rounding_of_activations(isa: str, seed: int, exponent: int) -> None:
+    """The reference's rounding, up to one step where a value lies between two steps."""
+    rng = np.random.default_rng(seed)
+    x = (rng.standard_normal(32 * 7) * 10.0**exponent).astype(np.float32)
+    x[32:64] = 0
+    ours, expected = rounded(isa, x), rounded_to_int16(x[None])[0]
+    step = np.abs(x.reshape(-1, 32)).max(1, keepdims=True) / 32512
+    difference = np.abs(ours - expected).reshape(-1, 32)
+    off = difference > 1e-2 * step
+    position = np.abs(x.reshape(-1, 32) / np.where(step == 0, 1, step))
+    assert (np.abs(position - np.floor(position) - 0.5)[off] < 1e-2).all()
+    assert (difference <= step * 1.01).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_rounding_passes_nan_on(isa: str, bad: float) -> None:
+    x = np.ones(64, np.float32)
+    x[5] = bad
+    out = rounded(isa, x)
+    assert np.isnan(out[:32]).all()
+    assert np.isfinite(out[32:]).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS)
+def test_swiglu(isa: str, seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    gate = (rng.standard_normal(80) * 10 ** rng.uniform(-2, 3)).astype(np.float32)
+    up = rng.standard_normal(80).astype(np.float32)
+    gate[:4] = [0, -200, 200, np.nan]
+    out = np.full_like(gate, np.inf)
+    err = ffi.new("pyllm_error *")
+    check(lib.hook_swiglu(isa.encode(), floats(gate), floats(up), floats(out), 80, err), err)
+    x = gate.astype(np.float64)
+    with np.errstate(over="ignore"):
+        exact = x / (1 + np.exp(-x)) * up
+    assert np.isnan(out[3])
+    assert np.allclose(np.delete(out, 3), np.delete(exact, 3), rtol=2e-6, atol=1e-35)
+
+
+@pytest.mark.parametrize("kind", FLOATS + QUANTIZED, ids=lambda kind: kind.name)
+def test_a_weight_that_is_not_finite_is_refused(kind: Type) -> None:
+    rng = np.random.default_rng(7)
+    weights = random_matrix(rng, kind, 20, 256, 1.0)
+    raw = weights.view(np.uint8).reshape(20, -1).copy()
+    raw[13] = 0xFF  # the row's scales become NaN
+    if kind == Type.F32:
+        raw.view(np.float32)[13, 3] = np.nan
+    with pytest.raises(errors.NumericError, match="row 13"):
+        linear(ISAS[0], kind, raw, np.ones((1, 256), np.float32), 20)

@@ -1,0 +1,85 @@
+"""The page tier of the native attention pipeline against the numpy reference."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllm.reference import attention as reference
+from pyllm.reference.attention import Policy
+from test_attention import FIELDS, SEEDS, random_inputs, run, shapes, with_labels
+from test_linear import ISAS
+
+paged = st.builds(
+    Policy,
+    kind=st.sampled_from(["dense", "static", "oracle", "adaptive"]),
+    n_sink=st.sampled_from([0, 16, 64]),
+    n_window=st.sampled_from([1, 64, 100]),
+    granularity=st.sampled_from(["head", "group"]),
+    thresholds=st.sampled_from([0.5, 0.9, 1.1]),
+    static_local=st.just(True),
+    page_bits=st.sampled_from([2, 3, 4]),
+    page_share=st.sampled_from([0.001, 0.01, 0.1, 0.5]),
+    page_drop=st.sampled_from([1.0, 0.3, 0.01]),
+)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=SEEDS, shape=shapes, policy=paged, n=st.integers(100, 600), chunk=st.sampled_from([1, 7, 64, 512])
+)
+def test_reference(
+    isa: str, seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int
+) -> None:
+    """A share that hangs on rounding flips a read page, so a few rows may differ, and the counts a little."""
+    x = random_inputs(seed, n if chunk > 1 else min(n, 250), *shape)
+    policy = with_labels(policy, shape[0], seed)
+    ours = run(x, policy, isa, chunk=min(chunk, len(x.q)))
+    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk)
+    error = np.abs(ours.output - theirs.output).max(2)
+    tolerance = 2e-5 * (1 + np.abs(theirs.decisions.local_mass).max()) * np.abs(x.v).max()
+    assert (error > tolerance).mean() <= 0.02
+    expected = {name: getattr(theirs.stats, name) for name in FIELDS}
+    for name, count in expected.items():
+        # One flipped page counts once for each row of its tile.
+        slack = 0.02 * count + 64 * shape[0] * reference.PAGE * 4 * shape[2]
+        assert abs(ours.stats[name] - count) <= slack, name
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=SEEDS, shape=shapes, bits=st.sampled_from([2, 3, 4]), n=st.integers(200, 600))
+def test_reading_everything_is_dense(seed: int, shape: tuple[int, int, int], bits: int, n: int) -> None:
+    x = random_inputs(seed, n, *shape)
+    dense = run(x, Policy("dense", n_window=64))
+    every = run(x, Policy("dense", n_window=64, page_bits=bits, page_share=0.0))
+    # Only pages whose estimated share underflows to 0 are left out.
+    assert np.allclose(dense.output, every.output, atol=1e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS, shape=shapes, policy=paged, n=st.integers(200, 500), n_threads=st.integers(2, 4))
+def test_threads_change_nothing(
+    seed: int, shape: tuple[int, int, int], policy: Policy, n: int, n_threads: int
+) -> None:
+    x = random_inputs(seed, n, *shape)
+    policy = with_labels(policy, shape[0], seed)
+    for chunk in (1, n):
+        one, many = (run(x, policy, n_threads=threads, chunk=chunk) for threads in (1, n_threads))
+        assert np.array_equal(one.output, many.output)
+        assert one.stats == many.stats
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS, shape=shapes)
+def test_a_larger_share_reads_less(seed: int, shape: tuple[int, int, int]) -> None:
+    x = random_inputs(seed, 500, *shape)
+    policy = Policy("dense", n_window=64, page_bits=3)
+    cuts = (0.0, 0.002, 0.02, 0.2, 1.0)
+    read = [run(x, replace(policy, page_share=share)).stats["pages_read"] for share in cuts]
+    assert read == sorted(read, reverse=True)
+    assert read[-1] == 0

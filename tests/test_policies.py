@@ -1,0 +1,121 @@
+"""Attention policies as values: their text form, what they refuse, and the arrays the library gets."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyllm import Adaptive, ArgumentError, Dense, Oracle, Static, Window
+from pyllm.attention import Policy, parse
+
+windows = st.integers(1, 2**31 - 1)
+sinks = st.integers(0, 64)
+thresholds = st.integers(0, 200).map(lambda n: n / 100) | st.floats(0, 2)
+granularities = st.sampled_from(["head", "group"])
+pages = {
+    "page_bits": st.sampled_from([0, 2, 3, 4]),
+    "page_share": st.sampled_from([0, 0.005, 0.01, 1]) | st.floats(0, 1),
+    "page_drop": st.sampled_from([0, 0.1, 1]) | st.floats(0, 5),
+}
+
+
+@given(
+    st.one_of(
+        st.builds(Dense, window=windows, sinks=sinks, **pages),
+        st.builds(Window, window=windows, sinks=sinks),
+        st.builds(Oracle, thresholds, granularities, window=windows, sinks=sinks, **pages),
+        st.builds(Adaptive, thresholds, granularities, window=windows, sinks=sinks, **pages),
+    )
+)
+def test_text_form_reads_back(policy: Policy) -> None:
+    assert parse(str(policy)) == policy
+
+
+@pytest.mark.parametrize(
+    ("spec", "policy"),
+    [
+        ("dense", Dense()),
+        ("window:512", Window(window=512)),
+        ("adaptive", Adaptive(threshold=0.9, granularity="group", window=1024, sinks=16)),
+        ("oracle:0.5,granularity=head", Oracle(0.5, "head")),
+        ("adaptive:1.5,window=64,sinks=4", Adaptive(1.5, window=64, sinks=4)),
+        ("adaptive:0.9,page_bits=3,page_share=0.01", Adaptive(0.9, page_bits=3, page_share=0.01)),
+        ("oracle,page_bits=2,page_drop=0.1", Oracle(page_bits=2, page_share=0.005, page_drop=0.1)),
+        ("dense,page_bits=4", Dense(page_bits=4)),
+    ],
+)
+def test_parse(spec: str, policy: Policy) -> None:
+    assert parse(spec) == policy
+
+
+WRONG = """
+static dens dense:1 dense,granularity=head window:x window:0 adaptive:-1 adaptive:nan adaptive:0.9,windw=3
+adaptive,window=1.5 adaptive,sinks=65 oracle,granularity=x
+window,page_bits=3 adaptive,page_bits=1 adaptive,page_bits=x adaptive,page_share=2 adaptive,page_drop=-1
+"""
+
+
+@pytest.mark.parametrize("spec", ["", *WRONG.split()])
+def test_parse_refuses(spec: str) -> None:
+    with pytest.raises(ArgumentError):
+        parse(spec)
+
+
+def test_thresholds_per_layer_and_head() -> None:
+    per_layer = Adaptive([0.5, 0.75]).native(2, 3)["thresholds"]
+    np.testing.assert_array_equal(per_layer, np.array([[0.5] * 3, [0.75] * 3], np.float32))
+    per_head = np.random.default_rng().random((2, 3))
+    np.testing.assert_array_equal(Adaptive(per_head).native(2, 3)["thresholds"], per_head.astype(np.float32))
+    assert Adaptive(per_head) == Adaptive(per_head.tolist())
+    assert hash(Adaptive(per_head)) == hash(Adaptive(per_head.copy()))
+
+
+@pytest.mark.parametrize(
+    "values", [[0.5, 0.5, 0.5], np.ones((3, 2)), np.ones((1, 1, 1)), [], [[0.5], [0.1, 0.2]]]
+)
+def test_thresholds_of_another_shape(values: object) -> None:
+    with pytest.raises(ArgumentError, match="threshold"):
+        Adaptive(values).native(2, 3)  # type: ignore[arg-type]
+
+
+def test_static_labels() -> None:
+    labels = np.random.default_rng().integers(0, 2, (2, 3))
+    np.testing.assert_array_equal(Static(labels).native(2, 3)["static_local"], labels.astype(np.uint8))
+    with pytest.raises(ArgumentError, match=r"\(2, 3\)"):
+        Static(labels).native(3, 3)
+    for wrong in ([1, 0], [[2]], [["a"]]):
+        with pytest.raises(ArgumentError, match="static"):
+            Static(wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"page_bits": 1}, r"page_bits: expected one of \(0, 2, 3, 4\), got 1"),
+        ({"page_bits": 3.0}, "page_bits: expected a whole number"),
+        ({"page_bits": True}, "page_bits: expected a whole number"),
+        ({"page_share": -0.1}, "page_share: expected a number from 0 to 1, got -0.1"),
+        ({"page_share": float("nan")}, "page_share: expected a number from 0 to 1, got nan"),
+        ({"page_drop": "0.1"}, "page_drop: expected a number of at least 0, got '0.1'"),
+    ],
+)
+def test_page_settings_out_of_range(wrong: dict[str, Any], message: str) -> None:
+    for policy in (Dense, Oracle, Adaptive, partial(Static, [[1]])):
+        with pytest.raises(ArgumentError, match=message):
+            policy(**wrong)
+    with pytest.raises(TypeError):
+        Window(**wrong)
+
+
+def test_page_settings_reach_the_library() -> None:
+    settings: dict[str, Any] = {"page_bits": 3, "page_share": 0.01, "page_drop": 0.2}
+    for policy in (Dense, Oracle, Adaptive, partial(Static, [[1, 0]])):
+        native = policy(**settings).native(1, 2)
+        assert {name: native[name] for name in settings} == settings
+        assert policy().native(1, 2)["page_bits"] == 0
+    assert "page_bits" not in Window().native(1, 2)

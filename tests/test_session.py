@@ -1,0 +1,284 @@
+"""Sessions: the timeline, prefix reuse, statistics, files, Ctrl-C and threads."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from pyllm import (
+    LLM,
+    Adaptive,
+    ArgumentError,
+    ContextError,
+    Dense,
+    FileError,
+    FormatError,
+    InsufficientMemoryError,
+    PyllmError,
+    Session,
+    Window,
+)
+from tiny_models import write_tiny
+
+TOLERANCE = 2e-3  # of logits of size about 1: float noise of another order of sums
+
+
+def ids(n: int, seed: int = 0) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 320, n)]
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 150), st.integers(0, 150), st.integers(0, 3)), min_size=1, max_size=5)
+)
+@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_sync_equals_a_fresh_session(tiny: LLM, turns: list[tuple[int, int, int]]) -> None:
+    session = tiny.session(n_ctx=512)
+    held: list[int] = []
+    for keep, new, seed in turns:
+        wanted = held[:keep] + ids(new, seed) or [1]
+        common = next((i for i, (a, b) in enumerate(zip(held, wanted, strict=False)) if a != b), None)
+        common = min(len(held), len(wanted)) if common is None else common
+        before = session.stats
+        logits = session.sync(wanted)
+        evaluated = (session.stats - before).prefill_tokens
+        assert evaluated == len(wanted) - min(common, len(wanted) - 1)
+        assert session.tokens == wanted
+        np.testing.assert_allclose(logits, tiny.session(n_ctx=512).eval(wanted), atol=TOLERANCE)
+        held = wanted
+
+
+def test_all_logits_are_those_of_every_token(tiny: LLM) -> None:
+    tokens = ids(150)
+    many = LLM(tiny.paths[0], n_batch=64).session().eval(tokens, all_logits=True)
+    session = tiny.session()
+    single = np.stack([session.eval([token]) for token in tokens])
+    assert many.shape == (150, 320)
+    assert many.dtype == np.float32
+    np.testing.assert_allclose(many, single, atol=TOLERANCE)
+
+
+def test_rewind_then_replay(tiny: LLM) -> None:
+    session = tiny.session()
+    first = session.eval(ids(200))
+    session.rewind(70)
+    assert session.position == 70
+    session.eval(ids(50, seed=1))
+    session.rewind(70)
+    np.testing.assert_allclose(session.eval(ids(200)[70:]), first, atol=TOLERANCE)
+    for n in (-1, 201):
+        with pytest.raises(ArgumentError, match=f"{n}"):
+            session.rewind(n)
+
+
+def test_progress_after_every_batch(tiny: LLM) -> None:
+    seen: list[tuple[int, int]] = []
+    LLM(tiny.paths[0], n_batch=64).session().eval(ids(150), progress=lambda *at: seen.append(at))
+    assert seen == [(64, 150), (128, 150), (150, 150)]
+
+
+@pytest.mark.parametrize("wrong", [[], [[1]], [1.5], ["a"], [1, -1], [1, 320], [2**40], None])
+def test_wrong_ids_change_nothing(tiny: LLM, wrong: list[int]) -> None:
+    session = tiny.session()
+    session.eval([1, 2, 3])
+    for call in (session.eval, session.sync):
+        with pytest.raises(ArgumentError, match="token id"):
+            call(wrong)
+    assert session.tokens == [1, 2, 3]
+
+
+def test_too_long_says_three_numbers_and_changes_nothing(tiny: LLM) -> None:
+    session = tiny.session(n_ctx=100)
+    session.eval(ids(60))
+    with pytest.raises(ContextError, match=r"101 tokens.*holds 100.*needs [\d.]+ .?B"):
+        session.eval(ids(41))
+    with pytest.raises(ContextError):
+        session.sync(ids(101))
+    assert session.position == 60
+    session.eval(ids(40))
+    assert session.position == 100
+
+
+def test_memory_is_checked_before_it_is_taken(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    needed = tiny.session_memory(4096)
+    monkeypatch.setattr("pyllm.session.available_memory", lambda: needed - 1)
+    with pytest.raises(InsufficientMemoryError, match=r"4096 tokens needs .*B.* only .*B is available"):
+        tiny.session()
+    tiny.session(n_ctx=2048)
+
+
+def test_stats_follow_the_policy(tiny: LLM) -> None:
+    session = tiny.session(attention=Window(window=64))
+    session.eval(ids(64))
+    assert session.stats.heads_local is None
+    session.eval(ids(300))
+    window = session.stats
+    assert (window.heads_local, window.bulk_work, window.bulk_read) == (100, 0, 0)
+    session.attention = Dense(window=64)
+    session.eval(ids(10))
+    session.eval([1])
+    dense = session.stats - window
+    assert (dense.heads_local, dense.bulk_work, dense.bulk_read) == (0, 100, 100)
+    assert [layer.bulk_read for layer in dense.layers] == [100, 100]
+    assert dense.evaluated == {"dense,window=64": 11}
+    assert session.stats.evaluated == {"window:64": 364, "dense,window=64": 11}
+    assert (dense.prefill_tokens, dense.decode_tokens) == (10, 1)
+
+
+def test_sinks_are_the_sessions(tiny: LLM) -> None:
+    session = tiny.session(attention=Adaptive(sinks=4))
+    with pytest.raises(ArgumentError, match=r"16 sinks.*opened with 4"):
+        session.attention = Adaptive()
+    session.attention = Dense()
+    with pytest.raises(ArgumentError, match="policy"):
+        session.attention = "dense"  # type: ignore[assignment]
+
+
+# ---- files ----
+
+
+def test_save_and_load(tiny: LLM, tmp_path: Path) -> None:
+    session = tiny.session()
+    session.eval(ids(150))
+    session.save(tmp_path / "s")
+    other = tiny.session(n_ctx=200)
+    other.eval(ids(20, seed=1))
+    other.load(tmp_path / "s")
+    assert other.tokens == ids(150)
+    np.testing.assert_array_equal(other.eval([5, 6]), session.eval([5, 6]))
+
+
+def test_a_session_that_cannot_be_saved_leaves_nothing(tiny: LLM, tmp_path: Path) -> None:
+    session = tiny.session()
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(FileError, match="folder"):
+        session.save(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    with pytest.raises(FileError, match="nowhere"):
+        session.save(tmp_path / "nowhere" / "s")
+
+
+def test_files_that_are_no_such_session(tiny: LLM, tmp_path: Path) -> None:
+    session = tiny.session()
+    session.eval(ids(100))
+    session.save(tmp_path / "good")
+    good = (tmp_path / "good").read_bytes()
+    flipped = bytearray(good)
+    flipped[np.random.default_rng().integers(64, len(good))] ^= 1
+    session.rewind(50)
+    for name, data in {"empty": b"", "text": b"x" * 200, "cut": good[:-1], "flipped": bytes(flipped)}.items():
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(FormatError, match=name):
+            session.load(tmp_path / name)
+    with pytest.raises(FileError, match="missing"):
+        session.load(tmp_path / "missing")
+    with pytest.raises(ContextError, match="good"):
+        tiny.session(n_ctx=99).load(tmp_path / "good")
+    with pytest.raises(FormatError, match="sinks"):
+        tiny.session(attention=Adaptive(sinks=4)).load(tmp_path / "good")
+    another = LLM(write_tiny(tmp_path / "another.gguf", tokenizer=True, seed=1)).session()
+    with pytest.raises(FormatError, match="model"):
+        another.load(tmp_path / "good")
+    assert session.tokens == ids(100)[:50]
+
+
+# ---- Ctrl-C and threads ----
+
+
+@pytest.fixture(scope="module")
+def slow_llm(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """Takes a good second for a prompt of 4,000 tokens, most of it inside one native call."""
+    path = write_tiny(tmp_path_factory.mktemp("slow") / "slow.gguf", n_layers=24, tokenizer=True)
+    return LLM(path, n_batch=4096, n_threads=1, attention=Dense())
+
+
+def interrupt_soon(seconds: float) -> None:
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+def test_ctrl_c_stops_a_native_call(slow_llm: LLM) -> None:
+    session = slow_llm.session()
+    session.eval(ids(100))
+    interrupt_soon(0.1)
+    with pytest.raises(KeyboardInterrupt):
+        session.eval(ids(3900))
+    assert session.tokens == ids(100)
+    fresh = slow_llm.session()
+    fresh.eval(ids(100))
+    np.testing.assert_allclose(session.eval([7] * 20), fresh.eval([7] * 20), atol=TOLERANCE)
+
+
+def test_ctrl_c_keeps_whole_batches(slow_llm: LLM) -> None:
+    session = LLM(slow_llm.paths[0], n_batch=64, n_threads=1, attention=Dense()).session()
+    interrupted = False
+
+    def progress(done: int, total: int) -> None:
+        nonlocal interrupted
+        if not interrupted:
+            interrupted = True
+            interrupt_soon(0.05)
+
+    with pytest.raises(KeyboardInterrupt):
+        session.eval(ids(3900), progress=progress)
+    assert 0 < session.position < 3900
+    assert session.position % 64 == 0
+    assert session.tokens == ids(3900)[: session.position]
+    assert session.stats.prefill_tokens == session.position
+
+
+def test_abort_from_another_thread(slow_llm: LLM) -> None:
+    session = slow_llm.session()
+    outcome: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            session.eval(ids(4000))
+        except PyllmError as error:
+            outcome.append(error)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    time.sleep(0.05)
+    while worker.is_alive():
+        session.abort()
+        worker.join(0.01)
+    assert [type(error).__name__ for error in outcome] == ["AbortedError"]
+    assert session.position == 0
+
+
+def test_threads_take_turns(tiny: LLM) -> None:
+    session = tiny.session()
+    pieces = [[n] * 40 for n in range(1, 9)]
+    threads = [threading.Thread(target=session.eval, args=(piece,)) for piece in pieces]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    tokens = session.tokens
+    held = [tokens[i : i + 40] for i in range(0, 320, 40)]
+    assert sorted(held) == pieces
+
+
+def test_sessions_side_by_side(tiny: LLM) -> None:
+    prompts = [ids(200, seed) for seed in range(4)]
+    expected = [tiny.session().eval(prompt) for prompt in prompts]
+    sessions: list[Session] = [tiny.session() for _ in prompts]
+    found: dict[int, np.ndarray] = {}
+
+    def work(at: int) -> None:
+        found[at] = sessions[at].eval(prompts[at])
+
+    threads = [threading.Thread(target=work, args=(at,)) for at in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for at in range(4):
+        np.testing.assert_array_equal(found[at], expected[at])
