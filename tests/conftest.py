@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import secrets
 import signal
+import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pyllm import LLM
@@ -15,6 +18,25 @@ from tiny_models import write_tiny
 # A shell that starts the suite in the background makes it ignore Ctrl-C, and its children with it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+SEED = pytest.StashKey[int]()
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One seed for everything that is drawn, of which hypothesis' own option gives a fixed one."""
+    given = config.getoption("--hypothesis-seed")
+    config.stash[SEED] = secrets.randbelow(2**32) if given is None else zlib.crc32(str(given).encode())
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    return f"seed of this run's random inputs: {config.stash[SEED]} (fixed by --hypothesis-seed)"
+
+
+@pytest.fixture
+def rng(request: pytest.FixtureRequest) -> np.random.Generator:
+    """This test's own random numbers."""
+    return np.random.default_rng([request.config.stash[SEED], zlib.crc32(request.node.nodeid.encode())])
 
 
 @pytest.fixture(scope="session")

@@ -64,15 +64,15 @@ def test_known_answers() -> None:
     assert not Reference(quarters, np.array([1])).compare(np.flip(quarters, 1)).agrees[0]
 
 
-def test_equal_logits_have_no_divergence_at_all() -> None:
-    logits = np.random.default_rng().normal(0, 10, (33, 500)).astype(np.float32)
+def test_equal_logits_have_no_divergence_at_all(rng: np.random.Generator) -> None:
+    logits = rng.normal(0, 10, (33, 500)).astype(np.float32)
     scores = Reference(logits, np.zeros(33, int)).compare(logits.copy())
     assert not scores.kl.any()
     assert scores.agrees.all()
 
 
-def test_scores_join() -> None:
-    logits = np.random.default_rng().normal(0, 1, (9, 5)).astype(np.float32)
+def test_scores_join(rng: np.random.Generator) -> None:
+    logits = rng.normal(0, 1, (9, 5)).astype(np.float32)
     other, targets = logits[::-1].copy(), np.arange(9) % 5
     whole = Reference(logits, targets).compare(other)
     halves = [Reference(logits[s], targets[s]).compare(other[s]) for s in (slice(4), slice(4, 9))]
@@ -82,10 +82,9 @@ def test_scores_join() -> None:
         Reference(logits, targets).compare(other[:3])
 
 
-def test_interval_covers_the_mean_of_dependent_tokens() -> None:
+def test_interval_covers_the_mean_of_dependent_tokens(rng: np.random.Generator) -> None:
     """Tokens of a block are the same here: an interval that took them for independent would be 8 times too
     narrow, and cover the mean in a fifth of the cases."""
-    rng = np.random.default_rng()
     covered = 0
     for seed in range(200):
         values = np.repeat(rng.exponential(1.0, 40), BLOCK)
@@ -95,10 +94,10 @@ def test_interval_covers_the_mean_of_dependent_tokens() -> None:
     assert 160 <= covered <= 199
 
 
-def test_interval_of_little() -> None:
+def test_interval_of_little(rng: np.random.Generator) -> None:
     assert mean_interval(np.arange(BLOCK) / 1.0, 0) is None
     assert mean_interval(np.full(BLOCK + 1, 0.25), 0) == (0.25, 0.25)
-    values = np.random.default_rng().random(50 * BLOCK)
+    values = rng.random(50 * BLOCK)
     assert mean_interval(values, 3) == mean_interval(values, 3)
     assert mean_interval(values, 3) != mean_interval(values, 4)
 
@@ -143,8 +142,8 @@ def test_rows_of_a_choice() -> None:
     ]
 
 
-def test_evaluate_is_what_sessions_say(tiny: LLM) -> None:
-    text = random_text(tiny, 301, seed=np.random.randint(2**31))
+def test_evaluate_is_what_sessions_say(tiny: LLM, rng: np.random.Generator) -> None:
+    text = random_text(tiny, 301, seed=int(rng.integers(2**31)))
     policies = {
         "dense": Dense(window=WINDOW, sinks=SINKS),
         "window": Window(window=WINDOW, sinks=SINKS),
@@ -175,8 +174,10 @@ def test_evaluate_is_what_sessions_say(tiny: LLM) -> None:
     assert window.perplexity == pytest.approx(np.exp(nll[FIRST:290].mean()), rel=1e-4)
 
 
-def test_quality_does_not_depend_on_how_the_text_is_cut(tiny: LLM, tiny_model: Path) -> None:
-    text = random_text(tiny, 260, seed=np.random.randint(2**31))
+def test_quality_does_not_depend_on_how_the_text_is_cut(
+    tiny: LLM, tiny_model: Path, rng: np.random.Generator
+) -> None:
+    text = random_text(tiny, 260, seed=int(rng.integers(2**31)))
     row = Candidate("adaptive", Adaptive(0.6, "head", window=WINDOW, sinks=SINKS))
     whole, small = (
         tradeoff.evaluate(LLM(tiny_model, n_batch=n), text, [row], n_decode=0, seed=0)[0] for n in (512, 37)
@@ -188,7 +189,7 @@ def test_quality_does_not_depend_on_how_the_text_is_cut(tiny: LLM, tiny_model: P
 
 def test_local_shares_are_the_oracles(tiny: LLM) -> None:
     """In the first layer, queries and keys do not depend on what other heads read."""
-    text = random_text(tiny, 400, seed=np.random.randint(2**31))
+    text = random_text(tiny, 400, seed=0)  # one with heads of both kinds
     shares = local_shares(tiny, [text], WINDOW, SINKS)
     assert shares.shape == (2, 8)
     session = tiny.session(attention=Dense(window=WINDOW, sinks=SINKS))

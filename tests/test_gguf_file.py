@@ -113,9 +113,9 @@ def test_tensors_are_where_they_were_written(
         assert whole[t.offset : t.offset + t.size] == data.tobytes()
 
 
-def test_the_directory_is_what_gguf_reads(tmp_path: Path) -> None:
+def test_the_directory_is_what_gguf_reads(tmp_path: Path, rng: np.random.Generator) -> None:
     path = tmp_path / "m.gguf"
-    cube = np.random.default_rng().normal(size=(2, 3, 4, 5)).astype(np.float32)
+    cube = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
     values = {"a": (Value.UINT16, 3), "b": (Value.STRING, "ü"), "c": (Value.STRING, ["x", "", "yz"])}
     files.write(path, values, {**tensor_set(1, 5), "cube": (cube, Type.F32)}, alignment=64)
     reader = gguf.GGUFReader(path)

@@ -205,8 +205,8 @@ def test_seeds_repeat(tiny_model: Path) -> None:
 # ---- the session behind it ----
 
 
-def test_a_known_prefix_is_not_read_again(tiny: LLM) -> None:
-    document = [int(i) for i in np.random.default_rng().integers(0, 256, 600)]
+def test_a_known_prefix_is_not_read_again(tiny: LLM, rng: np.random.Generator) -> None:
+    document = [int(i) for i in rng.integers(0, 256, 600)]
     first = tiny.generate([*document, 1, 2, 3], max_tokens=5, temperature=0)
     assert (first["timings"]["cache_n"], first["timings"]["prompt_n"]) == (0, 603)
     second = tiny.generate([*document, 4, 5], max_tokens=5, temperature=0)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
-import random
 import resource
 import signal
 import subprocess
@@ -14,6 +13,7 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from http_server import Site, serve
@@ -32,10 +32,8 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def data() -> bytes:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")
-    return random.Random(seed).randbytes(SIZE)
+def data(rng: np.random.Generator) -> bytes:
+    return rng.bytes(SIZE)
 
 
 @pytest.fixture

@@ -66,10 +66,10 @@ def test_parse_refuses(spec: str) -> None:
         parse(spec)
 
 
-def test_thresholds_per_layer_and_head() -> None:
+def test_thresholds_per_layer_and_head(rng: np.random.Generator) -> None:
     per_layer = Adaptive([0.5, 0.75]).native(2, 3)["thresholds"]
     np.testing.assert_array_equal(per_layer, np.array([[0.5] * 3, [0.75] * 3], np.float32))
-    per_head = np.random.default_rng().random((2, 3))
+    per_head = rng.random((2, 3))
     np.testing.assert_array_equal(Adaptive(per_head).native(2, 3)["thresholds"], per_head.astype(np.float32))
     assert Adaptive(per_head) == Adaptive(per_head.tolist())
     assert hash(Adaptive(per_head)) == hash(Adaptive(per_head.copy()))
@@ -83,8 +83,8 @@ def test_thresholds_of_another_shape(values: object) -> None:
         Adaptive(values).native(2, 3)  # type: ignore[arg-type]
 
 
-def test_static_labels() -> None:
-    labels = np.random.default_rng().integers(0, 2, (2, 3))
+def test_static_labels(rng: np.random.Generator) -> None:
+    labels = rng.integers(0, 2, (2, 3))
     np.testing.assert_array_equal(Static(labels).native(2, 3)["static_local"], labels.astype(np.uint8))
     with pytest.raises(ArgumentError, match=r"\(2, 3\)"):
         Static(labels).native(3, 3)

@@ -165,13 +165,13 @@ def test_a_session_that_cannot_be_saved_leaves_nothing(tiny: LLM, tmp_path: Path
         session.save(tmp_path / "nowhere" / "s")
 
 
-def test_files_that_are_no_such_session(tiny: LLM, tmp_path: Path) -> None:
+def test_files_that_are_no_such_session(tiny: LLM, tmp_path: Path, rng: np.random.Generator) -> None:
     session = tiny.session()
     session.eval(ids(100))
     session.save(tmp_path / "good")
     good = (tmp_path / "good").read_bytes()
     flipped = bytearray(good)
-    flipped[np.random.default_rng().integers(64, len(good))] ^= 1
+    flipped[rng.integers(64, len(good))] ^= 1
     session.rewind(50)
     for name, data in {"empty": b"", "text": b"x" * 200, "cut": good[:-1], "flipped": bytes(flipped)}.items():
         (tmp_path / name).write_bytes(data)
