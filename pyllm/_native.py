@@ -7,7 +7,6 @@ last reference, in any order: the library itself keeps a session's model open, a
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 import re
 import struct
@@ -139,11 +138,9 @@ class File:
 
     def tensors(self) -> list[Tensor]:
         """The tensor directory, in the file's order."""
-        return [self._tensor(entry) for entry in self._tensor_entries()]
-
-    def _tensor_entries(self) -> list[Any]:
         _, lib = library()
-        return [lib.pyllm_file_tensor(self.handle, i) for i in range(lib.pyllm_file_n_tensors(self.handle))]
+        n = lib.pyllm_file_n_tensors(self.handle)
+        return [self._tensor(lib.pyllm_file_tensor(self.handle, i)) for i in range(n)]
 
     def _tensor(self, entry: Any) -> Tensor:
         ffi, lib = library()
@@ -158,15 +155,10 @@ class File:
             part=entry.part,
         )
 
-    def fingerprint(self) -> bytes:
-        """32 bytes that tell models apart: name, type, shape and the first bytes of every tensor."""
-        ffi, _ = library()
-        digest = hashlib.sha256()
-        for entry in self._tensor_entries():
-            tensor = self._tensor(entry)
-            digest.update(f"{tensor.name}\0{tensor.type}\0{tensor.shape}\0".encode())
-            digest.update(ffi.buffer(entry.data, min(entry.size, 256)))
-        return digest.digest()
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell models apart: what saved sessions and profiles are bound to."""
+        return f"{library()[1].pyllm_file_fingerprint(self.handle):016x}"
 
 
 def _text(ffi: Any, pointer: Any, size: int) -> str:

@@ -127,6 +127,46 @@ def test_the_directory_is_what_gguf_reads(tmp_path: Path, rng: np.random.Generat
     ]
 
 
+# ---- the fingerprint ----
+
+
+def fingerprint(
+    key: bytes = b"llama.rope", value: int = 7, name: bytes = b"w", data: bytes = bytes(4096)
+) -> str:
+    values = [scalar(b"general.architecture", Value.STRING, b"llama"), scalar(key, Value.UINT32, value)]
+    return open_bytes(assemble(values, [tensor(name, (1024,))], data)).fingerprint
+
+
+def changed(at: int) -> bytes:
+    data = bytearray(4096)
+    data[at] = 1
+    return bytes(data)
+
+
+def test_fingerprint_tells_models_apart() -> None:
+    others = [
+        fingerprint(value=8),
+        fingerprint(key=b"llama.norm"),
+        fingerprint(name=b"v"),
+        *(fingerprint(data=changed(at)) for at in (0, 255, 2048)),
+    ]
+    assert len({fingerprint(), *others}) == 1 + len(others)
+    assert open_bytes(SMALL).fingerprint == open_bytes(SMALL).fingerprint
+
+
+@pytest.mark.parametrize("key", [b"general.name", b"tokenizer.chat_template", b"split.x"])
+def test_fingerprint_is_of_what_shapes_results(key: bytes) -> None:
+    assert fingerprint(key, 1) == fingerprint(key, 2)
+
+
+def test_fingerprint_of_a_split_model_is_that_of_the_whole(tmp_path: Path) -> None:
+    tensors = tensor_set(3, 6)
+    whole = files.write(tmp_path / "whole.gguf", {}, tensors)
+    parts = files.write(tmp_path / "split.gguf", {}, tensors, tensors_per_part=2)
+    assert len(parts) == 3
+    assert _native.File(parts).fingerprint == _native.File(whole).fingerprint
+
+
 @pytest.mark.parametrize("version", [2, 3])
 def test_both_versions_read_the_same(version: int) -> None:
     file = open_bytes(b"GGUF" + struct.pack("<I", version) + SMALL[8:])

@@ -165,6 +165,18 @@ def test_a_session_that_cannot_be_saved_leaves_nothing(tiny: LLM, tmp_path: Path
         session.save(tmp_path / "nowhere" / "s")
 
 
+def test_a_session_of_another_fine_tune_is_refused(tiny: LLM, tiny_model: Path, tmp_path: Path) -> None:
+    last = max(tiny.tensors(), key=lambda tensor: tensor.offset)
+    changed = bytearray(tiny_model.read_bytes())
+    changed[last.offset] ^= 1
+    (tmp_path / "other.gguf").write_bytes(changed)
+    session = tiny.session()
+    session.eval(ids(10))
+    session.save(tmp_path / "s")
+    with pytest.raises(FormatError, match="saved session of another model"):
+        LLM(tmp_path / "other.gguf").session().load(tmp_path / "s")
+
+
 def test_files_that_are_no_such_session(tiny: LLM, tmp_path: Path, rng: np.random.Generator) -> None:
     session = tiny.session()
     session.eval(ids(100))

@@ -73,6 +73,9 @@ uint64_t pyllm_file_n_tensors(const pyllm_file *file);
 /* i < n; the entries live as long as the file. */
 const pyllm_value *pyllm_file_value(const pyllm_file *file, uint64_t i);
 const pyllm_tensor *pyllm_file_tensor(const pyllm_file *file, uint64_t i);
+/* Tells models apart, other fine-tunes of the same one too: of what the file says of the architecture, and of name, type,
+ * shape and some bytes of every tensor. The chat template and the tokenizer do not count. */
+uint64_t pyllm_file_fingerprint(const pyllm_file *file);
 /* Name of a ggml type number ("Q4_K"), or NULL when this library cannot read it. */
 const char *pyllm_type_name(int32_t type);
 

@@ -2,38 +2,19 @@
  *   header, tokens i32 (position), then per layer and key/value head the blocks that hold tokens, as they are. */
 #include "session.h"
 #include "error.h"
+#include "fingerprint.h"
 #include <string.h>
 
-enum { STATE_VERSION = 1 };
+enum { STATE_VERSION = 2 };
 
 typedef struct state_header {
   char magic[8]; /* "pyllmkv\0" */
   uint32_t version;
   int32_t n_sink, position;
   int32_t reserved;
-  uint64_t model;    /* fingerprint */
+  uint64_t model;    /* pyllm_file_fingerprint */
   uint64_t checksum; /* of everything behind the header */
 } state_header;
-
-/* FNV-1a over 64-bit words, the last one padded with zeros. */
-static uint64_t hash(uint64_t h, const void *data, uint64_t size) {
-  const unsigned char *p = data;
-  for (uint64_t i = 0; i < size; i += 8) {
-    uint64_t word = 0;
-    memcpy(&word, p + i, size - i < 8 ? size - i : 8);
-    h = (h ^ word) * 0x100000001b3u;
-  }
-  return h;
-}
-
-static uint64_t fingerprint(const pyllm_model *m) {
-  const config *c = &m->config;
-  const int32_t shape[] = {c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim, c->dim, c->n_ff, c->n_vocab};
-  uint64_t h = hash(0xcbf29ce484222325u, c->arch->name, strlen(c->arch->name));
-  h = hash(h, shape, sizeof shape);
-  h = hash(h, m->output_norm, (uint64_t)c->dim * sizeof *m->output_norm);
-  return hash(h, m->layers[0].wk.data, m->layers[0].wk.tile_bytes);
-}
 
 /* Bytes of the blocks of one head that hold the first `position` tokens. */
 static uint64_t head_bytes(const pyllm_session *s, int32_t position) {
@@ -59,8 +40,8 @@ int32_t pyllm_session_save(const pyllm_session *s, void *buffer, uint64_t size, 
   for (int32_t i = 0; i < s->model->config.n_layers; i++)
     for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += bytes)
       memcpy(at, session_head_blocks(s, i, g), bytes);
-  state_header h = {"pyllmkv", STATE_VERSION, s->n_sink, s->position, 0, fingerprint(s->model), 0};
-  h.checksum = hash(0, (unsigned char *)buffer + sizeof h, pyllm_session_state_size(s) - sizeof h);
+  state_header h = {"pyllmkv", STATE_VERSION, s->n_sink, s->position, 0, pyllm_file_fingerprint(s->model->file), 0};
+  h.checksum = hash_bytes(0, (unsigned char *)buffer + sizeof h, pyllm_session_state_size(s) - sizeof h);
   memcpy(buffer, &h, sizeof h);
   return PYLLM_OK;
 }
@@ -72,7 +53,8 @@ static int32_t check_state(const pyllm_session *s, const state_header *h, const 
   if (h->version != STATE_VERSION)
     return fail(err, PYLLM_ERR_UNSUPPORTED, "saved session of version %u, this library reads %d", h->version,
                 STATE_VERSION);
-  if (h->model != fingerprint(s->model)) return fail(err, PYLLM_ERR_FORMAT, "saved session of another model");
+  if (h->model != pyllm_file_fingerprint(s->model->file))
+    return fail(err, PYLLM_ERR_FORMAT, "saved session of another model");
   if (h->n_sink != s->n_sink)
     return fail(err, PYLLM_ERR_FORMAT, "saved session with %d sinks, this one has %d", h->n_sink, s->n_sink);
   if (h->position < 0 || h->position > s->n_ctx)
@@ -81,7 +63,7 @@ static int32_t check_state(const pyllm_session *s, const state_header *h, const 
   if (size != state_bytes(s, h->position))
     return fail(err, PYLLM_ERR_FORMAT, "saved session of %d tokens has %llu bytes, expected %llu", h->position,
                 (unsigned long long)size, (unsigned long long)state_bytes(s, h->position));
-  if (h->checksum != hash(0, (const unsigned char *)buffer + sizeof *h, size - sizeof *h))
+  if (h->checksum != hash_bytes(0, (const unsigned char *)buffer + sizeof *h, size - sizeof *h))
     return fail(err, PYLLM_ERR_FORMAT, "saved session is damaged: its checksum does not match");
   return PYLLM_OK;
 }
