@@ -396,7 +396,8 @@ class TestForward:
         whole = model.forward(tiny, TOKENS).logits
         assert np.isfinite(whole).all()
         np.testing.assert_allclose(model.forward(tiny, TOKENS[:5]).logits, whole[:5], atol=1e-4)
-        np.testing.assert_array_equal(model.forward(tiny, TOKENS, n_logits=2).logits, whole[-2:])
+        # The matrix product of two rows may round otherwise than that of all.
+        np.testing.assert_allclose(model.forward(tiny, TOKENS, n_logits=2).logits, whole[-2:], atol=1e-4)
         assert not np.allclose(model.forward(tiny, [6, *TOKENS[1:]]).logits[-1], whole[-1], atol=1e-3)
 
     @pytest.mark.parametrize("kind", WEIGHT_TYPES, ids=lambda kind: kind.name)
