@@ -12,7 +12,7 @@ import re
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from pyllm import errors
 from pyllm.interruptible import interruptible
+from pyllm.record import Record
 
 LIBRARY = Path(__file__).parent / "_lib" / "libpyllm.so"
 HEADER = Path(__file__).parent / "_lib" / "pyllm.h"
@@ -269,9 +270,11 @@ class NativeSession:
         self.info = model.info
         self.lock = threading.Lock()
 
-    def eval(self, tokens: NDArray[np.int32], logits: NDArray[np.float32]) -> None:
+    def eval(
+        self, tokens: NDArray[np.int32], logits: NDArray[np.float32], record: Record | None = None
+    ) -> None:
         """Evaluates tokens (n,) and fills logits (n_logits, n_vocab) with those of the last n_logits <= n
-        tokens.
+        tokens, and record, of n tokens and contiguous arrays, with what attention decided.
 
         Ctrl-C stops it between two layers; the session then holds whole batches of what it was given.
         """
@@ -279,8 +282,10 @@ class NativeSession:
         ids, out = ffi.from_buffer("int32_t[]", tokens), ffi.from_buffer("float[]", logits, True)
 
         def call() -> None:
+            arrays = {} if record is None else _record_arrays(record)  # alive until they are filled
+            filled = ffi.NULL if record is None else ffi.new("pyllm_record *", arrays)
             with self.lock:
-                check(lib.pyllm_session_eval, self.handle, ids, len(tokens), out, len(logits))
+                check(lib.pyllm_session_eval, self.handle, ids, len(tokens), out, len(logits), filled)
 
         if len(tokens) > SHORT_EVAL:
             interruptible(call, self.abort)
@@ -388,6 +393,16 @@ class NativeSession:
         ffi, lib = library()
         with self.lock:
             check(lib.pyllm_session_load, self.handle, ffi.from_buffer("uint8_t[]", state), len(state))
+
+
+def _record_arrays(record: Record) -> dict[str, Any]:
+    """The fields of pyllm_record."""
+    ffi, _ = library()
+    types = {"audit": "uint8_t[]", "is_long": "uint8_t[]"}
+    return {
+        f.name: ffi.from_buffer(types.get(f.name, "float[]"), getattr(record, f.name), f.name != "audit")
+        for f in fields(record)
+    }
 
 
 def sample(

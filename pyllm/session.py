@@ -10,13 +10,14 @@ from os import PathLike
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from rich.filesize import decimal
 
 from pyllm import _native, atomic_file
 from pyllm.attention import Dense, Policy
 from pyllm.errors import ArgumentError, ContextError, FileError, InsufficientMemoryError, PyllmError
 from pyllm.memory import available_memory
+from pyllm.record import Record
 from pyllm.stats import Stats
 
 Ids = Sequence[int] | NDArray[np.integer]
@@ -71,19 +72,43 @@ class Session:
         return [int(token) for token in self._native.tokens]
 
     def eval(
-        self, ids: Ids, all_logits: bool = False, progress: Progress | None = None
+        self,
+        ids: Ids,
+        all_logits: bool = False,
+        progress: Progress | None = None,
+        record: Record | None = None,
     ) -> NDArray[np.float32]:
         """Evaluates ids after the tokens already there.
 
-        Returns float32 logits (n_vocab,) of the last token, or (len(ids), n_vocab) with `all_logits`.
+        Returns float32 logits (n_vocab,) of the last token, or (len(ids), n_vocab) with `all_logits`. record:
+        one of `new_record(len(ids))`, filled batch by batch with what attention decided.
         Ctrl-C and errors leave the session with a whole number of batches of the ids, ready to go on.
-        Raises ArgumentError for no ids or ids out of range and ContextError where they do not fit, both
-        before anything is evaluated.
+        Raises ArgumentError for no ids, ids out of range or a record of another size and ContextError where
+        they do not fit, all before anything is evaluated.
         """
         tokens = self._checked(ids)
+        if record is not None:
+            self._check_record(record, len(tokens))
         with self.lock:
             self.require_room(self.position + len(tokens))
-            return self._evaluate(tokens, all_logits, progress, "prefill" if len(tokens) > 1 else "decode")
+            kind = "prefill" if len(tokens) > 1 else "decode"
+            return self._evaluate(tokens, all_logits, progress, kind, record)
+
+    def new_record(self, n: int, audit: ArrayLike = False) -> Record:
+        """For an `eval` of n tokens. audit: truth values (n,), or one for all: whose true masses to compute.
+
+        Raises ArgumentError where audit has another shape.
+        """
+        try:
+            mask = np.broadcast_to(np.asarray(audit, bool), (n,)).copy()
+        except ValueError:
+            raise ArgumentError(f"audit: shape {np.shape(audit)}, but there are {n} tokens") from None
+        return Record.empty(self._model.info.n_layers, self._model.info.n_heads, mask)
+
+    def _check_record(self, record: Record, n: int) -> None:
+        expected = (self._model.info.n_layers, n, self._model.info.n_heads)
+        if record.is_long.shape != expected:
+            raise ArgumentError(f"record: shape {record.is_long.shape}, but this evaluation makes {expected}")
 
     def sync(self, ids: Ids, progress: Progress | None = None) -> NDArray[np.float32]:
         """Makes ids the contents: keeps the common prefix, drops what follows it, evaluates what is new.
@@ -136,7 +161,12 @@ class Session:
         )
 
     def _evaluate(
-        self, tokens: NDArray[np.int32], all_logits: bool, progress: Progress | None, kind: str
+        self,
+        tokens: NDArray[np.int32],
+        all_logits: bool,
+        progress: Progress | None,
+        kind: str,
+        record: Record | None = None,
     ) -> NDArray[np.float32]:
         self.revision += 1
         logits = np.empty((len(tokens) if all_logits else 1, self.n_vocab), np.float32)
@@ -146,7 +176,10 @@ class Session:
                 batch = tokens[first : first + self.n_batch]
                 last = first + len(batch) == len(tokens)
                 rows = logits[first : first + len(batch)] if all_logits else logits[: int(last)]
-                self._native.eval(batch, rows)
+                part = None if record is None else record.part(first, first + len(batch))
+                self._native.eval(batch, rows, part)
+                if record is not None and part is not None:
+                    record.put(first, part)
                 if progress:
                     progress(first + len(batch), len(tokens))
         finally:

@@ -41,6 +41,7 @@ class Result:
     local_mass: NDArray[np.float32]
     bulk_mass: NDArray[np.float32]
     stats: dict[str, int]
+    record: dict[str, NDArray[Any]]
 
 
 def random_inputs(seed: int, n: int, n_heads: int, n_kv_heads: int, head_dim: int) -> Inputs:
@@ -53,7 +54,18 @@ def random_inputs(seed: int, n: int, n_heads: int, n_kv_heads: int, head_dim: in
     return Inputs(*(np.ascontiguousarray(x, np.float32) for x in (q, k, v)))
 
 
-def run(x: Inputs, policy: Policy, isa: str = ISAS[-1], n_threads: int = 1, chunk: int = 512) -> Result:
+RECORDED = ("local_mass", "estimate", "true_mass", "read_mass")
+
+
+def run(
+    x: Inputs,
+    policy: Policy,
+    isa: str = ISAS[-1],
+    n_threads: int = 1,
+    chunk: int = 512,
+    audit: NDArray[np.bool_] | None = None,
+) -> Result:
+    """audit: (T) bool; records what was decided."""
     n, n_heads, head_dim = x.q.shape
     n_kv_heads = x.k.shape[1]
     thresholds = np.full(n_heads, policy.thresholds, np.float32)
@@ -75,19 +87,27 @@ def run(x: Inputs, policy: Policy, isa: str = ISAS[-1], n_threads: int = 1, chun
     is_long = np.full((n, n_heads), 255, np.uint8)
     masses = np.full((2, n, n_heads), np.nan, np.float32)
     stats = ffi.new("pyllm_layer_stats *")
+    recorded: dict[str, NDArray[Any]] = {name: np.zeros((n, n_heads), np.float32) for name in RECORDED}
+    recorded["is_long"] = np.full((n, n_heads), 255, np.uint8)
+    arrays = {
+        name: ffi.from_buffer("uint8_t[]" if name == "is_long" else "float[]", a)
+        for name, a in recorded.items()
+    }
+    if audit is not None:
+        arrays["audit"] = ffi.from_buffer("uint8_t[]", audit)
+    record = ffi.NULL if audit is None else ffi.new("pyllm_record *", arrays)
     err = ffi.new("pyllm_error *")
     check(
         lib.hook_attention(
             isa.encode(), n_threads, shape, attention, floats(x.q), floats(x.k), floats(x.v), floats(output),
-            ffi.from_buffer("uint8_t[]", is_long), floats(masses[0]), floats(masses[1]), stats, err,
+            ffi.from_buffer("uint8_t[]", is_long), floats(masses[0]), floats(masses[1]), stats, record, err,
         ),
         err,
     )  # fmt: skip
     assert (is_long <= 1).all()
     assert np.isfinite(output).all()
-    return Result(
-        output, is_long == 1, masses[0], masses[1], {name: int(getattr(stats, name)) for name in FIELDS}
-    )
+    counts = {name: int(getattr(stats, name)) for name in FIELDS}
+    return Result(output, is_long == 1, masses[0], masses[1], counts, recorded)
 
 
 def assert_same(a: Result, b: Result) -> None:

@@ -188,7 +188,7 @@ static void reset_rows(const attention_batch *b, softmax_state *state) {
   for (int64_t row = 0; row < (int64_t)b->n * b->n_heads; row++) state[row] = EMPTY;
 }
 
-static void masses(const attention_batch *b, const softmax_state *state, float *mass) {
+void cpu_masses(const attention_batch *b, const softmax_state *state, float *mass) {
   for (int64_t row = 0; row < (int64_t)b->n * b->n_heads; row++) mass[row] = state[row].max + logf(state[row].sum);
 }
 
@@ -196,16 +196,17 @@ void cpu_attend_local(const backend *be, attention_batch *b, const layer_cache *
   reset_rows(b, b->state);
   memset(b->out, 0, (size_t)b->n * (size_t)b->n_heads * (size_t)b->head_dim * sizeof *b->out);
   attend(be, b, cache, &b->local, true);
-  masses(b, b->state, b->local_mass);
+  cpu_masses(b, b->state, b->local_mass);
 }
 
 void cpu_attend_bulk(const backend *be, attention_batch *b, const layer_cache *cache) {
   attend(be, b, cache, &b->bulk, true);
 }
 
-void cpu_true_bulk_mass(const backend *be, attention_batch *b, const layer_cache *cache) {
-  attention_list_everything(b);
+void cpu_true_bulk_mass(const backend *be, attention_batch *b, const layer_cache *cache, const uint8_t *queries,
+                        float *mass) {
+  attention_list_everything(b, queries);
   reset_rows(b, b->mass_state);
   attend(be, b, cache, &b->bulk, false);
-  masses(b, b->mass_state, b->bulk_mass);
+  cpu_masses(b, b->mass_state, mass);
 }

@@ -16,6 +16,7 @@ const ops cpu_ops = {
     .attend_local = cpu_attend_local,
     .select = cpu_select,
     .attend_bulk = cpu_attend_bulk,
+    .record = cpu_record,
     .finish = cpu_finish,
     .swiglu = cpu_swiglu,
 };

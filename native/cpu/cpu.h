@@ -56,6 +56,8 @@ void cpu_attend_local(const backend *be, attention_batch *b, const layer_cache *
 void cpu_attend_bulk(const backend *be, attention_batch *b, const layer_cache *cache);
 void cpu_select(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy,
                 int32_t layer);
+void cpu_record(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy,
+                const pyllm_record *out);
 void cpu_finish(const backend *be, const attention_batch *b, bool rounded, activation *out);
 void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
 void *cpu_scratch_new(const backend *be, const attention_shape *shape);
@@ -65,7 +67,12 @@ uint64_t cpu_scratch_bytes(int32_t n_threads, const attention_shape *shape);
 /* Marks in b->wanted what the scored queries of each tile want of the bulk, after is_long is decided. */
 void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy);
 
-/* bulk_mass of every row that has a bulk, from its keys. */
-void cpu_true_bulk_mass(const backend *be, attention_batch *b, const layer_cache *cache);
+/* mass (n, n_heads): M of every row that has a bulk, from its keys. queries: (n) 1 where it is wanted; NULL: everywhere.
+ * What other rows hold means nothing. Overwrites the bulk work list. */
+void cpu_true_bulk_mass(const backend *be, attention_batch *b, const layer_cache *cache, const uint8_t *queries,
+                        float *mass);
+
+/* mass (n, n_heads): logsumexp of what each row's state (n, n_heads) has taken in. */
+void cpu_masses(const attention_batch *b, const softmax_state *state, float *mass);
 
 #endif

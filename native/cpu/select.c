@@ -125,7 +125,7 @@ void cpu_select(const backend *be, attention_batch *b, const layer_cache *cache,
                 int32_t layer) {
   bool bulk = b->tiles[b->n_tiles - 1].n_pages > 0;
   if (bulk && policy->policy == PYLLM_ADAPTIVE) estimate_bulk_mass(be, b, cache);
-  if (bulk && policy->policy == PYLLM_ORACLE) cpu_true_bulk_mass(be, b, cache);
+  if (bulk && policy->policy == PYLLM_ORACLE) cpu_true_bulk_mass(be, b, cache, NULL, b->bulk_mass);
   attention_decide(b, policy, layer);
   if (bulk && policy->page_bits) cpu_want_pages(be, b, cache, policy);
   attention_list_long(b, policy->page_bits != 0);

@@ -131,6 +131,19 @@ typedef struct pyllm_attention {
   float page_share, page_drop;
 } pyllm_attention;
 
+/* What was decided and why, for the n tokens of one eval. Arrays of the caller, valid during the call; each may be NULL.
+ * Entries are written as layers are evaluated; after a failure those of the unfinished batch mean nothing. Decisions
+ * and logits are the same with a record and without. */
+typedef struct pyllm_record {
+  const uint8_t *audit; /* (n) 1: also compute this token's true bulk masses, from all its bulk keys; NULL: none */
+  /* (n_layers, n, n_heads) logsumexp of the scores over ... */
+  float *local_mass; /* sinks and window: L */
+  float *estimate;  /* the bulk, as the policy takes it: adaptive's estimate, oracle's truth; NaN where there is none */
+  float *true_mass; /* the bulk: M; NaN where the token is not audited or has no bulk */
+  float *read_mass; /* all that was read: sinks, window and what a long head read of the bulk */
+  uint8_t *is_long; /* (n_layers, n, n_heads) 1 where the head is long; 0 without a bulk */
+} pyllm_record;
+
 typedef struct pyllm_session_memory {
   uint64_t kv_bytes;      /* keys and values, when the context is full */
   uint64_t moment_bytes;  /* running means and covariances of the bulk keys */
@@ -160,9 +173,9 @@ void pyllm_session_close(pyllm_session *session);
 int32_t pyllm_session_set_attention(pyllm_session *session, const pyllm_attention *attention, pyllm_error *err);
 
 /* Evaluates tokens (n >= 1) after those already there. logits: (n_logits, n_vocab) of the last n_logits tokens,
- * 0 <= n_logits <= n. On failure the session holds a whole number of batches of the tokens and stays usable. */
+ * 0 <= n_logits <= n. record: filled with what attention decided; NULL for none. On failure the session holds a whole number of batches of the tokens and stays usable. */
 int32_t pyllm_session_eval(pyllm_session *session, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
-                           pyllm_error *err);
+                           const pyllm_record *record, pyllm_error *err);
 /* Drops every token from position n on. */
 int32_t pyllm_session_rewind(pyllm_session *session, int32_t n, pyllm_error *err);
 /* Rewinds to the longest common prefix with tokens, but not past n - 1, so that evaluating the rest gives logits. */

@@ -100,13 +100,21 @@ static void plan_tiles(attention_batch *b, int32_t n_window) {
   }
 }
 
+/* Which rows a list takes; NULL: all. */
+typedef struct row_filter {
+  const uint8_t *queries; /* (n) */
+  const uint8_t *heads;   /* (n, n_heads) */
+} row_filter;
+
 /* Query-major rows, so that a panel's queries are close together and few masked keys are computed. */
-static int32_t put_rows(const attention_batch *b, const query_tile *tile, int32_t kv_head, bool every_row,
+static int32_t put_rows(const attention_batch *b, const query_tile *tile, int32_t kv_head, row_filter filter,
                         int32_t *rows) {
   int32_t n = 0, group = b->n_heads / b->n_kv_heads;
-  for (int32_t i = tile->first; i < tile->first + tile->n; i++)
+  for (int32_t i = tile->first; i < tile->first + tile->n; i++) {
+    if (filter.queries && !filter.queries[i]) continue;
     for (int32_t h = kv_head * group; h < (kv_head + 1) * group; h++)
-      if (every_row || b->is_long[i * b->n_heads + h]) rows[n++] = i * b->n_heads + h;
+      if (!filter.heads || filter.heads[i * b->n_heads + h]) rows[n++] = i * b->n_heads + h;
+  }
   return n;
 }
 
@@ -122,7 +130,7 @@ void attention_plan(attention_batch *b, int32_t n_window, int32_t position, int3
     const query_tile *tile = &b->tiles[t];
     int32_t last = b->position + tile->first + tile->n - 1, end = kv_block_of(b->n_sink, last) + 1;
     for (int32_t g = 0; g < b->n_kv_heads; g++) {
-      int32_t rows = put_rows(b, tile, g, true, list->rows + list->n_rows), n_ranges = 0;
+      int32_t rows = put_rows(b, tile, g, (row_filter){NULL, NULL}, list->rows + list->n_rows), n_ranges = 0;
       key_range *ranges = list->ranges + list->n_ranges;
       if (b->n_sink > 0) ranges[n_ranges++] = blocks_range(0, 1);
       if (end > 1 + tile->n_pages) ranges[n_ranges++] = blocks_range(1 + tile->n_pages, end);
@@ -144,14 +152,14 @@ static int32_t put_wanted(const uint8_t *wanted, int32_t n, key_range *ranges, i
   return n_ranges;
 }
 
-static void list_bulk(attention_batch *b, bool every_row, bool paged) {
+static void list_bulk(attention_batch *b, row_filter filter, bool paged) {
   work_list *list = &b->bulk;
   list_clear(list);
   for (int32_t t = 0; t < b->n_tiles; t++) {
     const query_tile *tile = &b->tiles[t];
     for (int32_t g = 0; tile->n_pages && g < b->n_kv_heads; g++) {
       size_t at = (size_t)t * (size_t)b->n_kv_heads + (size_t)g;
-      int32_t rows = put_rows(b, tile, g, every_row, list->rows + list->n_rows), n_ranges = 1;
+      int32_t rows = put_rows(b, tile, g, filter, list->rows + list->n_rows), n_ranges = 1;
       key_range *ranges = list->ranges + list->n_ranges;
       b->reads[at].n_strips = tile->n_pages * KV_STRIPS;
       if (paged)
@@ -163,9 +171,11 @@ static void list_bulk(attention_batch *b, bool every_row, bool paged) {
   }
 }
 
-void attention_list_everything(attention_batch *b) { list_bulk(b, true, false); }
+void attention_list_everything(attention_batch *b, const uint8_t *queries) {
+  list_bulk(b, (row_filter){queries, NULL}, false);
+}
 
-void attention_list_long(attention_batch *b, bool paged) { list_bulk(b, false, paged); }
+void attention_list_long(attention_batch *b, bool paged) { list_bulk(b, (row_filter){NULL, b->is_long}, paged); }
 
 /* NaN in either mass makes the head long: the safe side. */
 static bool head_is_long(const attention_policy *p, size_t layer_head, float local_mass, float bulk_mass) {

@@ -123,8 +123,9 @@ uint64_t attention_bytes(const attention_shape *shape);
 void attention_plan(attention_batch *b, int32_t n_window, int32_t position, int32_t n);
 /* Fills is_long from local_mass, bulk_mass and the layer's row of the policy. */
 void attention_decide(attention_batch *b, const attention_policy *policy, int32_t layer);
-/* Writes the bulk work list: every row that has a bulk reads all of it. */
-void attention_list_everything(attention_batch *b);
+/* Writes the bulk work list: every row that has a bulk reads all of it. queries: (n) 1 for those whose rows are listed;
+ * NULL for all. */
+void attention_list_everything(attention_batch *b, const uint8_t *queries);
 /* Writes the bulk work list of the long rows: all of the bulk, or with `paged` the strips marked in `wanted`. */
 void attention_list_long(attention_batch *b, bool paged);
 /* sketch_bytes: of one page; 0 without a page tier. */

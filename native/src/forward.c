@@ -31,7 +31,7 @@ static void rope_store(pyllm_session *s, const layer_weights *w, int32_t n, laye
   trace_lap(&s->trace, STAGE_ROPE, 0);
 }
 
-static void attention(pyllm_session *s, int32_t layer, bool rounded) {
+static void attention(pyllm_session *s, int32_t layer, bool rounded, const batch_record *record) {
   const backend *be = &s->model->backend;
   attention_batch *a = &s->attention;
   const layer_cache *cache = &s->layers[layer];
@@ -45,11 +45,16 @@ static void attention(pyllm_session *s, int32_t layer, bool rounded) {
   const attention_policy *policy = &s->policy;
   attention_count(a, policy->page_bits ? be->ops->sketch_bytes(policy->page_bits, a->head_dim) : 0, stats);
   trace_lap(&s->trace, STAGE_ATTEND_BULK, stats->bytes_read - before);
+  if (record->all) {
+    pyllm_record rows = record_rows(record, layer, a->n_heads);
+    be->ops->record(be, a, cache, policy, &rows);
+    trace_lap(&s->trace, STAGE_AUDIT, 0);
+  }
   be->ops->finish(be, a, rounded, &s->buffers.attended);
   trace_lap(&s->trace, STAGE_FINISH, 0);
 }
 
-static void layer(pyllm_session *s, int32_t i, int32_t n) {
+static void layer(pyllm_session *s, int32_t i, int32_t n, const batch_record *record) {
   const backend *be = &s->model->backend;
   const layer_weights *w = &s->model->layers[i];
   batch_buffers *b = &s->buffers;
@@ -57,7 +62,7 @@ static void layer(pyllm_session *s, int32_t i, int32_t n) {
   linear_job qkv[] = {{&w->wq, w->bq, false, b->q}, {&w->wk, w->bk, false, b->k}, {&w->wv, w->bv, false, b->v}};
   linear(s, STAGE_QKV, &b->normed, n, qkv, 3);
   rope_store(s, w, n, &s->layers[i]);
-  attention(s, i, w->wo.quantized);
+  attention(s, i, w->wo.quantized, record);
   linear_job out = {&w->wo, NULL, true, b->x};
   linear(s, STAGE_ATTENTION_OUT, &b->attended, n, &out, 1);
 
@@ -90,7 +95,8 @@ static int32_t check_logits(const pyllm_session *s, const float *logits, int32_t
               s->position);
 }
 
-int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits, pyllm_error *err) {
+int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
+                const batch_record *record, pyllm_error *err) {
   const pyllm_model *m = s->model;
   const backend *be = &m->backend;
   batch_buffers *b = &s->buffers;
@@ -102,7 +108,7 @@ int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logit
   for (int32_t i = 0; i < m->config.n_layers; i++) {
     if (atomic_load_explicit(&s->abort, memory_order_relaxed))
       return fail(err, PYLLM_ERR_ABORTED, "evaluation stopped at position %d", s->position);
-    layer(s, i, n);
+    layer(s, i, n, record);
   }
   if (n_logits > 0) {
     norm(s, b->x + (int64_t)(n - n_logits) * m->config.dim, m->output_norm, n_logits, m->output.quantized);

@@ -96,6 +96,10 @@ struct ops {
                  int32_t layer);
   /* Continues state and out over the bulk work list. Reads the blocks it names. */
   void (*attend_bulk)(const backend *be, attention_batch *b, const layer_cache *cache);
+  /* Fills the arrays that out has, (n, n_heads) of one layer; audit: reads the bulk keys of audited queries. Comes after
+   * attend_bulk and attention_count, whose work list it overwrites. */
+  void (*record)(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy,
+                 const pyllm_record *out);
   /* out = weighted values / their weight, (n, n_heads * head_dim). */
   void (*finish)(const backend *be, const attention_batch *b, bool rounded, activation *out);
   /* out = silu(gate) * up, (n, out->cols). */

@@ -266,13 +266,14 @@ static int32_t check_eval(const pyllm_session *s, const int32_t *tokens, int32_t
 }
 
 static int32_t eval_batches(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
-                            pyllm_error *err) {
+                            const pyllm_record *record, pyllm_error *err) {
   for (int32_t done = 0; done < n;) {
     int32_t m = n - done < s->n_batch ? n - done : s->n_batch, start = s->position;
     int32_t skipped = n - n_logits - done; /* tokens of this batch that need no logits */
     int32_t wanted = skipped <= 0 ? m : skipped < m ? m - skipped : 0;
     float *out = logits + (skipped > 0 ? 0 : (int64_t)-skipped * s->model->config.n_vocab);
-    int32_t status = forward(s, tokens + done, m, out, wanted, err);
+    batch_record rows = {record, n, done};
+    int32_t status = forward(s, tokens + done, m, out, wanted, &rows, err);
     if (status) {
       session_cut(s, start, start + m);
       return status;
@@ -283,14 +284,14 @@ static int32_t eval_batches(pyllm_session *s, const int32_t *tokens, int32_t n, 
 }
 
 int32_t pyllm_session_eval(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
-                           pyllm_error *err) {
+                           const pyllm_record *record, pyllm_error *err) {
   int32_t status = session_enter(s, err);
   if (status) return status;
   status = check_eval(s, tokens, n, n_logits, err);
   if (status) return session_leave(s, status);
   atomic_store(&s->abort, false);
   pool_begin(s->model->backend.pool);
-  status = eval_batches(s, tokens, n, logits, n_logits, err);
+  status = eval_batches(s, tokens, n, logits, n_logits, record, err);
   pool_end(s->model->backend.pool);
   return session_leave(s, status);
 }

@@ -2,6 +2,7 @@
 #ifndef PYLLM_SRC_SESSION_H
 #define PYLLM_SRC_SESSION_H
 #include "model.h"
+#include "record.h"
 #include "trace.h"
 #include <stdatomic.h>
 
@@ -33,7 +34,8 @@ struct pyllm_session {
 
 /* forward.c: evaluates 1 <= n <= n_batch tokens at the session's position and advances it; logits (n_logits, n_vocab)
  * of the last n_logits, n_logits <= n. On failure the position and everything before it are as they were. */
-int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits, pyllm_error *err);
+int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
+                const batch_record *record, pyllm_error *err);
 
 /* kv.c: blocks a head needs for n_ctx tokens, bytes of a block, and where a head's blocks begin. */
 int32_t session_blocks(int32_t n_ctx, int32_t n_sink);

@@ -2,9 +2,9 @@
 #include <string.h>
 #include <time.h>
 
-static const char *const NAMES[N_STAGES] = {"embed",  "norm",        "qkv",    "rope_store",    "attend_local",
-                                            "select", "attend_bulk", "finish", "attention_out", "gate_up",
-                                            "swiglu", "down",        "logits"};
+static const char *const NAMES[N_STAGES] = {"embed",   "norm",        "qkv",   "rope_store", "attend_local",
+                                            "select",  "attend_bulk", "audit", "finish",     "attention_out",
+                                            "gate_up", "swiglu",      "down",  "logits"};
 
 static uint64_t now(void) {
   struct timespec t;

@@ -57,11 +57,11 @@ typedef struct hook_attention_shape {
 
 /* The attention pipeline of one layer over given q (n, n_heads, head_dim), k and v (n, n_kv_heads, head_dim), from an
  * empty cache, chunk by chunk. attention: arrays of one layer. out: (n, n_heads, head_dim); is_long, local_mass,
- * bulk_mass: (n, n_heads); stats: one layer's. */
+ * bulk_mass: (n, n_heads); stats: one layer's; record: of one layer, or NULL. */
 int32_t hook_attention(const char *isa, int32_t n_threads, const hook_attention_shape *shape,
                        const pyllm_attention *attention, const float *q, const float *k, const float *v, float *out,
                        uint8_t *is_long, float *local_mass, float *bulk_mass, pyllm_layer_stats *stats,
-                       pyllm_error *err);
+                       const pyllm_record *record, pyllm_error *err);
 
 #pragma GCC visibility pop
 #endif

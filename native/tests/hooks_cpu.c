@@ -2,6 +2,7 @@
 #include "cpu.h"
 #include "error.h"
 #include "hooks.h"
+#include "record.h"
 #include <stdlib.h>
 #include <string.h>
 
@@ -124,7 +125,8 @@ static void close_run(attention_run *run, const hook_attention_shape *s) {
 }
 
 static void run_chunk(attention_run *run, const hook_attention_shape *s, int32_t position, int32_t n, float *q,
-                      float *k, const float *v, activation *out) {
+                      float *k, const float *v, const pyllm_record *record, uint64_t sketch_bytes,
+                      pyllm_layer_stats *stats, activation *out) {
   rope_job rope = {ROPE_PAIRS, 0, s->n_heads, s->n_kv_heads, s->head_dim, s->n_sink, position, q, q, NULL, NULL, 0,
                    q,          k, v};
   const ops *o = run->be.ops;
@@ -134,13 +136,19 @@ static void run_chunk(attention_run *run, const hook_attention_shape *s, int32_t
   o->attend_local(&run->be, &run->batch, &run->cache);
   o->select(&run->be, &run->batch, &run->cache, &run->policy, 0);
   o->attend_bulk(&run->be, &run->batch, &run->cache);
+  attention_count(&run->batch, sketch_bytes, stats);
+  if (record) {
+    batch_record rows = {record, s->n, position};
+    pyllm_record chunk = record_rows(&rows, 0, s->n_heads);
+    o->record(&run->be, &run->batch, &run->cache, &run->policy, &chunk);
+  }
   o->finish(&run->be, &run->batch, false, out);
 }
 
 int32_t hook_attention(const char *isa, int32_t n_threads, const hook_attention_shape *s,
                        const pyllm_attention *attention, const float *q, const float *k, const float *v, float *out,
                        uint8_t *is_long, float *local_mass, float *bulk_mass, pyllm_layer_stats *stats,
-                       pyllm_error *err) {
+                       const pyllm_record *record, pyllm_error *err) {
   attention_run run = {.policy = {attention->policy, attention->granularity, attention->n_window,
                                   (float *)attention->thresholds, (uint8_t *)attention->static_local,
                                   attention->page_bits, attention->page_share, attention->page_drop}};
@@ -155,8 +163,7 @@ int32_t hook_attention(const char *isa, int32_t n_threads, const hook_attention_
     int32_t n = s->n - t < s->chunk ? s->n - t : s->chunk;
     activation result = {(int32_t)q_width, out + (size_t)t * q_width, {0}};
     run_chunk(&run, s, t, n, (float *)q + (size_t)t * q_width, (float *)k + (size_t)t * kv_width,
-              v + (size_t)t * kv_width, &result);
-    attention_count(&run.batch, sketch_bytes, stats);
+              v + (size_t)t * kv_width, record, sketch_bytes, stats, &result);
     size_t row = (size_t)t * (size_t)s->n_heads, rows = (size_t)n * (size_t)s->n_heads;
     memcpy(is_long + row, run.batch.is_long, rows);
     memcpy(local_mass + row, run.batch.local_mass, rows * sizeof(float));

@@ -1,0 +1,33 @@
+/* The record stage: what a layer decided, copied out, and the audit: true bulk masses of the queries that ask for them.
+ *
+ * It comes after attend_bulk and changes nothing that finish reads. The audit scores whole bulks, but only of audited
+ * queries, and touches no values. */
+#include "cpu.h"
+#include <math.h>
+#include <string.h>
+
+/* mass (n, n_heads) = NaN for queries without bulk, and for those that `known` (n; NULL: none are) leaves out. */
+static void blank_rows(const attention_batch *b, bool all_known, const uint8_t *known, float *mass) {
+  for (int32_t t = 0; t < b->n_tiles; t++)
+    for (int32_t i = b->tiles[t].first; i < b->tiles[t].first + b->tiles[t].n; i++) {
+      if (b->tiles[t].n_pages && (all_known || (known && known[i]))) continue;
+      for (int32_t h = 0; h < b->n_heads; h++) mass[(int64_t)i * b->n_heads + h] = NAN;
+    }
+}
+
+void cpu_record(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy,
+                const pyllm_record *out) {
+  size_t rows = (size_t)b->n * (size_t)b->n_heads;
+  if (out->local_mass) memcpy(out->local_mass, b->local_mass, rows * sizeof(float));
+  if (out->is_long) memcpy(out->is_long, b->is_long, rows);
+  if (out->read_mass) cpu_masses(b, b->state, out->read_mass);
+  if (out->estimate) {
+    bool estimated = policy->policy == PYLLM_ADAPTIVE || policy->policy == PYLLM_ORACLE;
+    memcpy(out->estimate, b->bulk_mass, rows * sizeof(float));
+    blank_rows(b, estimated, NULL, out->estimate);
+  }
+  if (out->true_mass) {
+    if (out->audit) cpu_true_bulk_mass(be, b, cache, out->audit, out->true_mass);
+    blank_rows(b, false, out->audit, out->true_mass);
+  }
+}
