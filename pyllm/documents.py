@@ -10,6 +10,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+from rich.filesize import decimal
+
 from pyllm.errors import DocumentError
 
 BYTE_ORDER_MARKS = (
@@ -19,6 +21,8 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+LARGEST = 10**9  # bytes: a film among documents must not fill the memory before it is found to be binary
+
 # Its remarks on damaged files are for those who configure logging; a DocumentError says what matters.
 logging.getLogger("pypdf").addHandler(logging.NullHandler())
 
@@ -29,10 +33,13 @@ def read(path: str | os.PathLike[str]) -> str:
     """The text of a document: PDF, Word (.docx), HTML, or anything that is text (Markdown, source code, ...).
 
     Lines end in "\\n". Raises DocumentError naming the file and the cause: missing, a folder, binary,
-    encrypted, broken or without any text.
+    too large, encrypted, broken or without any text.
     """
     path = Path(path)
     try:
+        size = path.stat().st_size
+        if size > LARGEST:
+            raise DocumentError(f"{path}: {decimal(size)}, too large for a document")
         data = path.read_bytes()
     except OSError as error:
         raise DocumentError(f"{path}: cannot be read: {error.strerror or error}") from None

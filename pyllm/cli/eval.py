@@ -122,6 +122,11 @@ def _check(args: argparse.Namespace) -> None:
         least = 0 if name == "decode" else 1
         if value is not None and value < least:
             raise ArgumentError(f"--{name}: expected at least {least}, got {value}")
+    check_outputs(args)
+
+
+def check_outputs(args: argparse.Namespace) -> None:
+    """Raises FileError and ArgumentError where --json, --csv or --plot could not be written in the end."""
     for path in filter(None, (args.json, args.csv, args.plot)):
         require_writable(path)
     if args.plot:

@@ -20,24 +20,28 @@ Tick = Callable[[int, int], None]
 ShowProgress = Callable[[], AbstractContextManager[Tick]]
 
 
-class _TokensPerSecond(ProgressColumn):
+class _Speed(ProgressColumn):
+    def __init__(self, unit: str) -> None:
+        super().__init__()
+        self.unit = unit
+
     def render(self, task: Task) -> Text:
-        return Text(f"{task.speed:,.0f} tokens/s" if task.speed else "")
+        return Text(f"{task.speed:,.0f} {self.unit}/s" if task.speed else "")
 
 
 @contextmanager
-def prefill_bar() -> Iterator[Tick]:
+def prefill_bar(what: str = "reading", unit: str = "tokens") -> Iterator[Tick]:
     """A bar on standard error with tokens, tokens/s and time left; nothing where that is no terminal."""
     console = Console(stderr=True)
     columns = (
-        TextColumn("reading"),
+        TextColumn(what),
         BarColumn(),
-        TextColumn("{task.completed:,.0f}/{task.total:,.0f} tokens"),
-        _TokensPerSecond(),
+        TextColumn(f"{{task.completed:,.0f}}/{{task.total:,.0f}} {unit}"),
+        _Speed(unit),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=1, visible=False)
+        task = bar.add_task(what, total=1, visible=False)
         yield lambda done, total: bar.update(task, completed=done, total=total, visible=True)
 
 

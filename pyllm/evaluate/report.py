@@ -52,7 +52,7 @@ def _table(rows: Iterable[Row]) -> Table:
 
 
 def _decode_table(rows: Iterable[Row]) -> Table:
-    cells = ([_name(row), _kl(row.decode_kl), _percent(row.decode_bulk_read)] for row in rows)
+    cells = ([row.name, _kl(row.decode_kl), _percent(row.decode_bulk_read)] for row in rows)
     return _columns("in decode", ("KL", "read"), cells)
 
 
@@ -114,7 +114,7 @@ def _cells(row: Row) -> list[str]:
     interval = "–" if row.kl_low is None else f"{row.kl_low:.4f}–{row.kl_high:.4f}"
     costs = (_percent(value) for value in (row.heads_local, row.bulk_work, row.bulk_read))
     return [
-        _name(row),
+        row.name,
         _kl(row.kl),
         interval,
         f"{row.perplexity:.2f}",
@@ -123,10 +123,6 @@ def _cells(row: Row) -> list[str]:
         _ratio(row.prefill_seconds, row.dense_prefill_seconds),
         _ratio(row.decode_ms, row.dense_decode_ms),
     ]
-
-
-def _name(row: Row) -> str:
-    return row.line if row.setting is None else f"{row.line} {row.setting:g}"
 
 
 def _kl(value: float | None) -> str:

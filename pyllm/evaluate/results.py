@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -57,6 +58,10 @@ class Row:
     def key(self) -> tuple[str, str, float | None]:
         return self.text, self.line, self.setting
 
+    @property
+    def name(self) -> str:
+        return self.line if self.setting is None else f"{self.line} {self.setting:g}"
+
 
 @dataclass
 class Results:
@@ -77,13 +82,19 @@ class Results:
     def open(cls, path: Path, settings: dict[str, Any]) -> Results:
         """What an earlier run left at path, or nothing yet where there is no file.
 
-        Raises FileError where it cannot be read, FormatError for what is no such file, or one of other
-        settings.
+        Raises as `read` does, and FormatError for results of other settings.
         """
+        if not os.path.lexists(path):
+            return cls(settings)
+        results = cls.read(path)
+        _require_same(path, results.settings, settings)
+        return results
+
+    @classmethod
+    def read(cls, path: Path) -> Results:
+        """Raises FileError where path cannot be read, FormatError for what holds no results."""
         try:
             text = path.read_text("utf-8")
-        except FileNotFoundError:
-            return cls(settings)
         except (OSError, UnicodeDecodeError) as error:
             raise FileError(f"{path}: the results cannot be read: {error}") from None
         try:
@@ -91,11 +102,9 @@ class Results:
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']!r}")
             shares = None if found["local_shares"] is None else np.array(found["local_shares"], np.float64)
-            results = cls(dict(found["settings"]), shares, [Row(**row) for row in found["rows"]])
+            return cls(dict(found["settings"]), shares, [Row(**row) for row in found["rows"]])
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{path}: not the results of an evaluation ({error!r})") from None
-        _require_same(path, results.settings, settings)
-        return results
 
     def save(self, path: Path) -> None:
         """Raises FileError."""

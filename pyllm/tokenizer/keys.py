@@ -33,6 +33,14 @@ def boolean(metadata: Metadata, key: str, default: bool) -> bool:
     return value if isinstance(value, bool) else fail(key, f"expected a boolean, not {_kind(value)}")
 
 
+def size(metadata: Metadata, key: str, default: int | None = None) -> int:
+    """At least 1."""
+    value = require(metadata, key) if default is None else metadata.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool):
+        fail(key, f"expected an integer, not {_kind(value)}")
+    return value if value >= 1 else fail(key, f"expected at least 1, not {value}")
+
+
 def token_id(metadata: Metadata, key: str, n_vocab: int) -> int | None:
     """The id, or None where the key is absent."""
     if key not in metadata:

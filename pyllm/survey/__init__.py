@@ -1,0 +1,1 @@
+"""How long a folder's documents are for a model, and what attention policies would save on them."""
