@@ -36,6 +36,7 @@ ERRORS: dict[int, type[errors.PyllmError]] = {
     6: errors.InsufficientMemoryError,
     7: errors.AbortedError,
     8: errors.NumericError,
+    9: errors.DeviceError,
 }
 
 # GGUF value types, by number: numpy's name of a scalar's bytes.

@@ -39,6 +39,10 @@ class NumericError(PyllmError, ArithmeticError):
     """NaN or infinity in weights or results."""
 
 
+class DeviceError(PyllmError):
+    """A GPU, its driver or the library for it: not there, or failed. The CPU stays usable."""
+
+
 class DownloadError(PyllmError, OSError):
     """A model that could not be fetched, or whose checksum is wrong."""
 

@@ -23,12 +23,12 @@ LIBRARY = Path(os.environ.get("PYLLM_LIBRARY") or NATIVE / "build" / "libpyllm_h
 HEADERS = (NATIVE / "include" / "pyllm.h", NATIVE / "tests" / "hooks.h")
 
 
-def build() -> None:
+def build(target: str) -> None:
     """Runs make. Test processes started side by side take turns."""
     LIBRARY.parent.mkdir(exist_ok=True)
     with (LIBRARY.parent / "hooks.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        command = ["make", "-C", str(NATIVE), f"-j{os.cpu_count()}", "hooks"]
+        command = ["make", "-C", str(NATIVE), f"-j{os.cpu_count()}", target]
         make = subprocess.run(command, capture_output=True, text=True)
     if make.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{make.stderr[-4000:]}")
@@ -42,8 +42,9 @@ def load() -> tuple[Any, Any]:
     return ffi, ffi.dlopen(str(LIBRARY))
 
 
-if "PYLLM_LIBRARY" not in os.environ:
-    build()
+is_given = "PYLLM_LIBRARY" in os.environ
+if not is_given:
+    build("hooks")
 ffi, lib = load()
 
 

@@ -5,6 +5,11 @@ static uint64_t sketch_bytes(int32_t bits, int32_t head_dim) { return sketch_pag
 
 const ops cpu_ops = {
     .name = "cpu",
+    .alloc = cpu_alloc,
+    .release = cpu_release,
+    .write = cpu_copy,
+    .read = cpu_copy,
+    .sync = cpu_sync,
     .scratch_new = cpu_scratch_new,
     .scratch_free = cpu_scratch_free,
     .sketch_bytes = sketch_bytes,

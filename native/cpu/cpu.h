@@ -47,6 +47,10 @@ static inline const uint16_t *cache_blocks(const layer_cache *cache, int32_t kv_
   return cache->kv + (int64_t)kv_head * cache->n_blocks * 2 * KV_BLOCK * head_dim;
 }
 
+void *cpu_alloc(const backend *be, size_t bytes);
+void cpu_release(const backend *be, void *memory);
+void cpu_copy(const backend *be, void *to, const void *from, size_t bytes);
+int32_t cpu_sync(const backend *be, pyllm_error *err);
 void cpu_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
                int32_t n, float *x);
 void cpu_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out);

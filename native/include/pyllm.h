@@ -28,7 +28,8 @@ typedef enum pyllm_status {
   PYLLM_ERR_CONTEXT = 5,     /* does not fit the session's context */
   PYLLM_ERR_MEMORY = 6,      /* an allocation was refused */
   PYLLM_ERR_ABORTED = 7,     /* pyllm_session_abort was called */
-  PYLLM_ERR_NUMERIC = 8      /* NaN or infinity in weights or results */
+  PYLLM_ERR_NUMERIC = 8,     /* NaN or infinity in weights or results */
+  PYLLM_ERR_DEVICE = 9       /* a GPU, its driver or its library: not there, or failed */
 } pyllm_status;
 
 typedef struct pyllm_error {
@@ -79,11 +80,22 @@ uint64_t pyllm_file_fingerprint(const pyllm_file *file);
 /* Name of a ggml type number ("Q4_K"), or NULL when this library cannot read it. */
 const char *pyllm_type_name(int32_t type);
 
+/* ---- devices ---- */
+
+typedef struct pyllm_device_info {
+  char name[128];
+  uint64_t free_bytes, total_bytes; /* of its memory */
+} pyllm_device_info;
+
+/* device: "cuda" or "cuda:1". PYLLM_ERR_DEVICE, with the reason, where it cannot be used. */
+int32_t pyllm_device_get_info(const char *device, pyllm_device_info *out, pyllm_error *err);
+
 /* ---- model ---- */
 
 typedef struct pyllm_model_params {
-  int32_t n_threads; /* 1..256; one pool, shared by the model's sessions */
-  const char *isa;   /* "generic", "avx2", "avx512"; NULL for the best this processor has */
+  int32_t n_threads;  /* 1..256; one pool, shared by the model's sessions */
+  const char *isa;    /* "generic", "avx2", "avx512"; NULL for the best this processor has */
+  const char *device; /* "cpu", "cuda", "cuda:1"; NULL for the CPU */
 } pyllm_model_params;
 
 typedef struct pyllm_model_info {

@@ -1,4 +1,5 @@
 #include "model.h"
+#include "backend.h"
 #include "error.h"
 #include "gguf.h"
 #include <math.h>
@@ -144,18 +145,6 @@ static int32_t bind_weights(pyllm_model *m, pyllm_error *err) {
   return b.status;
 }
 
-static int32_t open_backend(pyllm_model *m, const pyllm_model_params *params, pyllm_error *err) {
-  if (params->n_threads < 1 || params->n_threads > 256)
-    return fail(err, PYLLM_ERR_ARGUMENT, "n_threads is %d, expected 1 to 256", params->n_threads);
-  const kernels *k = kernels_find(params->isa);
-  if (!k)
-    return fail(err, PYLLM_ERR_UNSUPPORTED, "instruction set '%.16s' is not available here; this processor runs %s",
-                params->isa, kernels_available());
-  m->backend = (backend){&cpu_ops, pool_new(params->n_threads), k};
-  if (!m->backend.pool) return fail(err, PYLLM_ERR_MEMORY, "%d threads refused", params->n_threads);
-  return PYLLM_OK;
-}
-
 int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *params, pyllm_model **out,
                          pyllm_error *err) {
   pyllm_model *m = calloc(1, sizeof *m);
@@ -165,7 +154,7 @@ int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *param
   gguf_hold(file);
   int32_t status = config_read(file, &m->config, err);
   if (!status) status = config_rope(file, &m->config, &m->rope_frequency, err);
-  if (!status) status = open_backend(m, params, err);
+  if (!status) status = backend_open(params->device, params->n_threads, params->isa, &m->backend, err);
   if (!status) status = bind_weights(m, err);
   if (status) {
     pyllm_model_close(m);
@@ -191,7 +180,7 @@ void pyllm_model_close(pyllm_model *m) {
   free(m->output_norm);
   pack_free(&m->output);
   free(m->rope_frequency);
-  pool_free(m->backend.pool);
+  backend_close(&m->backend);
   pyllm_file_close((pyllm_file *)m->file);
   free(m);
 }

@@ -16,6 +16,7 @@ typedef struct backend {
   const ops *ops;
   struct pool *pool;
   const struct kernels *kernels;
+  void *device; /* of a GPU: cuda.cuh's; NULL on the CPU */
 } backend;
 
 /* A stage's result on its way into matrices: as floats, and rounded to 16 bits for quantized weights. */
@@ -72,6 +73,15 @@ typedef struct rope_job {
 
 struct ops {
   const char *name;
+  /* The backend's memory, which holds everything that stages read or write but where a stage says otherwise. alloc:
+   * zeroed, aligned to 64 bytes, NULL when refused. write and read copy from and to the host's memory; both return when
+   * that is done, after all stages called before. What goes wrong on the way, sync tells. */
+  void *(*alloc)(const backend *be, size_t bytes);
+  void (*release)(const backend *be, void *memory);
+  void (*write)(const backend *be, void *to, const void *from, size_t bytes);
+  void (*read)(const backend *be, void *to, const void *from, size_t bytes);
+  /* Waits for all stages called; the first failure of anything so far, after which the backend does nothing more. */
+  int32_t (*sync)(const backend *be, pyllm_error *err);
   /* The backend's own memory for the attention stages of one session; NULL when it is refused. */
   void *(*scratch_new)(const backend *be, const attention_shape *shape);
   void (*scratch_free)(void *scratch);

@@ -41,6 +41,13 @@ int32_t hook_linear(const char *isa, int32_t n_threads, int32_t type, const void
 /* x: (n), n a multiple of 32; out: what the rounding of activations makes of it. */
 int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyllm_error *err);
 
+/* ---- stages of any backend: device as in pyllm_model_params; arrays are the host's ---- */
+
+/* values: (n, cols) the norm of x (n, cols) with weight w (cols); rounded: the same after the rounding of activations,
+ * NULL where cols is no multiple of 32. */
+int32_t hook_norm(const char *device, const char *isa, const float *x, const float *w, float eps, int32_t n,
+                  int32_t cols, float *values, float *rounded, pyllm_error *err);
+
 /* gate, up, out: (n), n a multiple of 16. */
 int32_t hook_swiglu(const char *isa, const float *gate, const float *up, float *out, int32_t n, pyllm_error *err);
 

@@ -7,7 +7,7 @@
 #include <string.h>
 
 static int32_t open_backend(const char *isa, int32_t n_threads, backend *be, pyllm_error *err) {
-  *be = (backend){&cpu_ops, NULL, kernels_find(isa)};
+  *be = (backend){&cpu_ops, NULL, kernels_find(isa), NULL};
   if (!be->kernels) return fail(err, PYLLM_ERR_UNSUPPORTED, "no %s here: %s", isa, kernels_available());
   be->pool = pool_new(n_threads);
   return be->pool ? PYLLM_OK : fail(err, PYLLM_ERR_MEMORY, "threads refused");

@@ -1,0 +1,119 @@
+/* The CUDA backend's table, its devices and its memory. */
+#include "cuda.cuh"
+#include <cstdio>
+#include <new>
+extern "C" {
+#include "backend.h"
+#include "error.h"
+}
+
+namespace {
+int32_t cuda_fail(pyllm_error *err, cudaError_t error, const char *what) {
+  cudaGetLastError(); /* so that it is not reported twice */
+  return fail(err, error == cudaErrorMemoryAllocation ? PYLLM_ERR_MEMORY : PYLLM_ERR_DEVICE, "%s: %s", what,
+              cudaGetErrorString(error));
+}
+
+int32_t use(int32_t number, pyllm_error *err) {
+  int n = 0;
+  cudaError_t error = cudaGetDeviceCount(&n);
+  if (error) return cuda_fail(err, error, "CUDA cannot be used");
+  if (number >= n) return fail(err, PYLLM_ERR_DEVICE, "device cuda:%d is not there: this machine has %d", number, n);
+  error = cudaSetDevice(number);
+  return error ? cuda_fail(err, error, "CUDA cannot be used") : PYLLM_OK;
+}
+
+int32_t info(int32_t number, pyllm_device_info *out, pyllm_error *err) {
+  int32_t status = use(number, err);
+  if (status) return status;
+  cudaDeviceProp properties;
+  size_t free_bytes, total_bytes;
+  cudaError_t error = cudaGetDeviceProperties(&properties, number);
+  if (!error) error = cudaMemGetInfo(&free_bytes, &total_bytes);
+  if (error) return cuda_fail(err, error, "CUDA cannot be used");
+  *out = {};
+  snprintf(out->name, sizeof out->name, "%.127s", properties.name);
+  out->free_bytes = free_bytes;
+  out->total_bytes = total_bytes;
+  return PYLLM_OK;
+}
+
+void close(void *opened) {
+  device *d = (device *)opened;
+  if (d->queue.stream) cudaStreamDestroy(d->queue.stream);
+  delete d;
+}
+
+int32_t open(int32_t number, void **opened, pyllm_error *err) {
+  int32_t status = use(number, err);
+  if (status) return status;
+  device *d = new (std::nothrow) device{{nullptr, cudaSuccess}, number};
+  if (!d) return fail(err, PYLLM_ERR_MEMORY, "memory for device cuda:%d was refused", number);
+  cudaError_t error = cudaStreamCreateWithFlags(&d->queue.stream, cudaStreamNonBlocking);
+  if (error) {
+    close(d);
+    return cuda_fail(err, error, "CUDA cannot be used");
+  }
+  *opened = d;
+  return PYLLM_OK;
+}
+
+/* Every thread that comes here may have used another device before. */
+queue *begin(const backend *be) {
+  device *d = (device *)be->device;
+  check(&d->queue, cudaSetDevice(d->number));
+  return &d->queue;
+}
+
+void *alloc(const backend *be, size_t bytes) {
+  queue *q = begin(be);
+  void *memory;
+  if (q->error || cudaMalloc(&memory, bytes ? bytes : 1)) {
+    cudaGetLastError();
+    return nullptr;
+  }
+  check(q, cudaMemsetAsync(memory, 0, bytes, q->stream));
+  return memory;
+}
+
+void release(const backend *be, void *memory) {
+  begin(be);
+  cudaFree(memory);
+}
+
+void copy(const backend *be, void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
+  queue *q = begin(be);
+  if (!q->error) check(q, cudaMemcpyAsync(to, from, bytes, kind, q->stream));
+  if (!q->error) check(q, cudaStreamSynchronize(q->stream));
+}
+
+void write(const backend *be, void *to, const void *from, size_t bytes) {
+  copy(be, to, from, bytes, cudaMemcpyHostToDevice);
+}
+
+void read(const backend *be, void *to, const void *from, size_t bytes) {
+  memset(to, 0, bytes); /* after a failure nothing comes */
+  copy(be, to, from, bytes, cudaMemcpyDeviceToHost);
+}
+
+int32_t sync(const backend *be, pyllm_error *err) {
+  queue *q = begin(be);
+  if (!q->error) check(q, cudaStreamSynchronize(q->stream));
+  return q->error ? cuda_fail(err, q->error, "the GPU failed; the model must be opened again") : PYLLM_OK;
+}
+} // namespace
+
+static const ops cuda_ops = {
+    .name = "cuda",
+    .alloc = alloc,
+    .release = release,
+    .write = write,
+    .read = read,
+    .sync = sync,
+    .norm = cuda_norm,
+};
+
+extern "C" __attribute__((visibility("default"))) const cuda_library *pyllm_cuda(void) {
+  static const cuda_library library = {CUDA_INTERFACE, &cuda_ops, info, open, close};
+  return &library;
+}

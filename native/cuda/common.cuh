@@ -1,0 +1,170 @@
+/* What every kernel file includes: CUDA, or its emulation where a C++ compiler builds the same source (emu/emu.h), and
+ * the few operations that are written differently for the two. Halves are uint16_t bits everywhere, as in ops.h. */
+#ifndef PYLLM_CUDA_COMMON_CUH
+#define PYLLM_CUDA_COMMON_CUH
+#ifdef __CUDACC__
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#else
+#include "emu/emu.h"
+#endif
+extern "C" {
+#include "quant.h"
+}
+#include <stdint.h>
+
+constexpr int WARP = 32;
+constexpr unsigned ALL_LANES = ~0u;
+
+/* ---- launching ---- */
+
+/* Where work of one model goes, in order. The first error stays, and what follows it does nothing. */
+struct queue {
+  cudaStream_t stream;
+  cudaError_t error;
+};
+
+inline void check(queue *to, cudaError_t error) {
+  if (!to->error) to->error = error;
+}
+
+/* kernel<<<grid, block, shared_bytes>>>(args...). Shared memory is one struct of the kernel's, see block_shared. */
+template <class... P, class... A>
+void launch(queue *to, void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, A... args) {
+  if (to->error) return;
+#ifdef __CUDACC__
+  if (shared_bytes > 48 << 10)
+    check(to, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, (int)shared_bytes));
+  kernel<<<grid, block, shared_bytes, to->stream>>>(P(args)...);
+  check(to, cudaGetLastError());
+#else
+  check(to, emu::launch(to->stream, grid, block, shared_bytes, [=] { kernel(P(args)...); }));
+#endif
+}
+
+/* The block's shared memory: a struct T of the launch's shared_bytes. Its contents are undefined at first. */
+template <class T> __device__ T &block_shared() {
+#ifdef __CUDACC__
+  extern __shared__ uint4 dynamic_shared[];
+  return *reinterpret_cast<T *>(dynamic_shared);
+#else
+  return *static_cast<T *>(emu::shared());
+#endif
+}
+
+/* ---- numbers ---- */
+
+__device__ inline float half_to_float(uint16_t bits) {
+#ifdef __CUDACC__
+  return __half2float(__ushort_as_half(bits));
+#else
+  return f16_to_f32(bits);
+#endif
+}
+
+/* Rounds to nearest even. */
+__device__ inline uint16_t float_to_half(float x) {
+#ifdef __CUDACC__
+  return __half_as_ushort(__float2half_rn(x));
+#else
+  return f32_to_f16(x);
+#endif
+}
+
+__device__ inline float bfloat_to_float(uint16_t bits) { return __uint_as_float((uint32_t)bits << 16); }
+
+__device__ inline uint32_t pack_halves(uint16_t low, uint16_t high) { return low | (uint32_t)high << 16; }
+
+/* ---- sums over a warp and over a block ---- */
+
+__device__ inline float warp_sum(float x) {
+  for (int bits = WARP / 2; bits; bits /= 2) x += __shfl_xor_sync(ALL_LANES, x, bits);
+  return x;
+}
+
+__device__ inline float warp_max(float x) {
+  for (int bits = WARP / 2; bits; bits /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, bits));
+  return x;
+}
+
+/* Of one value per thread, for all threads. blockDim.x: a multiple of 32. partial: (32) shared floats. Contains barriers. */
+__device__ inline float block_sum(float x, float *partial) {
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+  x = warp_sum(x);
+  if (lane == 0) partial[warp] = x;
+  __syncthreads();
+  x = warp_sum(lane < warps ? partial[lane] : 0.0f);
+  __syncthreads(); /* partial may be used again */
+  return x;
+}
+
+/* ---- the matrix units ---- */
+
+/* Fragments of one warp, as PTX lays them out; lane = 4 group + pair. A register holds neighbours, the first one low.
+ *   a (16, K) row-major: a[0] row group, a[1] row group + 8, columns from C pair; a[2], a[3] the same K / 2 columns on.
+ *   b (K, 8) by columns: b[0] rows from C pair of column group, b[1] K / 2 rows on.
+ *   d (16, 8): d[0], d[1] row group, columns 2 pair and 2 pair + 1; d[2], d[3] row group + 8.
+ * with K = 16, C = 2 for halves; K = 32, C = 4 for bytes. */
+
+#ifndef __CUDACC__
+namespace emu {
+template <class T, int PER_REGISTER> struct fragments {
+  T a[4][PER_REGISTER], b[2][PER_REGISTER];
+};
+inline void unpack_register(uint32_t bits, float *out) {
+  out[0] = half_to_float((uint16_t)bits);
+  out[1] = half_to_float((uint16_t)(bits >> 16));
+}
+inline void unpack_register(uint32_t bits, int8_t *out) { memcpy(out, &bits, sizeof bits); }
+
+/* d += a b; each lane computes its four elements from what all lanes hand in. */
+template <class T, int PER_REGISTER, class D> void mma(D (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  fragments<T, PER_REGISTER> mine;
+  for (int i = 0; i < 4; i++) unpack_register(a[i], mine.a[i]);
+  for (int i = 0; i < 2; i++) unpack_register(b[i], mine.b[i]);
+  hand_in(~0u, mine, __LINE__);
+  unsigned group = lane() / 4, pair = lane() % 4;
+  for (unsigned i = 0; i < 4; i++)
+    for (unsigned half = 0; half < 2; half++)
+      for (unsigned from = 0; from < 4; from++) {
+        const auto *left = (const fragments<T, PER_REGISTER> *)received(4 * group + from);
+        const auto *right = (const fragments<T, PER_REGISTER> *)received(4 * (2 * pair + i % 2) + from);
+        for (int j = 0; j < PER_REGISTER; j++) d[i] += (D)left->a[2 * half + i / 2][j] * (D)right->b[half][j];
+      }
+}
+} // namespace emu
+#endif
+
+/* d (16, 8) += a (16, 16) b (16, 8): halves, summed in floats. */
+__device__ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifndef __CUDACC__
+  emu::mma<float, 2>(d, a, b);
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  for (int i = 0; i < 2; i++)
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
+#endif
+}
+
+/* d (16, 8) += a (16, 32) b (32, 8): signed bytes, summed in 32 bits. */
+__device__ inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+#ifndef __CUDACC__
+  emu::mma<int8_t, 4>(d, a, b);
+#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#else
+  for (int i = 0; i < 4; i++)
+    asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
+        : "+r"(d[2 * (i % 2)]), "+r"(d[2 * (i % 2) + 1])
+        : "r"(a[i]), "r"(b[i / 2]));
+#endif
+}
+#endif

@@ -1,0 +1,151 @@
+#include "emu.h"
+#include <cstdio>
+#include <cstdlib>
+#include <malloc.h>
+#include <new>
+#include <string>
+#include <vector>
+
+typedef std::vector<std::function<cudaError_t()>> commands;
+struct emu_graph {
+  commands list;
+};
+struct emu_stream {
+  emu_graph *capture; /* NULL while commands run at once */
+  cudaError_t error;
+};
+
+static size_t memory_bytes = (size_t)4 << 30, memory_used;
+static cudaError_t last_error;
+
+static cudaError_t failed(cudaError_t error) { return last_error = error; }
+
+static cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> command) {
+  if (stream->capture) {
+    stream->capture->list.push_back(std::move(command));
+    return cudaSuccess;
+  }
+  cudaError_t error = command();
+  if (error) stream->error = failed(error);
+  return cudaSuccess; /* as on a device, known when the stream is waited for */
+}
+
+/* ---- the device ---- */
+
+cudaError_t cudaGetDeviceCount(int *n) {
+  *n = 1;
+  return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device ? failed(cudaErrorInvalidDevice) : cudaSuccess; }
+cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int device) {
+  if (device) return failed(cudaErrorInvalidDevice);
+  *out = {"emulated on the processor", 9, 0, 2, memory_bytes, 227 << 10};
+  return cudaSuccess;
+}
+cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
+  *free = memory_used < memory_bytes ? memory_bytes - memory_used : 0;
+  *total = memory_bytes;
+  return cudaSuccess;
+}
+cudaError_t cudaGetLastError() {
+  cudaError_t error = last_error;
+  last_error = cudaSuccess;
+  return error;
+}
+const char *cudaGetErrorString(cudaError_t error) {
+  switch (error) {
+  case cudaSuccess: return "no error";
+  case cudaErrorMemoryAllocation: return "out of memory";
+  case cudaErrorInvalidDevice: return "invalid device ordinal";
+  case cudaErrorLaunchFailure: return emu::failure();
+  default: return "invalid argument";
+  }
+}
+
+/* ---- memory ---- */
+
+cudaError_t cudaMalloc(void **out, size_t bytes) {
+  size_t free, total;
+  cudaMemGetInfo(&free, &total);
+  *out = bytes <= free ? malloc(bytes) : nullptr;
+  if (!*out) return failed(cudaErrorMemoryAllocation);
+  memset(*out, 0xff, bytes);
+  memory_used += malloc_usable_size(*out);
+  return cudaSuccess;
+}
+cudaError_t cudaFree(void *at) {
+  if (at) memory_used -= malloc_usable_size(at);
+  free(at);
+  return cudaSuccess;
+}
+cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned) {
+  *out = malloc(bytes);
+  return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
+}
+cudaError_t cudaFreeHost(void *at) {
+  free(at);
+  return cudaSuccess;
+}
+cudaError_t cudaHostGetDevicePointer(void **out, void *at, unsigned) {
+  *out = at;
+  return cudaSuccess;
+}
+
+/* ---- streams ---- */
+
+cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
+  *out = new (std::nothrow) emu_stream{nullptr, cudaSuccess};
+  return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
+}
+cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  delete stream;
+  return cudaSuccess;
+}
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return stream->error; } /* as on a device, it stays */
+cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
+  return submit(stream, [=] {
+    memcpy(to, from, bytes);
+    return cudaSuccess;
+  });
+}
+cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stream) {
+  return submit(stream, [=] {
+    memset(at, value, bytes);
+    return cudaSuccess;
+  });
+}
+
+cudaError_t emu::launch(cudaStream_t stream, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> thread) {
+  return submit(stream,
+                [=] { return emu::run(grid, block, shared_bytes, thread) ? cudaSuccess : cudaErrorLaunchFailure; });
+}
+void emu::set_memory(size_t bytes) { memory_bytes = bytes; }
+
+/* ---- graphs ---- */
+
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  if (stream->capture) return failed(cudaErrorInvalidValue);
+  stream->capture = new (std::nothrow) emu_graph;
+  return stream->capture ? cudaSuccess : failed(cudaErrorMemoryAllocation);
+}
+cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
+  *out = stream->capture;
+  stream->capture = nullptr;
+  return *out ? cudaSuccess : failed(cudaErrorInvalidValue);
+}
+cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
+  *out = new (std::nothrow) emu_graph(*graph);
+  return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
+}
+cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  for (const auto &command : graph->list) submit(stream, command);
+  return cudaSuccess;
+}
+cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
+  delete graph;
+  return cudaSuccess;
+}
+cudaError_t cudaGraphExecDestroy(cudaGraphExec_t graph) {
+  delete graph;
+  return cudaSuccess;
+}

@@ -1,0 +1,56 @@
+#include "backend.h"
+#include "error.h"
+#include <stdlib.h>
+#include <string.h>
+
+/* The number of "cuda" or "cuda:N". */
+static int32_t cuda_number(const char *device, int32_t *number, pyllm_error *err) {
+  long n = 0;
+  char *end = (char *)device;
+  if (strncmp(device, "cuda", 4) == 0) {
+    end += 4;
+    if (end[0] == ':' && end[1] >= '0' && end[1] <= '9') n = strtol(end + 1, &end, 10);
+  }
+  if (end == device || *end || n > 1023)
+    return fail(err, PYLLM_ERR_ARGUMENT, "device '%.32s' is unknown: cpu, cuda and cuda:N are possible", device);
+  *number = (int32_t)n;
+  return PYLLM_OK;
+}
+
+static int32_t open_cuda(const char *device, backend *out, pyllm_error *err) {
+  int32_t number = 0, status = cuda_number(device, &number, err);
+  if (status) return status;
+  const cuda_library *library = load_cuda(err);
+  if (!library) return PYLLM_ERR_DEVICE;
+  status = library->open(number, &out->device, err);
+  if (!status) out->ops = library->ops;
+  return status;
+}
+
+int32_t backend_open(const char *device, int32_t n_threads, const char *isa, backend *out, pyllm_error *err) {
+  if (n_threads < 1 || n_threads > 256)
+    return fail(err, PYLLM_ERR_ARGUMENT, "n_threads is %d, expected 1 to 256", n_threads);
+  const kernels *k = kernels_find(isa);
+  if (!k)
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "instruction set '%.16s' is not available here; this processor runs %s",
+                isa, kernels_available());
+  *out = (backend){&cpu_ops, pool_new(n_threads), k, NULL};
+  if (!out->pool) return fail(err, PYLLM_ERR_MEMORY, "%d threads refused", n_threads);
+  if (!device || strcmp(device, "cpu") == 0) return PYLLM_OK;
+  int32_t status = open_cuda(device, out, err);
+  if (status) backend_close(out);
+  return status;
+}
+
+void backend_close(backend *be) {
+  if (be->device) load_cuda(NULL)->close(be->device);
+  pool_free(be->pool);
+  *be = (backend){0};
+}
+
+int32_t pyllm_device_get_info(const char *device, pyllm_device_info *out, pyllm_error *err) {
+  int32_t number = 0, status = cuda_number(device, &number, err);
+  if (status) return status;
+  const cuda_library *library = load_cuda(err);
+  return library ? library->info(number, out, err) : PYLLM_ERR_DEVICE;
+}

@@ -1,0 +1,30 @@
+"""The native library with its CUDA backend emulated, and its test hooks: `ffi`, `lib` and `check`.
+
+Importing this brings native/build/libpyllm_emu.so up to date. Beside another build named by $PYLLM_LIBRARY,
+such as one with sanitizers, that build's is taken as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import cffi
+
+from native import HEADERS, LIBRARY, NATIVE, build, check, declarations, is_given
+
+EMULATED = LIBRARY.with_name("libpyllm_emu.so")
+
+
+def load() -> tuple[Any, Any]:
+    """The (ffi, lib) pair. Raises OSError when the library does not load."""
+    emulator = cffi.FFI()
+    for header in (*HEADERS, NATIVE / "tests" / "hooks_emu.h"):
+        emulator.cdef(declarations(header.read_text(encoding="utf-8")))
+    return emulator, emulator.dlopen(str(EMULATED))
+
+
+if not is_given:
+    build("emu")
+ffi, lib = load()
+
+__all__ = ["check", "ffi", "lib"]
