@@ -1,4 +1,4 @@
-"""The emulator that runs CUDA kernels on the processor: right kernels give what they should, wrong ones an error."""
+"""The emulator that runs CUDA kernels on the processor: what right and wrong kernels give."""
 
 from __future__ import annotations
 
