@@ -1,0 +1,77 @@
+"""What the adaptive rule can know of a model beforehand: a regression per head, and moments of its keys."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from pyllm.errors import ArgumentError
+
+MOMENTS = ("prompt", "calibrated")
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """A value: it compares and hashes by its contents, and its arrays are read-only float32.
+
+    coefficients: (n_layers, n_heads, 3), b0, b1 and b2 of M̂ = ln N + c·q·μ + b0 + b1 s² + b2 s. means:
+    (n_layers, n_kv_heads, head_dim) and covariances: (n_layers, n_kv_heads, head_dim, head_dim), ddof 0, of
+    keys as stored, RoPE applied. positions: [first, stop) of the keys that these moments stand for. moments:
+    "prompt" or "calibrated", those whose μ and s the coefficients were fitted with. Raises ArgumentError for
+    shapes that do not belong together, and for what is not finite.
+    """
+
+    coefficients: NDArray[np.float32]
+    means: NDArray[np.float32]
+    covariances: NDArray[np.float32]
+    positions: tuple[int, int]
+    moments: str = "prompt"
+    digest: str = field(init=False, repr=False)
+
+    def __init__(
+        self,
+        coefficients: ArrayLike,
+        means: ArrayLike,
+        covariances: ArrayLike,
+        positions: tuple[int, int],
+        moments: str = "prompt",
+    ) -> None:
+        b, mean, cov = _constant(coefficients), _constant(means), _constant(covariances)
+        shapes = b.shape, mean.shape, cov.shape
+        if b.ndim != 3 or mean.ndim != 3 or b.shape[2] != 3 or len(b) != len(mean) or not b.size * mean.size:
+            raise ArgumentError(
+                f"calibration: coefficients of shape {shapes[0]} and means of shape {shapes[1]}, expected "
+                f"(n_layers, n_heads, 3) and (n_layers, n_kv_heads, head_dim)"
+            )
+        if cov.shape != (*mean.shape, mean.shape[2]) or b.shape[1] % mean.shape[1]:
+            raise ArgumentError(f"calibration: arrays of shapes {shapes} do not belong to one model")
+        for name, array in (("coefficients", b), ("means", mean), ("covariances", cov)):
+            if not np.isfinite(array).all():
+                raise ArgumentError(f"calibration: {name} hold NaN or infinity")
+        first, stop = (int(position) for position in positions)
+        if not 0 <= first < stop:
+            raise ArgumentError(f"calibration: positions [{first}, {stop}) are no range")
+        if moments not in MOMENTS:
+            raise ArgumentError(f"calibration: moments are {moments!r}, expected one of {MOMENTS}")
+        digest = hashlib.sha256(f"{shapes} {first} {stop} {moments}".encode())
+        for array in (b, mean, cov):
+            digest.update(array.tobytes())
+        values = (b, mean, cov, (first, stop), moments, digest.hexdigest())
+        for name, value in zip(self.__dataclass_fields__, values, strict=True):
+            object.__setattr__(self, name, value)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Calibration) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+
+def _constant(values: ArrayLike) -> NDArray[np.float32]:
+    """A copy that nobody can change."""
+    array = np.array(values, np.float32, order="C")
+    array.flags.writeable = False
+    return array

@@ -1,0 +1,77 @@
+"""Calibrations as values: equal by contents, constant, and refusing what fits no model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllm import ArgumentError
+from pyllm.calibration import Calibration
+
+
+def arrays(rng: np.random.Generator) -> dict[str, Any]:
+    """Of 2 layers with 4 heads on 2 key/value heads of 16 dimensions."""
+    root = rng.standard_normal((2, 2, 16, 16))
+    return {
+        "coefficients": rng.standard_normal((2, 4, 3)),
+        "means": rng.standard_normal((2, 2, 16)),
+        "covariances": root @ root.swapaxes(-1, -2),
+        "positions": (16, 4096),
+    }
+
+
+def test_equal_by_contents(rng: np.random.Generator) -> None:
+    given = arrays(rng)
+    calibration = Calibration(**given)
+    copy = Calibration(
+        **{name: value if name == "positions" else value.copy() for name, value in given.items()}
+    )
+    assert calibration == copy
+    assert hash(calibration) == hash(copy)
+    assert len({calibration, copy}) == 1
+    for change in (
+        {"positions": (16, 4097)},
+        {"moments": "calibrated"},
+        {"coefficients": given["coefficients"] + 1},
+        {"means": given["means"] + 1},
+        {"covariances": given["covariances"] + 1},
+    ):
+        assert Calibration(**{**given, **change}) != calibration
+    assert calibration != given
+
+
+def test_arrays_are_constant_copies(rng: np.random.Generator) -> None:
+    given = arrays(rng)
+    calibration = Calibration(**given)
+    for name in ("coefficients", "means", "covariances"):
+        held = getattr(calibration, name)
+        assert held.dtype == np.float32
+        np.testing.assert_array_equal(held, given[name].astype(np.float32))
+        with pytest.raises(ValueError, match="read-only"):
+            held[...] = 0
+        given[name][...] = 0
+        assert held.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"coefficients": np.zeros((2, 4))}, "shape"),
+        ({"coefficients": np.zeros((2, 4, 2))}, "shape"),
+        ({"coefficients": np.zeros((3, 4, 3))}, "shape"),
+        ({"coefficients": np.zeros((2, 3, 3))}, "one model"),
+        ({"coefficients": np.zeros((2, 0, 3))}, "shape"),
+        ({"means": np.zeros((2, 2, 15))}, "one model"),
+        ({"covariances": np.zeros((2, 2, 16, 15))}, "one model"),
+        ({"coefficients": np.full((2, 4, 3), np.nan)}, "coefficients hold NaN"),
+        ({"means": np.full((2, 2, 16), np.inf)}, "means hold NaN or infinity"),
+        ({"positions": (16, 16)}, "no range"),
+        ({"positions": (-1, 16)}, "no range"),
+        ({"moments": "other"}, "'other'"),
+    ],
+)
+def test_refused(rng: np.random.Generator, change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ArgumentError, match=message):
+        Calibration(**{**arrays(rng), **change})
