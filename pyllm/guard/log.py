@@ -1,0 +1,125 @@
+"""The decision log: JSON lines, one kind of thing each, in a file that cannot outgrow its bound.
+
+    {"pyllm_log": 1, "model", "fingerprint", "policy", "n_layers", "n_heads", "guard"}  the header
+    {"control": t, "threshold": [...], "page_share"}    thresholds from position t on, per layer or per head
+    {"tokens": t, "n", "local": [...], "bytes", "read"} n tokens from position t on: per token the hexadecimal
+                                    bits of (layer, head), 1 for local, first bit highest, or "" without a bulk;
+                                    bulk bytes of dense attention and bytes read; with masses "L" and "M", lists
+                                    (n_layers, n, n_heads) of L and the estimate of the bulk mass
+    {"audit": t, "missed", "page_missed", "lost"}       bits as above; lost shares (n_layers, n_heads)
+    {"repair": t, "first", "stop", "lost"}              because of the audit at t, [first, stop) became dense
+    {"rewind": n}                                       only the first n tokens are left
+
+When the file has half of the bytes that are allowed, it becomes FILE.1, in place of the one before, and a new one
+begins with the same header.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm.errors import FileError
+from pyllm.guard.audit import Audit
+from pyllm.guard.timeline import Stretch
+from pyllm.record import Record
+
+VERSION = 1
+
+
+class DecisionLog:
+    """Writes one session's log; only one at a time writes a file.
+
+    path: replaced if it exists. header: what the first line says besides the version. limit: bytes, of the file
+    and the one before it. masses: with every token's. Raises FileError where the file cannot be written or
+    another session writes it.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any], limit: int, masses: bool) -> None:
+        self._path, self._limit, self._masses = path, limit, masses
+        self._header = {"pyllm_log": VERSION, **header}
+        self._control: dict[str, Any] | None = None
+        self._file, self._size = self._begin()
+
+    def _begin(self) -> tuple[TextIO, int]:
+        try:
+            file = self._path.open("a", encoding="ascii")
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                file.truncate(0)
+                return file, sum(file.write(_line(x)) for x in (self._header, self._control) if x)
+            except BaseException:
+                file.close()
+                raise
+        except BlockingIOError:
+            raise FileError(f"{self._path}: another session is writing its decision log there") from None
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _failed(self, error: OSError) -> FileError:
+        return FileError(f"{self._path}: the decision log could not be written: {error.strerror or error}")
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        line = _line(entry)
+        try:
+            if self._size + len(line) > self._limit // 2:
+                self._file.close()
+                os.replace(self._path, self._path.with_name(self._path.name + ".1"))
+                self._file, self._size = self._begin()
+            self._size += self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def control(self, position: int, thresholds: NDArray[np.float32] | None, page_share: float | None) -> None:
+        """thresholds: (n_layers, n_heads). page_share: None without a page tier."""
+        shown = None
+        if thresholds is not None:
+            same = bool((thresholds == thresholds[:, :1]).all())
+            shown = _rounded(thresholds[:, 0] if same else thresholds)
+        self._control = {"control": position, "threshold": shown, "page_share": page_share}
+        self._write(self._control)
+
+    def tokens(self, position: int, record: Record, has_bulk: NDArray[np.bool_], n_bytes: int, n_read: int) -> None:
+        """The record's tokens, from position on. has_bulk: (n,) bool. n_bytes, n_read: of their bulks."""
+        local = [bits(~record.is_long[:, i]) if has_bulk[i] else "" for i in range(len(record))]
+        entry = {"tokens": position, "n": len(record), "local": local, "bytes": n_bytes, "read": n_read}
+        if self._masses:
+            entry |= {"L": _rounded(record.local_mass), "M": _rounded(record.estimate)}
+        self._write(entry)
+
+    def audit(self, audit: Audit) -> None:
+        missed, page_missed = bits(audit.missed), bits(audit.page_missed)
+        lost = _rounded(audit.lost)
+        self._write({"audit": audit.position, "missed": missed, "page_missed": page_missed, "lost": lost})
+
+    def repair(self, stretch: Stretch, lost: float) -> None:
+        at = {"first": stretch.first, "stop": stretch.stop}
+        self._write({"repair": stretch.cause, **at, "lost": round(lost, 4)})
+
+    def rewind(self, n: int) -> None:
+        self._write({"rewind": n})
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def bits(x: NDArray[np.bool_]) -> str:
+    """Hexadecimal, the first of x.ravel() in the highest bit; the last digit filled with zeros."""
+    return np.packbits(x).tobytes().hex()
+
+
+def _rounded(x: NDArray[np.float32]) -> Any:
+    """As nested lists, with what is no number as null."""
+    return np.where(np.isnan(x), None, np.round(x.astype(np.float64), 4)).tolist()  # type: ignore[call-overload]
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    return json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n"

@@ -1,0 +1,201 @@
+"""The guard of one session at work: between the session and the native library in every evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm import _native
+from pyllm.attention import Dense, Policy
+from pyllm.guard.audit import Audit, audits
+from pyllm.guard.controller import Control, Controller
+from pyllm.guard.log import DecisionLog
+from pyllm.guard.sampling import audit_mask
+from pyllm.guard.settings import Guard, page
+from pyllm.guard.tally import Tally
+from pyllm.guard.timeline import Stretch, Timeline
+from pyllm.record import Record
+
+# Where the logits of positions [first, stop) go, as (n, n_vocab) for the last n of them.
+Rows = Callable[[int, int], NDArray[np.float32]]
+
+
+class Watch:
+    """policy: as the session was given it; what the library gets is the policy under control. n_batch: tokens
+    evaluated at once. identity: of the model, for the log's header. Not safe for two threads: the session is."""
+
+    def __init__(
+        self,
+        guard: Guard,
+        native: _native.NativeSession,
+        policy: Policy,
+        n_batch: int,
+        identity: Mapping[str, Any],
+    ) -> None:
+        self.guard = guard
+        self.tally = Tally.empty(native.info.n_layers, native.info.n_heads)
+        self._native, self._n_batch = native, n_batch
+        self._demanded: int | None = None
+        self._log: DecisionLog | None = None
+        if guard.log is not None:
+            shape = {"n_layers": native.info.n_layers, "n_heads": native.info.n_heads}
+            header = {**identity, "policy": str(policy), **shape, "guard": _shown(guard)}
+            self._log = DecisionLog(Path(guard.log), header, guard.log_bytes, guard.log_masses)
+        self.follow(policy)
+
+    def follow(self, policy: Policy) -> None:
+        """Watches another policy from here on; control starts over."""
+        guard, info = self.guard, self._native.info
+        self._policy = policy
+        self._controller = Controller(
+            policy, info.n_layers, info.n_heads, guard.miss_target, guard.lost_limit
+        )
+        self._dense = Dense(window=policy.window, sinks=policy.sinks).native(info.n_layers, info.n_heads)
+        first_bulk = policy.sinks + policy.window + page() - 1
+        start = guard.start or Control.none(info.n_layers)
+        self._timeline = Timeline(
+            guard.control_period, self._native.position, first_bulk, start, guard.lost_limit
+        )
+        self._applied: Control | None = None  # what the library has; None: something else
+
+    @property
+    def control(self) -> Control:
+        return self._timeline.control
+
+    @property
+    def verified(self) -> int:
+        """Tokens behind which nothing will be repaired any more, if nothing is rewound."""
+        return min(self._timeline.clean, self._native.position)
+
+    @property
+    def last_repair(self) -> Stretch | None:
+        return self._timeline.stretch
+
+    def close(self) -> None:
+        if self._log:
+            self._log.close()
+
+    # ---- the timeline ----
+
+    def stop(self, position: int) -> int:
+        """Where a batch that begins at position ends at the latest."""
+        return self._timeline.boundary(position)
+
+    def rewind(self, n: int) -> int:
+        """Follows a rewind to n tokens; returns how many of these stand, the others must be evaluated again."""
+        if self._log:
+            self._log.rewind(n)
+        return self._timeline.rewind(n)
+
+    def pin_repair(self) -> int:
+        """Keeps what the latest repair made dense, whatever follows its first token; returns its position."""
+        return self._timeline.pin().first
+
+    def demand(self, position: int) -> None:
+        """Audits this position, once, when it is evaluated next."""
+        self._demanded = position
+
+    # ---- evaluating ----
+
+    def evaluate(self, tokens: NDArray[np.int32], rows: Rows) -> None:
+        """Evaluates one batch at the session's position; it does not go beyond `stop` of that.
+
+        Where an audit fails, from the last clean one on everything is evaluated again, densely, before this
+        returns; rows are then asked for again. A failure in this leaves the session at the last clean audit.
+        """
+        first = self._native.position
+        stop = first + len(tokens)
+        self._timeline.advance(first, self._controller.step)
+        self._apply(first)
+        record = self._new_record(first, stop)
+        before = self._native.layer_stats() if self._log else None
+        self._native.eval(tokens, rows(first, stop), record)
+        if record is None:
+            return
+        if before is not None:
+            self._log_tokens(first, record, self._native.layer_stats() - before)
+        failed = self._book(audits(record, first, self.guard.promise))
+        if failed and self.guard.repair:
+            self._repair(failed, stop, rows)
+
+    def _apply(self, position: int) -> None:
+        """Gives the library what holds for `position`."""
+        if self._timeline.is_dense(position):
+            self._set_dense()
+        elif self._applied is not self.control:
+            settings = self._controller.native(self.control)
+            self._native.set_attention(**settings)
+            self._applied = self.control
+            if self._log:
+                share = settings["page_share"] if settings.get("page_bits") else None
+                self._log.control(position, settings["thresholds"], share)
+
+    def _set_dense(self) -> None:
+        self._native.set_attention(**self._dense)
+        self._applied = None
+
+    def _new_record(self, first: int, stop: int) -> Record | None:
+        """For positions [first, stop), None where there is nothing to be seen."""
+        if self._timeline.is_dense(first):
+            return None
+        mask = audit_mask(first, stop, self.guard.interval, self.guard.seed)
+        if self._demanded is not None and first <= self._demanded < stop:
+            mask[self._demanded - first] = True
+        mask[: max(0, self._timeline.first_bulk - first)] = False
+        if not self._log and not mask.any():
+            return None
+        return Record.empty(self._native.info.n_layers, self._native.info.n_heads, mask)
+
+    def _book(self, found: list[Audit]) -> Audit | None:
+        """Takes audits into account, up to the first that fails; returns that one."""
+        for audit in found:
+            if audit.position == self._demanded:
+                self._demanded = None
+                audit = replace(audit, sampled=self._is_sampled(audit.position))
+            failed = not self._timeline.is_clean(audit)
+            self._timeline.audits.append(audit)
+            if audit.sampled:
+                self.tally = self.tally.with_audit(audit, failed)
+            if self._log:
+                self._log.audit(audit)
+            if failed and self.guard.repair:
+                return audit
+        return None
+
+    def _is_sampled(self, position: int) -> bool:
+        return bool(audit_mask(position, position + 1, self.guard.interval, self.guard.seed)[0])
+
+    def _repair(self, failed: Audit, stop: int, rows: Rows) -> None:
+        stretch = self._timeline.repair(failed.position)
+        if self._log:
+            self._log.repair(stretch, failed.worst)
+        tokens = self._native.tokens[stretch.first : stop]
+        self._native.rewind(stretch.first)
+        self._set_dense()
+        try:
+            for at in range(0, len(tokens), self._n_batch):
+                part = tokens[at : at + self._n_batch]
+                first = stretch.first + at
+                self._native.eval(part, rows(first, first + len(part)))
+        except BaseException:
+            self._native.rewind(stretch.first)
+            self._timeline.rewind(stretch.first)
+            raise
+        self.tally = self.tally.with_repair(len(tokens))
+
+    def _log_tokens(self, first: int, record: Record, spent: NDArray[np.uint64]) -> None:
+        if self._log:
+            has_bulk = first + np.arange(len(record)) >= self._timeline.first_bulk
+            n_bytes, n_read = (int(n) for n in spent[:, 4:6].sum(axis=0))
+            self._log.tokens(first, record, has_bulk, n_bytes, n_read)
+
+
+def _shown(guard: Guard) -> dict[str, Any]:
+    """For the log: the settings that decisions depend on."""
+    names = ("audit_rate", "promise", "miss_target", "lost_limit", "repair", "control_period", "seed")
+    return {name: getattr(guard, name) for name in names}
