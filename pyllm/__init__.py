@@ -16,6 +16,7 @@ from pyllm.errors import (
     TemplateError,
     UnsupportedError,
 )
+from pyllm.guard import Guard
 from pyllm.llm import LLM
 from pyllm.session import Session
 
@@ -31,6 +32,7 @@ __all__ = [
     "DownloadError",
     "FileError",
     "FormatError",
+    "Guard",
     "InsufficientMemoryError",
     "NumericError",
     "Oracle",

@@ -17,6 +17,7 @@ from pyllm.completion import Completion
 from pyllm.cpus import available_cpus
 from pyllm.errors import ArgumentError, FormatError, InsufficientMemoryError, TemplateError, UnsupportedError
 from pyllm.generation import Generation, Request, Sampling
+from pyllm.guard import Guard
 from pyllm.memory import available_memory
 from pyllm.models import resolve
 from pyllm.session import Ids, Progress, Session
@@ -33,7 +34,8 @@ class LLM:
     what the model was trained on. n_batch: tokens evaluated at once in prefill. n_threads: by default the
     CPUs this process may use. device: "auto" or "cpu". attention: for all its sessions, by default
     Adaptive(0.9) in groups. isa: "generic", "avx2" or "avx512", by default $PYLLM_ISA or the best of this
-    processor. seed: makes the sequence of answers drawn without a seed of their own repeatable.
+    processor. seed: makes the sequence of answers drawn without a seed of their own repeatable. guard: what
+    watches over attention in all its sessions, by default nothing.
 
     Raises FileError, FormatError, UnsupportedError, NumericError, ArgumentError and
     InsufficientMemoryError, the last before anything is allocated. Memory is given back with the last
@@ -51,6 +53,7 @@ class LLM:
         attention: Policy | None = None,
         isa: str | None = None,
         seed: int | None = None,
+        guard: Guard | None = None,
     ) -> None:
         _require_device(device)
         self.paths = resolve(model)
@@ -65,6 +68,7 @@ class LLM:
         self.n_ctx = self._context(n_ctx)
         self.n_batch = _whole("n_batch", n_batch, 1, 4096)
         self.attention = Adaptive() if attention is None else attention
+        self.guard = guard
         self._seeds = random.Random(seed)
         self._check_attention()
 
@@ -128,16 +132,21 @@ class LLM:
 
     # ---- sessions ----
 
-    def session(self, *, n_ctx: int | None = None, attention: Policy | None = None) -> Session:
-        """A new, empty session; by default with the model's context and attention.
+    def session(
+        self, *, n_ctx: int | None = None, attention: Policy | None = None, guard: Guard | None = None
+    ) -> Session:
+        """A new, empty session; by default with the model's context, attention and guard.
 
-        Raises InsufficientMemoryError with the numbers where its KV cache would not fit.
+        Raises InsufficientMemoryError with the numbers where its KV cache would not fit, and FileError where
+        the guard's log cannot be written.
         """
         return Session(
             self._model,
             n_ctx=self.n_ctx if n_ctx is None else self._context(n_ctx),
             n_batch=self.n_batch,
             attention=attention or self.attention,
+            guard=guard or self.guard,
+            identity={"model": self.name, "fingerprint": self._file.fingerprint},
         )
 
     def session_memory(self, n_ctx: int) -> int:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +17,8 @@ from rich.filesize import decimal
 from pyllm import _native, atomic_file
 from pyllm.attention import Dense, Policy
 from pyllm.errors import ArgumentError, ContextError, FileError, InsufficientMemoryError, PyllmError
+from pyllm.guard import Guard
+from pyllm.guard.watch import Watch
 from pyllm.memory import available_memory
 from pyllm.record import Record
 from pyllm.stats import Stats
@@ -29,10 +32,19 @@ class Session:
     """Made by `LLM.session()`. Safe to use from several threads: a second one waits for the first.
 
     n_ctx: tokens it can hold. `revision` changes with the contents, so that whoever goes on where they left
-    off can tell that nobody else was there meanwhile.
+    off can tell that nobody else was there meanwhile. identity: of the model, for the guard's log.
     """
 
-    def __init__(self, model: _native.Model, *, n_ctx: int, n_batch: int, attention: Policy) -> None:
+    def __init__(
+        self,
+        model: _native.Model,
+        *,
+        n_ctx: int,
+        n_batch: int,
+        attention: Policy,
+        guard: Guard | None = None,
+        identity: Mapping[str, Any] | None = None,
+    ) -> None:
         self.n_ctx = n_ctx
         self.n_batch = n_batch
         self.n_vocab = model.info.n_vocab
@@ -45,7 +57,10 @@ class Session:
         self._evaluated: Counter[str] = Counter()
         self._seconds = {"prefill": 0.0, "decode": 0.0}
         self._tokens = {"prefill": 0, "decode": 0}
+        self._identity = identity or {}
+        self.watch: Watch | None = None
         self.attention = attention
+        self.guard = guard
 
     def _require_memory(self) -> None:
         needed, available = self.memory_needed(self.n_ctx), available_memory()
@@ -82,7 +97,8 @@ class Session:
 
         Returns float32 logits (n_vocab,) of the last token, or (len(ids), n_vocab) with `all_logits`. record:
         one of `new_record(len(ids))`, filled batch by batch with what attention decided.
-        Ctrl-C and errors leave the session with a whole number of batches of the ids, ready to go on.
+        Ctrl-C and errors leave the session with a whole number of batches of the ids, ready to go on; where
+        they stop a repair, with what was verified before it.
         Raises ArgumentError for no ids, ids out of range or a record of another size and ContextError where
         they do not fit, all before anything is evaluated.
         """
@@ -107,6 +123,8 @@ class Session:
 
     def _check_record(self, record: Record, n: int) -> None:
         expected = (self._model.info.n_layers, n, self._model.info.n_heads)
+        if self.watch:
+            raise ArgumentError("record: a guarded session keeps its own records; set its guard to None")
         if record.is_long.shape != expected:
             raise ArgumentError(f"record: shape {record.is_long.shape}, but this evaluation makes {expected}")
 
@@ -120,7 +138,7 @@ class Session:
         with self.lock:
             self.require_room(len(tokens))
             self.revision += 1
-            kept = self._native.sync(tokens)
+            kept = self._follow_rewind(self._native.sync(tokens))
             return self._evaluate(tokens[kept:], False, progress, "prefill")
 
     def rewind(self, n_tokens: int) -> None:
@@ -128,8 +146,42 @@ class Session:
         with self.lock:
             if not 0 <= n_tokens <= self.position:
                 raise ArgumentError(f"rewind to {n_tokens}: the session holds {self.position} tokens")
-            self.revision += 1
+            dropped = self._native.tokens[:n_tokens]
             self._native.rewind(n_tokens)
+            kept = self._follow_rewind(n_tokens)
+            if kept < n_tokens:
+                self._evaluate(dropped[kept:], False, None, "prefill")
+            self.revision += 1
+
+    def _follow_rewind(self, n_tokens: int) -> int:
+        """After a rewind to n_tokens: how many of them stand, the others are dropped too.
+
+        What a repair made dense for a reason that is now gone is evaluated again, so that the same tokens
+        give the same decisions whatever was there before.
+        """
+        if not self.watch:
+            return n_tokens
+        kept = self.watch.rewind(n_tokens)
+        self._native.rewind(kept)
+        return kept
+
+    def verify(self) -> NDArray[np.float32] | None:
+        """Has the guard audit the last token, where it is not verified yet.
+
+        Returns that token's logits (n_vocab,) if it was evaluated again for this, after a repair if one was
+        needed; None where there was nothing to do. Raises ArgumentError without a guard.
+        """
+        with self.lock:
+            if not self.watch:
+                raise ArgumentError("verify: the session has no guard")
+            last = self.position - 1
+            if self.watch.verified > last:
+                return None
+            token = self._native.tokens[last:]
+            self._native.rewind(last)
+            self.watch.rewind(last)
+            self.watch.demand(last)
+            return self._evaluate(token, False, None, "decode")
 
     def abort(self) -> None:
         """From another thread: a running evaluation stops before its next layer and raises AbortedError."""
@@ -169,25 +221,48 @@ class Session:
         record: Record | None = None,
     ) -> NDArray[np.float32]:
         self.revision += 1
-        logits = np.empty((len(tokens) if all_logits else 1, self.n_vocab), np.float32)
         start, began = self.position, time.perf_counter()
+        logits = np.empty((len(tokens) if all_logits else 1, self.n_vocab), np.float32)
+
+        def rows(first: int, stop: int) -> NDArray[np.float32]:
+            """Where the logits of positions [first, stop) go, those before `start` nowhere."""
+            if all_logits:
+                return logits[max(0, first - start) : max(0, stop - start)]
+            return logits[: int(stop == start + len(tokens))]
+
         try:
-            for first in range(0, len(tokens), self.n_batch):
-                batch = tokens[first : first + self.n_batch]
-                last = first + len(batch) == len(tokens)
-                rows = logits[first : first + len(batch)] if all_logits else logits[: int(last)]
-                part = None if record is None else record.part(first, first + len(batch))
-                self._native.eval(batch, rows, part)
-                if record is not None and part is not None:
-                    record.put(first, part)
+            for first, stop in self._batches(start, start + len(tokens)):
+                batch = tokens[first - start : stop - start]
+                if self.watch:
+                    self.watch.evaluate(batch, rows)
+                else:
+                    self._evaluate_batch(batch, rows(first, stop), record, first - start)
                 if progress:
-                    progress(first + len(batch), len(tokens))
+                    progress(stop - start, len(tokens))
         finally:
-            n = self.position - start
+            n = max(0, self.position - start)
             self._tokens[kind] += n
             self._evaluated[str(self._attention)] += n
             self._seconds[kind] += time.perf_counter() - began
         return logits if all_logits else logits[0]
+
+    def _batches(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """Cuts positions [start, end) into what is evaluated at once."""
+        while start < end:
+            stop = min(start + self.n_batch, end)
+            if self.watch:
+                stop = min(stop, self.watch.stop(start))
+            yield start, stop
+            start = stop
+
+    def _evaluate_batch(
+        self, batch: NDArray[np.int32], rows: NDArray[np.float32], record: Record | None, first: int
+    ) -> None:
+        """first: of the batch in the record."""
+        part = None if record is None else record.part(first, first + len(batch))
+        self._native.eval(batch, rows, part)
+        if record is not None and part is not None:
+            record.put(first, part)
 
     # ---- attention ----
 
@@ -208,6 +283,26 @@ class Session:
         with self.lock:
             self._native.set_attention(**policy.native(self._model.info.n_layers, self._model.info.n_heads))
             self._attention = policy
+            if self.watch:
+                self.watch.follow(policy)
+
+    @property
+    def guard(self) -> Guard | None:
+        """What watches over the tokens evaluated from now on. Setting one begins with fresh counts and, if it
+        asks for one, a new log."""
+        return self.watch.guard if self.watch else None
+
+    @guard.setter
+    def guard(self, guard: Guard | None) -> None:
+        if guard is not None and not isinstance(guard, Guard):
+            raise ArgumentError(f"guard: expected a Guard or None, got {guard!r}")
+        with self.lock:
+            if self.watch:
+                self.watch.close()
+            self.watch = None
+            self.attention = self._attention
+            if guard:
+                self.watch = Watch(guard, self._native, self._attention, self.n_batch, self._identity)
 
     @property
     def stats(self) -> Stats:
@@ -220,6 +315,7 @@ class Session:
                 self._seconds["prefill"],
                 self._tokens["decode"],
                 self._seconds["decode"],
+                self.watch.tally if self.watch else None,
             )
 
     # ---- on disk ----
@@ -249,3 +345,5 @@ class Session:
                 self._native.load(state)
             except PyllmError as error:
                 raise type(error)(f"{path}: {error}") from None
+            if self.watch:
+                self.watch.follow(self._attention)

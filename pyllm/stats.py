@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm.guard.tally import Tally
+
 
 @dataclass(frozen=True)
 class LayerStats:
@@ -41,7 +43,8 @@ class Stats:
     """Counts since a session was opened, or between two moments of it (`after - before`).
 
     layer_counts: (n_layers, 8) as `LayerStats.of` takes them. evaluated: tokens evaluated under each policy.
-    Prefill is what prompts brought, decode what was evaluated token by token; seconds are wall-clock.
+    Prefill is what prompts brought, decode what was evaluated token by token; seconds are wall-clock. guard:
+    what its audits found, None without one.
     """
 
     layer_counts: NDArray[np.uint64]
@@ -50,6 +53,7 @@ class Stats:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0
+    guard: Tally | None = None
 
     def __sub__(self, before: Stats) -> Stats:
         spent = {policy: n - before.evaluated.get(policy, 0) for policy, n in self.evaluated.items()}
@@ -60,6 +64,7 @@ class Stats:
             self.prefill_seconds - before.prefill_seconds,
             self.decode_tokens - before.decode_tokens,
             self.decode_seconds - before.decode_seconds,
+            self.guard - before.guard if self.guard and before.guard else self.guard,
         )
 
     @property
@@ -97,11 +102,13 @@ class Stats:
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
 
     def attention(self) -> dict[str, Any]:
-        """What answers carry: the four percentages of all layers, and the tokens evaluated per policy."""
-        return {
+        """What answers carry: the four percentages of all layers, the tokens evaluated per policy, and what a
+        guard found."""
+        shown: dict[str, Any] = {
             "heads_local": self.heads_local,
             "bulk_work": self.bulk_work,
             "bulk_read": self.bulk_read,
             "pages_read": self.pages_read,
             "evaluated": dict(self.evaluated),
         }
+        return shown | ({"guard": self.guard.summary()} if self.guard else {})

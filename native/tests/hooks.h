@@ -70,5 +70,11 @@ int32_t hook_attention(const char *isa, int32_t n_threads, const hook_attention_
                        uint8_t *is_long, float *local_mass, float *bulk_mass, pyllm_layer_stats *stats,
                        const pyllm_record *record, pyllm_error *err);
 
+/* ---- a session ---- */
+
+/* Damages one layer's key sketch, which the session must have: in every page that is in it now, the greatest value of a
+ * channel and the least change places, and those between likewise. */
+void hook_mirror_sketch(pyllm_session *session, int32_t layer);
+
 #pragma GCC visibility pop
 #endif

@@ -77,8 +77,8 @@ def course(summary: LogSummary) -> Table:
     """How thresholds went over the layers: least, median, greatest; at most COURSE lines."""
     table = Table("from token", "threshold", "median", "to", "page share", box=None)
     controls = summary.controls
-    chosen = np.unique(np.linspace(0, len(controls) - 1, COURSE).round().astype(int)) if controls else []
-    for at in chosen:
+    chosen = np.unique(np.linspace(0, len(controls) - 1, COURSE).round().astype(int))
+    for at in chosen[: len(controls)]:
         position, thresholds, page = controls[at]
         shown = ["–"] * 3
         if thresholds is not None:

@@ -3,12 +3,13 @@
 A head is local iff L − M̂ >= ln(τ/(1−τ)), so on that scale a threshold is a margin in nats, and errors of the
 estimate are distances on it. Once per control period every layer's margins move by
 
-    η (miss − α),    miss: pairs called local against the promise / all audited (query, head) pairs with a bulk
+    η (miss − α),    miss: pairs called local against the promise / all audited (query, head) pairs with a
+    bulk
 
 A rate of all pairs falls with growing τ, from the rate of truly long heads at τ = 0 to 0 at τ > 1, and is
-defined wherever there were audits. (A rate of the heads called local would be undefined where none is, and need
-not fall.) Long heads that read pages have their rate, page_miss, over the same pairs, and page_share follows it
-on the same scale.
+defined wherever there were audits. (A rate of the heads called local would be undefined where none is, and
+need not fall.) Long heads that read pages have their rate, page_miss, over the same pairs, and page_share
+follows it on the same scale.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from numpy.typing import ArrayLike, NDArray
 from pyllm.attention import Policy
 from pyllm.guard.audit import Audit
 
-# Nats by which a margin sinks in a control period without a miss: η = DRIFT / α. From everything long to a usual
-# threshold is then some 25 periods, and a miss among the usual 36 pairs of a period moves half a nat.
+# Nats by which a margin sinks in a control period without a miss: η = DRIFT / α. From everything long to a
+# usual threshold is then some 25 periods, and a miss among the usual 36 pairs of a period moves half a nat.
 DRIFT = 0.25
 # Margins end here: beyond, all heads are long (τ > 1) or local (τ = 0).
 MARGIN = 8.0
@@ -53,9 +54,7 @@ class Controller:
     target: α. lost_limit: the lost share of a layer above which an audit asks for a repair.
     """
 
-    def __init__(
-        self, policy: Policy, n_layers: int, n_heads: int, target: float, lost_limit: float
-    ) -> None:
+    def __init__(self, policy: Policy, n_layers: int, n_heads: int, target: float, lost_limit: float) -> None:
         self._native = policy.native(n_layers, n_heads)
         self._target, self._lost_limit = target, lost_limit
         thresholds = self._native["thresholds"]
@@ -78,7 +77,9 @@ class Controller:
 
     def _at_fault(self, audits: Sequence[Audit]) -> NDArray[np.bool_]:
         """(n_layers,) whose heads that were called local lost more than the limit."""
-        return np.any([(a.lost * a.local).mean(axis=1) > self._lost_limit for a in audits], axis=0)
+        lost = np.array([(audit.lost * audit.local).mean(axis=1) for audit in audits])
+        at_fault: NDArray[np.bool_] = lost.max(axis=0) > self._lost_limit
+        return at_fault
 
     def _pages_at_fault(self, audit: Audit) -> bool:
         return bool(((audit.lost * ~audit.local).mean(axis=1) > self._lost_limit).any())
@@ -107,11 +108,11 @@ class Controller:
 
 
 def logit(share: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
-    """ln(x/(1−x)) of shares x, within [low, high]; x >= 1 is `high`."""
+    """ln(x/(1−x)) of shares x, within [low, high]; of x >= 1 it is `high`."""
     x = np.asarray(share, np.float64)
     with np.errstate(divide="ignore"):
         odds = np.log(x) - np.log1p(-np.minimum(x, 1.0))
-    return np.clip(odds, low, high)
+    return np.asarray(np.clip(odds, low, high))
 
 
 def threshold(margin: NDArray[np.float64]) -> NDArray[np.float64]:

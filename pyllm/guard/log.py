@@ -1,17 +1,22 @@
 """The decision log: JSON lines, one kind of thing each, in a file that cannot outgrow its bound.
 
-    {"pyllm_log": 1, "model", "fingerprint", "policy", "n_layers", "n_heads", "guard"}  the header
-    {"control": t, "threshold": [...], "page_share"}    thresholds from position t on, per layer or per head
-    {"tokens": t, "n", "local": [...], "bytes", "read"} n tokens from position t on: per token the hexadecimal
-                                    bits of (layer, head), 1 for local, first bit highest, or "" without a bulk;
-                                    bulk bytes of dense attention and bytes read; with masses "L" and "M", lists
-                                    (n_layers, n, n_heads) of L and the estimate of the bulk mass
-    {"audit": t, "missed", "page_missed", "lost"}       bits as above; lost shares (n_layers, n_heads)
-    {"repair": t, "first", "stop", "lost"}              because of the audit at t, [first, stop) became dense
-    {"rewind": n}                                       only the first n tokens are left
+    {"pyllm_log": 1, "model", "fingerprint", "policy", "n_layers", "n_heads", "guard"}
+        the header
+    {"control": t, "threshold", "page_share"}
+        thresholds from position t on, per layer or per layer and head
+    {"tokens": t, "n", "local", "bytes", "read"}
+        n tokens from position t on: per token the hexadecimal bits of (layer, head), 1 for local, the first
+        one highest, or "" without a bulk; bulk bytes of dense attention and bytes read; with masses also "L"
+        and "M", (n_layers, n, n_heads): L and the estimate of the bulk mass
+    {"audit": t, "missed", "page_missed", "lost"}
+        bits as above; lost shares (n_layers, n_heads)
+    {"repair": t, "first", "stop", "lost"}
+        because of the audit at t, [first, stop) became dense; nothing else is said of these tokens
+    {"rewind": n}
+        only the first n tokens are left
 
-When the file has half of the bytes that are allowed, it becomes FILE.1, in place of the one before, and a new one
-begins with the same header.
+When the file has half of the bytes that are allowed, it becomes FILE.1, in place of the one before, and a new
+one begins with the same header.
 """
 
 from __future__ import annotations
@@ -37,9 +42,9 @@ VERSION = 1
 class DecisionLog:
     """Writes one session's log; only one at a time writes a file.
 
-    path: replaced if it exists. header: what the first line says besides the version. limit: bytes, of the file
-    and the one before it. masses: with every token's. Raises FileError where the file cannot be written or
-    another session writes it.
+    path: replaced if it exists. header: what the first line says besides the version. limit: bytes, of the
+    file and the one before it. masses: with every token's. Raises FileError where the file cannot be written
+    or another session writes it.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], limit: int, masses: bool) -> None:
@@ -78,7 +83,9 @@ class DecisionLog:
         except OSError as error:
             raise self._failed(error) from None
 
-    def control(self, position: int, thresholds: NDArray[np.float32] | None, page_share: float | None) -> None:
+    def control(
+        self, position: int, thresholds: NDArray[np.float32] | None, page_share: float | None
+    ) -> None:
         """thresholds: (n_layers, n_heads). page_share: None without a page tier."""
         shown = None
         if thresholds is not None:
@@ -87,7 +94,9 @@ class DecisionLog:
         self._control = {"control": position, "threshold": shown, "page_share": page_share}
         self._write(self._control)
 
-    def tokens(self, position: int, record: Record, has_bulk: NDArray[np.bool_], n_bytes: int, n_read: int) -> None:
+    def tokens(
+        self, position: int, record: Record, has_bulk: NDArray[np.bool_], n_bytes: int, n_read: int
+    ) -> None:
         """The record's tokens, from position on. has_bulk: (n,) bool. n_bytes, n_read: of their bulks."""
         local = [bits(~record.is_long[:, i]) if has_bulk[i] else "" for i in range(len(record))]
         entry = {"tokens": position, "n": len(record), "local": local, "bytes": n_bytes, "read": n_read}
@@ -118,7 +127,9 @@ def bits(x: NDArray[np.bool_]) -> str:
 
 def _rounded(x: NDArray[np.float32]) -> Any:
     """As nested lists, with what is no number as null."""
-    return np.where(np.isnan(x), None, np.round(x.astype(np.float64), 4)).tolist()  # type: ignore[call-overload]
+    rounded = np.round(x.astype(np.float64), 4).astype(object)
+    rounded[np.isnan(x)] = None
+    return rounded.tolist()
 
 
 def _line(entry: Mapping[str, Any]) -> str:

@@ -21,10 +21,10 @@ from pyllm.guard.tally import Tally
 class LogSummary:
     """What a log says. Tokens evaluated again after a rewind count again.
 
-    header: the first line. n_tokens: evaluated under the policy, not densely for a repair; n_bulk: of these with
-    a bulk; local: (n_layers, n_heads) how often of these. n_bytes, n_read: of their bulks. tally: of the audits.
-    controls: (position, thresholds (n_layers,) or (n_layers, n_heads) or None, page_share or None), each holding
-    from there on. repairs: (cause, first, stop, lost share). rewinds: how many.
+    header: the first line. n_tokens: evaluated under the policy, not densely for a repair; n_bulk: of these
+    with a bulk; local: (n_layers, n_heads) how often of these. n_bytes, n_read: of their bulks. tally: of the
+    audits. controls: (position, thresholds (n_layers,) or (n_layers, n_heads) or None, page_share or None),
+    each holding from there on. repairs: (cause, first, stop, lost share). rewinds: how many.
     """
 
     header: dict[str, Any]
@@ -64,7 +64,8 @@ class LogSummary:
         shape = header.get("n_layers"), header.get("n_heads")
         if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= 4096 for n in shape):
             raise FormatError(f"{path}: line 1: n_layers and n_heads are {shape}")
-        return cls(header, Tally.empty(*shape), np.zeros(shape, np.int64))
+        tally = Tally.empty(header["n_layers"], header["n_heads"])
+        return cls(header, tally, np.zeros_like(tally.local))
 
     def _add(self, entry: dict[str, Any]) -> None:
         kinds: dict[str, Callable[[dict[str, Any]], None]] = {

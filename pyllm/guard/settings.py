@@ -18,19 +18,19 @@ from pyllm.guard.controller import Control
 class Guard:
     """Watches what attention leaves out: audits, controls, repairs, logs. docs/guard.md says how.
 
-    audit_rate: part of the tokens that are audited, rounded to one in a whole number, up to 1. promise: τ*, the
-    share of its attention that every head should read. miss_target: α, the part of the audited (query, head)
-    pairs that may break it; thresholds follow. lost_limit: share a layer may lose, as the mean of its heads,
-    before a repair; 1 is never. repair: go back to the last clean audit and evaluate again, densely. control_period:
-    tokens between two changes of thresholds, a multiple of 64. log: file for the decision log; log_masses: with
-    the masses behind every decision; log_bytes: at most, all in all. seed: of what is audited. start: control
-    that another session's guard arrived at.
+    audit_rate: part of the tokens that are audited, rounded to one in a whole number, up to 1. promise: τ*,
+    the share of its attention that every head should read. miss_target: α, the part of the audited (query,
+    head) pairs that may break it; thresholds follow. lost_limit: share a layer may lose, as the mean of its
+    heads, before a repair; 1 is never. repair: go back to the last clean audit and evaluate again, densely.
+    control_period: tokens between two changes of thresholds, a multiple of 64. log: file for the decision
+    log; log_masses: with the masses behind every decision; log_bytes: at most, all in all. seed: of what is
+    audited. start: control that another session's guard arrived at.
     """
 
     audit_rate: float = 1 / 64
     promise: float = 0.9
     miss_target: float = 0.02
-    lost_limit: float = 0.25
+    lost_limit: float = 0.5
     repair: bool = True
     control_period: int = 256
     log: str | PathLike[str] | None = None
@@ -48,9 +48,7 @@ class Guard:
         _require_whole("seed", self.seed, -(2**63))
         _require_whole("control_period", self.control_period, 1)
         if self.control_period % page():
-            raise ArgumentError(
-                f"control_period: expected a multiple of {page()}, got {self.control_period}"
-            )
+            raise ArgumentError(f"control_period: expected a multiple of {page()}, got {self.control_period}")
 
     @property
     def interval(self) -> int:

@@ -23,9 +23,9 @@ class Tally:
     """Counts since a guard was set up, per (layer, head) unless said; two of them subtract.
 
     audits: audited tokens that had a bulk and were not made dense by a repair. local, missed, page_missed: of
-    these, as `Audit` has them. lost_sum: of lost shares; lost_classes (n_layers, n_heads, 41): how many were at
-    most each of EDGES but more than the one before. over_limit: audits that asked for a repair; repairs, and
-    tokens evaluated again for them.
+    these, as `Audit` has them. lost_sum: of lost shares; lost_classes (n_layers, n_heads, 41): how many were
+    at most each of EDGES but more than the one before. over_limit: audits that asked for a repair; repairs,
+    and tokens evaluated again for them.
     """
 
     audits: int
@@ -81,6 +81,19 @@ class Tally:
         """Mean over all audited pairs."""
         return float(self.lost_sum.sum() / (self.audits * self.lost_sum.size)) if self.audits else None
 
+    def summary(self) -> dict[str, Any]:
+        """The numbers of all layers and heads together."""
+        names = (
+            "audits",
+            "miss_rate",
+            "page_miss_rate",
+            "lost_share",
+            "over_limit",
+            "repairs",
+            "repaired_tokens",
+        )
+        return {name: getattr(self, name) for name in names}
+
     def miss_rates(self) -> tuple[Rates, Rates, Rates]:
         """Rate and its 95 % bounds (Wilson's), each (n_layers, n_heads)."""
         return _rate(self.missed, self.audits), *wilson(self.missed, self.audits)
@@ -90,7 +103,8 @@ class Tally:
         return _rate(self.lost_sum, self.audits), *wilson(self.lost_sum, self.audits)
 
     def lost_quantiles(self, q: float = 0.99) -> tuple[Rates, Rates, Rates]:
-        """The lost share that a part q of the audits does not exceed, to the class above, and its 95 % bounds.
+        """The lost share that a part q of the audits does not exceed, to the class above, and its 95 %
+        bounds.
 
         Each (n_layers, n_heads): where the part at most so large, or one of its bounds, reaches q.
         """

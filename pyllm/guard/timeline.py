@@ -27,12 +27,12 @@ class Stretch:
 
 @dataclass
 class Timeline:
-    """period: of the control. floor: position from which the guard watches. first_bulk: the first one where
+    """period: of the control. floor: position from which the guard watches. first_lossy: the first one where
     something can be lost. start: control at the floor. lost_limit: of a clean audit."""
 
     period: int
     floor: int
-    first_bulk: int
+    first_lossy: int
     start: Control
     lost_limit: float
     audits: list[Audit] = field(default_factory=list)
@@ -48,7 +48,12 @@ class Timeline:
         """Positions before it are verified: by a clean audit, or because a repair made (or will make) them
         dense, or because there was nothing to lose."""
         audited = next((a.position + 1 for a in reversed(self.audits) if self.is_clean(a)), 0)
-        return max(self.floor, self.first_bulk, audited, self._dense_until)
+        return max(self.floor, self.first_lossy, audited, self._dense_until)
+
+    @property
+    def stretch(self) -> Stretch | None:
+        """What the latest repair that still stands made dense."""
+        return self._stretches[-1] if self._stretches else None
 
     @property
     def _dense_until(self) -> int:

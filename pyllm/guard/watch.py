@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from pyllm import _native
 from pyllm.attention import Dense, Policy
+from pyllm.errors import ArgumentError
 from pyllm.guard.audit import Audit, audits
 from pyllm.guard.controller import Control, Controller
 from pyllm.guard.log import DecisionLog
@@ -27,7 +29,8 @@ Rows = Callable[[int, int], NDArray[np.float32]]
 
 class Watch:
     """policy: as the session was given it; what the library gets is the policy under control. n_batch: tokens
-    evaluated at once. identity: of the model, for the log's header. Not safe for two threads: the session is."""
+    evaluated at once. identity: of the model, for the log's header. Not safe for two threads: the session is.
+    """
 
     def __init__(
         self,
@@ -51,17 +54,28 @@ class Watch:
     def follow(self, policy: Policy) -> None:
         """Watches another policy from here on; control starts over."""
         guard, info = self.guard, self._native.info
-        self._policy = policy
         self._controller = Controller(
             policy, info.n_layers, info.n_heads, guard.miss_target, guard.lost_limit
         )
         self._dense = Dense(window=policy.window, sinks=policy.sinks).native(info.n_layers, info.n_heads)
-        first_bulk = policy.sinks + policy.window + page() - 1
-        start = guard.start or Control.none(info.n_layers)
+        self._first_bulk = policy.sinks + policy.window + page() - 1
+        reads_all = isinstance(policy, Dense) and not policy.page_bits
         self._timeline = Timeline(
-            guard.control_period, self._native.position, first_bulk, start, guard.lost_limit
+            guard.control_period,
+            self._native.position,
+            sys.maxsize if reads_all else self._first_bulk,
+            self._start(),
+            guard.lost_limit,
         )
-        self._applied: Control | None = None  # what the library has; None: something else
+        self._applied: Control | dict[str, Any] | None = None  # what the library has; None: something else
+
+    def _start(self) -> Control:
+        n_layers, start = self._native.info.n_layers, self.guard.start
+        if start and start.shift.shape != (n_layers,):
+            raise ArgumentError(
+                f"guard: start is control of {start.shift.shape[0]} layers, but the model has {n_layers}"
+            )
+        return start or Control.none(n_layers)
 
     @property
     def control(self) -> Control:
@@ -87,7 +101,7 @@ class Watch:
         return self._timeline.boundary(position)
 
     def rewind(self, n: int) -> int:
-        """Follows a rewind to n tokens; returns how many of these stand, the others must be evaluated again."""
+        """Follows a rewind to n tokens; returns how many of these stand, the rest must be evaluated again."""
         if self._log:
             self._log.rewind(n)
         return self._timeline.rewind(n)
@@ -136,8 +150,9 @@ class Watch:
                 self._log.control(position, settings["thresholds"], share)
 
     def _set_dense(self) -> None:
-        self._native.set_attention(**self._dense)
-        self._applied = None
+        if self._applied is not self._dense:
+            self._native.set_attention(**self._dense)
+            self._applied = self._dense
 
     def _new_record(self, first: int, stop: int) -> Record | None:
         """For positions [first, stop), None where there is nothing to be seen."""
@@ -146,7 +161,7 @@ class Watch:
         mask = audit_mask(first, stop, self.guard.interval, self.guard.seed)
         if self._demanded is not None and first <= self._demanded < stop:
             mask[self._demanded - first] = True
-        mask[: max(0, self._timeline.first_bulk - first)] = False
+        mask[: max(0, self._timeline.first_lossy - first)] = False
         if not self._log and not mask.any():
             return None
         return Record.empty(self._native.info.n_layers, self._native.info.n_heads, mask)
@@ -190,7 +205,7 @@ class Watch:
 
     def _log_tokens(self, first: int, record: Record, spent: NDArray[np.uint64]) -> None:
         if self._log:
-            has_bulk = first + np.arange(len(record)) >= self._timeline.first_bulk
+            has_bulk = first + np.arange(len(record)) >= self._first_bulk
             n_bytes, n_read = (int(n) for n in spent[:, 4:6].sum(axis=0))
             self._log.tokens(first, record, has_bulk, n_bytes, n_read)
 

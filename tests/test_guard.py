@@ -1,0 +1,205 @@
+"""The guard at work: the same decisions however a prompt is cut, detection, repair, control, hold-back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+import native
+from pyllm import LLM, Adaptive, Dense, Guard, Session, _native
+from pyllm.guard.tally import Tally
+from pyllm.guard.timeline import Stretch
+from tiny_models import write_tiny
+
+N_CTX = 1024
+POLICY = Adaptive(0.6, granularity="head", window=64)
+# Over this many lost shares of the tiny model's layers some audits go and others do not.
+GUARD = Guard(audit_rate=1 / 16, promise=0.7, control_period=64, lost_limit=0.15)
+
+
+def ids(n: int, seed: int = 0) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 256, n)]
+
+
+def session(llm: LLM, policy: Any = POLICY, guard: Guard | None = GUARD) -> Session:
+    return llm.session(n_ctx=N_CTX, attention=policy, guard=guard)
+
+
+def state(session: Session) -> bytes:
+    return session._native.save().tobytes()
+
+
+def thresholds(session: Session) -> np.ndarray:
+    """Per layer, of the first head, as the controller has them now."""
+    assert session.watch
+    return np.asarray(session.watch._controller.native(session.watch.control)["thresholds"])
+
+
+# ---- the same tokens, the same decisions ----
+
+
+@given(
+    st.lists(st.integers(1, 300), min_size=1, max_size=8),
+    st.lists(st.tuples(st.integers(0, 599), st.integers(1, 99)), max_size=2),
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_decisions_do_not_depend_on_how_a_prompt_is_cut(
+    tiny: LLM, cuts: list[int], turns: list[tuple[int, int]]
+) -> None:
+    """Nor on what was evaluated and rewound before."""
+    tokens = ids(600)
+    whole = session(tiny)
+    expected = whole.eval(tokens)
+    assert whole.stats.guard
+    assert whole.stats.guard.repairs > 0
+    other = session(tiny)
+    for n, seed in turns:
+        other.sync(tokens[:n] + ids(seed, seed))
+    if other.position:
+        other.rewind(other.position // 2)
+    kept = next((i for i, (a, b) in enumerate(zip(other.tokens, tokens, strict=False)) if a != b), None)
+    other.rewind(other.position if kept is None else kept)
+    for n in cuts:
+        if other.position + n < 600:
+            other.eval(tokens[other.position : other.position + n])
+    logits = other.eval(tokens[other.position :]) if other.position < 600 else other.sync(tokens)
+    np.testing.assert_array_equal(logits, expected)
+    assert state(other) == state(whole)
+    np.testing.assert_array_equal(thresholds(other), thresholds(whole))
+
+
+def test_token_by_token_is_the_same_too(tiny: LLM) -> None:
+    tokens = ids(400)
+    whole, single = session(tiny), session(tiny)
+    expected = whole.eval(tokens)
+    for token in tokens:
+        logits = single.eval([token])
+    np.testing.assert_array_equal(logits, expected)
+    assert state(single) == state(whole)
+    assert single.stats.guard
+    assert whole.stats.guard
+    assert single.stats.guard.repairs == whole.stats.guard.repairs > 0
+
+
+def test_another_seed_audits_others(tiny: LLM) -> None:
+    found = []
+    for seed in (0, 1):
+        guarded = session(tiny, guard=Guard(audit_rate=1 / 16, repair=False, seed=seed))
+        guarded.eval(ids(600))
+        assert guarded.watch
+        found.append([audit.position for audit in guarded.watch._timeline.audits])
+    assert found[0] != found[1]
+    assert len(found[0]) == pytest.approx((600 - 143) / 16, abs=2)
+
+
+# ---- injected faults: detected, repaired, brought back under the target ----
+
+# Layer 1 never looks back.
+BROKEN = Adaptive([0.6, 0.0], granularity="head", window=64)
+PAGED = Adaptive(1.5, window=64, page_bits=3, page_share=0.01)
+
+
+@pytest.fixture(scope="module")
+def sharp(tmp_path_factory: pytest.TempPathFactory) -> LLM:
+    """Looks at few tokens at once, so that it matters which are left out."""
+    return LLM(write_tiny(tmp_path_factory.mktemp("sharp") / "sharp.gguf", tokenizer=True, sharp=12.0))
+
+
+def mirror_sketch(session: Session) -> None:
+    """What the session's key sketches say is the contrary of what is."""
+    address = int(_native.library()[0].cast("uintptr_t", session._native.handle))
+    for layer in range(session._model.info.n_layers):
+        native.lib.hook_mirror_sketch(native.ffi.cast("pyllm_session *", address), layer)
+
+
+def repaired(session: Session, tokens: list[int]) -> tuple[Stretch, np.ndarray]:
+    """Evaluates token by token until a repair; what it made dense, and the logits after it."""
+    for token in tokens:
+        logits = session.eval([token])
+        if session.watch and session.watch.last_repair:
+            return session.watch.last_repair, logits
+    pytest.fail("no repair")
+
+
+def test_a_head_that_never_looks_back_is_repaired(sharp: LLM) -> None:
+    """What is in the cache is then what dense attention gives from the last clean audit on."""
+    tokens = ids(700)
+    guard = Guard(audit_rate=1 / 16, control_period=1024, lost_limit=0.6)
+    guarded = session(sharp, BROKEN, guard)
+    stretch, logits = repaired(guarded, tokens)
+    assert guarded.watch
+    assert stretch.first == guarded.watch._timeline.audits[-2].position + 1
+    assert guarded.tokens == tokens[: stretch.cause + 1]
+    plain = session(sharp, BROKEN, None)
+    plain.eval(tokens[: stretch.first])
+    plain.attention = Dense(window=64)
+    expected = plain.eval(tokens[stretch.first : stretch.cause + 1])
+    np.testing.assert_array_equal(logits, expected)
+    assert state(guarded) == state(plain)
+    found = guarded.stats.guard
+    assert found
+    assert (found.repairs, found.over_limit) == (1, 1)
+    assert found.repaired_tokens == stretch.cause + 1 - stretch.first
+    faulty = session(sharp, BROKEN, None)
+    faulty.eval(tokens[: stretch.cause + 1])
+    assert state(faulty) != state(plain)
+
+
+def test_a_damaged_sketch_is_repaired(sharp: LLM) -> None:
+    tokens = ids(900)
+    guard = Guard(audit_rate=1 / 16, control_period=2048, lost_limit=0.3)
+    healthy = session(sharp, PAGED, guard)
+    healthy.eval(tokens)
+    guarded, plain = session(sharp, PAGED, guard), session(sharp, PAGED, None)
+    guarded.eval(tokens[:600])
+    mirror_sketch(guarded)
+    stretch, logits = repaired(guarded, tokens[600:])
+    assert stretch.cause >= 600
+    plain.eval(tokens[:600])
+    mirror_sketch(plain)
+    for token in tokens[600 : stretch.first]:
+        plain.eval([token])
+    plain.rewind(stretch.first)
+    plain.attention = Dense(window=64)
+    expected = plain.eval(tokens[stretch.first : stretch.cause + 1])
+    np.testing.assert_array_equal(logits, expected)
+    assert state(guarded) == state(plain)
+    assert healthy.stats.guard
+    assert healthy.stats.guard.repairs == 0
+
+
+def found_in(session: Session, pieces: Iterable[list[int]]) -> Tally:
+    """What audits find while these are evaluated."""
+    before = session.stats
+    for piece in pieces:
+        session.eval(piece)
+    found = (session.stats - before).guard
+    assert found
+    return found
+
+
+def test_control_brings_the_miss_rate_back(sharp: LLM) -> None:
+    guard = Guard(audit_rate=1 / 8, promise=0.7, miss_target=0.05, control_period=64, lost_limit=0.3)
+    guarded, tokens = sharp.session(n_ctx=2048, attention=BROKEN, guard=guard), ids(2000)
+    early, late = (found_in(guarded, [part]) for part in (tokens[:500], tokens[500:]))
+    assert early.miss_rates()[0][1].mean() > 0.1
+    assert early.repairs > 0
+    assert (late.miss_rates()[0].mean(axis=1) < 0.06).all()
+    assert thresholds(guarded)[1, 0] > 0.05
+
+
+def test_control_brings_a_damaged_sketch_back(sharp: LLM) -> None:
+    guard = Guard(audit_rate=1 / 8, promise=0.7, miss_target=0.05, control_period=64, lost_limit=0.3)
+    guarded, tokens = sharp.session(n_ctx=2048, attention=PAGED, guard=guard), ids(1200)
+    guarded.eval(tokens[:600])
+    mirror_sketch(guarded)
+    early, late = (found_in(guarded, ([t] for t in part)) for part in (tokens[600:728], tokens[728:]))
+    assert (early.page_miss_rate or 0) > 0.1
+    assert early.repairs == 1
+    assert 0.04 < (late.page_miss_rate or 0) < 0.06
+    assert late.repairs == 0
