@@ -121,13 +121,85 @@ class StopFilter:
         return next((n for n in range(longest, 0, -1) if self.held.endswith(stop[:n])), 0)
 
 
+class Draft:
+    """The tokens of an answer and the text they make; it can be taken back to any of them."""
+
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int], request: Request, continuing: bool
+    ) -> None:
+        self.tokens: list[int] = []
+        self._tokenizer, self._prompt, self._request = tokenizer, prompt[-RECENT:], request
+        self._continuing = continuing
+        self._params: dict[str, Any] = asdict(request.sampling)
+        self._rng = np.array([request.seed % 2**64], np.uint64)
+        self._drawn_from: list[np.uint64] = []  # state of the random numbers before each token
+        self._begin_text()
+
+    def _begin_text(self) -> None:
+        self._decoder = self._tokenizer.decoder(skip_special=True, continuing=self._continuing)
+        self._stops = StopFilter(self._request.stop)
+        self._length = 0
+
+    def draw(self, logits: NDArray[np.float32], full: bool) -> Piece:
+        """The next token's piece, with a reason where it is the last one. full: so is the context."""
+        self._drawn_from.append(self._rng[0])
+        recent = [*self._prompt, *self.tokens[-RECENT:]][-RECENT:]
+        token = _native.sample(logits, self._params, np.array(recent, np.int32), self._rng)
+        self.tokens.append(token)
+        if token in self._tokenizer.eog_ids:
+            return Piece(self._end(), (), "stop")
+        offset = self._length
+        ready = self._push(token)
+        logprobs = self._logprobs(token, logits, offset)
+        if reason := self._finish(full):
+            return Piece(ready + self._end(), logprobs, reason)
+        return Piece(ready, logprobs)
+
+    def take_back(self, n: int) -> None:
+        """Forgets all but the first n tokens: the next one is drawn with the same random number again."""
+        if n < len(self.tokens):
+            self._rng[0] = self._drawn_from[n]
+        del self.tokens[n:], self._drawn_from[n:]
+        self._begin_text()
+        for token in self.tokens:
+            self._push(token)
+
+    def _push(self, token: int) -> str:
+        """The text that is certain with this token."""
+        text = self._decoder.feed(token)
+        self._length += len(text)
+        return self._stops.push(text)
+
+    def _end(self) -> str:
+        return self._stops.push(self._decoder.flush()) + self._stops.flush()
+
+    def _finish(self, full: bool) -> str | None:
+        if self._stops.stopped:
+            return "stop"
+        if len(self.tokens) == self._request.max_tokens:
+            return "length"
+        return "context" if full else None
+
+    def _logprobs(self, token: int, logits: NDArray[np.float32], offset: int) -> tuple[TokenLogprob, ...]:
+        """Of the model's own distribution: before penalties and temperature."""
+        n = self._request.n_logprobs
+        if n is None:
+            return ()
+        peak = float(logits.max())
+        logprobs = logits - (peak + np.log(np.exp(logits - peak, dtype=np.float64).sum()))
+        best = np.argsort(-logprobs, kind="stable")[:n]
+        decode = self._tokenizer.decode
+        top = tuple((int(i), decode([int(i)]), float(logprobs[i])) for i in best)
+        return (TokenLogprob(token, decode([token]), float(logprobs[token]), offset, top),)
+
+
 class Generation:
     """One answer in the making: iterate for its pieces; the counts are right at every moment.
 
-    n_prompt: tokens of the prompt, n_reused: of these found in the session's KV cache, n_generated: tokens
-    of the answer; `stats`: what was evaluated for it. continuing: the answer goes on in the prompt's text,
-    rather than beginning one of its own. Raises ContextError where the prompt does not fit,
-    and PyllmError where the session was used for something else between two pieces.
+    n_prompt: tokens of the prompt, n_reused: of these found in the session's KV cache; `stats`: what was
+    evaluated for it. continuing: the answer goes on in the prompt's text, rather than beginning one of its
+    own. Raises ContextError where the prompt does not fit, and PyllmError where the session was used for
+    something else between two pieces.
     """
 
     def __init__(
@@ -145,13 +217,15 @@ class Generation:
         self.request = request
         self.n_prompt = len(prompt)
         self.n_reused = 0
-        self.n_generated = 0
-        self._tokenizer = tokenizer
+        self.draft = Draft(tokenizer, prompt, request, continuing)
         self._prompt = prompt
-        self._continuing = continuing
         self._before = session.stats
-        self._rng = np.array([request.seed % 2**64], np.uint64)
-        self._params: dict[str, Any] = asdict(request.sampling)
+        self._revision = 0  # of the session, as the last piece left it
+
+    @property
+    def n_generated(self) -> int:
+        """Tokens of the answer."""
+        return len(self.draft.tokens)
 
     @property
     def stats(self) -> Stats:
@@ -162,59 +236,34 @@ class Generation:
 
         progress: called with (tokens done, tokens in all) after each batch of the prompt.
         """
+        logits = self._begin(progress)
+        while True:
+            piece = self._draw(logits)
+            yield piece
+            if piece.finish_reason:
+                return
+            logits = self._next()
+
+    def _begin(self, progress: Progress | None) -> NDArray[np.float32]:
+        """The prompt's logits."""
         with self.session.lock:
             self._before = self.session.stats
             logits = self.session.sync(self._prompt, progress)
             self.n_reused = self.n_prompt - self.stats.prefill_tokens
-            revision = self.session.revision
-        recent = list(self._prompt[-RECENT:])
-        decoder, stops = (
-            self._tokenizer.decoder(skip_special=True, continuing=self._continuing),
-            StopFilter(self.request.stop),
-        )
-        length = 0
-        while True:
-            token = _native.sample(logits, self._params, np.array(recent[-RECENT:], np.int32), self._rng)
-            self.n_generated += 1
-            if token in self._tokenizer.eog_ids:
-                yield self._last(stops.push(decoder.flush()) + stops.flush(), "stop")
-                return
-            recent.append(token)
-            text = decoder.feed(token)
-            logprobs = self._logprobs(token, logits, length)
-            length += len(text)
-            ready = stops.push(text)
-            if reason := self._finish(stops):
-                yield self._last(ready + stops.push(decoder.flush()) + stops.flush(), reason, logprobs)
-                return
-            yield Piece(ready, logprobs)
-            with self.session.lock:
-                if self.session.revision != revision:
-                    raise PyllmError(
-                        "the session was used for something else while this answer was streaming"
-                    )
-                logits = self.session.eval([token])
-                revision = self.session.revision
+            self._revision = self.session.revision
+        return logits
 
-    def _finish(self, stops: StopFilter) -> str | None:
-        if stops.stopped:
-            return "stop"
-        if self.n_generated == self.request.max_tokens:
-            return "length"
-        return "context" if self.session.position >= self.session.n_ctx else None
+    def _draw(self, logits: NDArray[np.float32]) -> Piece:
+        return self.draft.draw(logits, full=self.session.position >= self.session.n_ctx)
 
-    @staticmethod
-    def _last(text: str, reason: str, logprobs: tuple[TokenLogprob, ...] = ()) -> Piece:
-        return Piece(text, logprobs, reason)
+    def _next(self) -> NDArray[np.float32]:
+        """The logits after the newest token."""
+        with self.session.lock:
+            self._require_untouched()
+            logits = self.session.eval(self.draft.tokens[-1:])
+            self._revision = self.session.revision
+        return logits
 
-    def _logprobs(self, token: int, logits: NDArray[np.float32], offset: int) -> tuple[TokenLogprob, ...]:
-        """Of the model's own distribution: before penalties and temperature."""
-        n = self.request.n_logprobs
-        if n is None:
-            return ()
-        peak = float(logits.max())
-        logprobs = logits - (peak + np.log(np.exp(logits - peak, dtype=np.float64).sum()))
-        best = np.argsort(-logprobs, kind="stable")[:n]
-        decode = self._tokenizer.decode
-        top = tuple((int(i), decode([int(i)]), float(logprobs[i])) for i in best)
-        return (TokenLogprob(token, decode([token]), float(logprobs[token]), offset, top),)
+    def _require_untouched(self) -> None:
+        if self.session.revision != self._revision:
+            raise PyllmError("the session was used for something else while this answer was streaming")

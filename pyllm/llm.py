@@ -23,6 +23,7 @@ from pyllm.models import resolve
 from pyllm.session import Ids, Progress, Session
 from pyllm.template import ChatTemplate
 from pyllm.tokenizer import Tokenizer
+from pyllm.verified import VerifiedGeneration
 
 Message = Mapping[str, Any]
 
@@ -182,6 +183,7 @@ class LLM:
         stream: bool = False,
         session: Session | None = None,
         progress: Progress | None = None,
+        hold_back: bool = False,
         **sampling: float,
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Continues a text, or token ids as they are.
@@ -195,12 +197,12 @@ class LLM:
         fields of `Sampling`: temperature=0.8 (0 takes the most probable token), top_k=40, top_p=0.95,
         min_p=0.05, repeat_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0. The part of the prompt
         that the session holds already is not evaluated again. progress: called with (tokens done, tokens in
-        all) after each batch of the prompt. Raises ArgumentError, and ContextError where the prompt does
-        not fit.
+        all) after each batch of the prompt. hold_back: only what the session's guard has verified; what it
+        repairs is drawn again. Raises ArgumentError, and ContextError where the prompt does not fit.
         """
         ids = self.tokenize(prompt, add_special=True) if isinstance(prompt, str) else prompt
         request = self._request(max_tokens, stop, seed, logprobs, sampling)
-        completion = self._completion(ids, request, session, chat=False)
+        completion = self._completion(ids, request, session, hold_back, chat=False)
         return completion.stream(progress) if stream else completion.collect(progress)
 
     @overload
@@ -224,6 +226,7 @@ class LLM:
         stream: bool = False,
         session: Session | None = None,
         progress: Progress | None = None,
+        hold_back: bool = False,
         **sampling: float,
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answers messages of the OpenAI API's shape: [{"role": "user", "content": "..."}, ...].
@@ -232,7 +235,7 @@ class LLM:
         TemplateError where the model has no chat template or the template refuses the messages.
         """
         request = self._request(max_tokens, stop, seed, logprobs, sampling)
-        completion = self._completion(self.chat_tokens(messages), request, session, chat=True)
+        completion = self._completion(self.chat_tokens(messages), request, session, hold_back, chat=True)
         return completion.stream(progress) if stream else completion.collect(progress)
 
     def _request(
@@ -247,11 +250,13 @@ class LLM:
         drawn = self._seeds.getrandbits(64) if seed is None else seed
         return Request(Sampling(**sampling), drawn, max_tokens, stops, logprobs)
 
-    def _completion(self, prompt: Ids, request: Request, session: Session | None, chat: bool) -> Completion:
+    def _completion(
+        self, prompt: Ids, request: Request, session: Session | None, hold_back: bool, chat: bool
+    ) -> Completion:
         session = session or self.default_session
-        generation = Generation(
-            session, self.tokenizer, [int(i) for i in prompt], request, continuing=not chat
-        )
+        kind = VerifiedGeneration if hold_back else Generation
+        ids = [int(i) for i in prompt]
+        generation = kind(session, self.tokenizer, ids, request, continuing=not chat)
         session.require_room(generation.n_prompt)
         return Completion(generation, self.name, chat)
 

@@ -11,9 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import native
-from pyllm import LLM, Adaptive, Dense, Guard, Session, _native
+from pyllm import LLM, Adaptive, ArgumentError, Dense, Guard, Session, _native
+from pyllm.generation import Request, Sampling, TokenLogprob
+from pyllm.guard.controller import Control
 from pyllm.guard.tally import Tally
 from pyllm.guard.timeline import Stretch
+from pyllm.guard.watch import Watch
+from pyllm.verified import VerifiedGeneration
 from tiny_models import write_tiny
 
 N_CTX = 1024
@@ -203,3 +207,157 @@ def test_control_brings_a_damaged_sketch_back(sharp: LLM) -> None:
     assert early.repairs == 1
     assert 0.04 < (late.page_miss_rate or 0) < 0.06
     assert late.repairs == 0
+
+
+# ---- answers that are held back ----
+
+
+def answer(session: Session, llm: LLM, prompt: list[int], n: int, **sampling: Any) -> list[TokenLogprob]:
+    request = Request(Sampling(**{"temperature": 0.0, **sampling}), 1, n, n_logprobs=0)
+    generation = VerifiedGeneration(session, llm.tokenizer, prompt, request, continuing=True)
+    pieces = list(generation.pieces())
+    assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    assert pieces[-1].finish_reason in ("length", "stop")
+    return [entry for piece in pieces for entry in piece.logprobs]
+
+
+def test_without_repairs_what_is_held_back_is_the_same_answer(sharp: LLM) -> None:
+    guard = Guard(audit_rate=1 / 16, lost_limit=1)
+    held = session(sharp, guard=guard)
+    changes: list[dict[str, Any]] = [{}, {"temperature": 1.0, "seed": 3, "stop": ["e"]}]
+    for change in changes:
+        options: dict[str, Any] = {"max_tokens": 60, "temperature": 0.0, **change}
+        plain = sharp.generate(ids(300), session=session(sharp, guard=guard), **options)
+        shown = sharp.generate(ids(300), session=held, hold_back=True, **options)
+        assert shown["choices"] == plain["choices"]
+
+
+def test_what_is_held_back_is_drawn_again_from_the_repaired_state(sharp: LLM) -> None:
+    """Greedy tokens are the likeliest ones of a replay that is dense from the last clean audit on."""
+    for seed in range(20):
+        prompt = ids(100, seed)
+        guarded = session(sharp, BROKEN, Guard(audit_rate=1 / 16, control_period=1024, lost_limit=0.6))
+        shown = [entry.token for entry in answer(guarded, sharp, prompt, 200)]
+        first = guarded.watch.last_repair.first if guarded.watch and guarded.watch.last_repair else 0
+        if 100 < first < 100 + len(shown):
+            break
+    assert guarded.stats.guard
+    assert guarded.stats.guard.repairs == 1
+    replay = session(sharp, BROKEN, None)
+    before = replay.eval([*prompt, *shown][:first], all_logits=True)
+    replay.attention = Dense(window=64)
+    after = replay.eval([*prompt, *shown][first:], all_logits=True)
+    likeliest = np.concatenate([before, after]).argmax(axis=1)
+    np.testing.assert_array_equal(likeliest[99:-1], shown)
+
+
+def test_pieces_are_shown_when_an_audit_confirms_them(sharp: LLM) -> None:
+    guarded = session(sharp, Adaptive(0.6, window=64), Guard(audit_rate=1 / 32, lost_limit=1))
+    request = Request(Sampling(temperature=0.0), 1, 100)
+    generation = VerifiedGeneration(guarded, sharp.tokenizer, ids(300), request, continuing=True)
+    for i, _ in enumerate(generation.pieces()):
+        assert guarded.watch
+        assert guarded.watch.verified >= 300 + i
+    assert i == 99
+
+
+def test_hold_back_needs_a_guard_that_repairs(tiny: LLM) -> None:
+    for guard in (None, Guard(repair=False)):
+        with pytest.raises(ArgumentError, match="hold_back"):
+            tiny.generate("a", hold_back=True, session=session(tiny, guard=guard))
+    with pytest.raises(ArgumentError, match="no guard"):
+        session(tiny, guard=None).verify()
+
+
+def test_verify_audits_the_last_token(sharp: LLM) -> None:
+    guard = Guard(audit_rate=1 / 1000, seed=1, lost_limit=0.5)
+    whole, broken = session(sharp, guard=guard), session(sharp, BROKEN, guard)
+    expected = whole.eval(ids(400))
+    np.testing.assert_array_equal(whole.verify(), expected)
+    assert whole.verify() is None
+    broken.eval(ids(400))
+    logits = broken.verify()
+    assert broken.stats.guard
+    assert broken.stats.guard.repairs == 1
+    assert broken.stats.guard.audits == 0  # asked for, not drawn: no evidence of how often
+    dense = session(sharp, Dense(window=64), None)
+    np.testing.assert_array_equal(logits, dense.eval(ids(400)))
+    assert broken.verify() is None
+
+
+# ---- around it ----
+
+
+def test_a_repair_that_is_stopped_leaves_what_was_verified(
+    sharp: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens = ids(700)
+    guard = Guard(audit_rate=1 / 16, control_period=1024, lost_limit=0.6)
+    guarded = session(sharp, BROKEN, guard)
+    monkeypatch.setattr(Watch, "_set_dense", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        guarded.eval(tokens)
+    monkeypatch.undo()
+    assert guarded.watch
+    assert guarded.position == guarded.watch.verified
+    logits = guarded.eval(tokens[guarded.position :])
+    whole = session(sharp, BROKEN, guard)
+    np.testing.assert_array_equal(logits, whole.eval(tokens))
+    assert state(guarded) == state(whole)
+
+
+def stopped(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def test_logits_of_all_tokens_are_those_after_repair(sharp: LLM) -> None:
+    tokens, guard = ids(600), Guard(audit_rate=1 / 16, control_period=1024, lost_limit=0.6)
+    logits = session(sharp, BROKEN, guard).eval(tokens, all_logits=True)
+    plain = session(sharp, BROKEN, None)
+    guarded = session(sharp, BROKEN, guard)
+    stretch, _ = repaired(guarded, tokens)
+    before = plain.eval(tokens[: stretch.first], all_logits=True)
+    plain.attention = Dense(window=64)
+    after = plain.eval(tokens[stretch.first :], all_logits=True)
+    np.testing.assert_array_equal(logits, np.concatenate([before, after]))
+
+
+def test_another_policy_starts_control_over(sharp: LLM) -> None:
+    guarded = session(sharp, BROKEN, Guard(audit_rate=1 / 8, control_period=64))
+    guarded.eval(ids(400))
+    assert guarded.watch
+    assert guarded.watch.control.shift.any()
+    guarded.attention = Dense(window=64)
+    assert not guarded.watch.control.shift.any()
+    before = guarded.stats
+    guarded.eval(ids(200))
+    assert (guarded.stats - before).guard.audits == 0  # type: ignore[union-attr]
+    guarded.guard = None
+    assert guarded.stats.guard is None
+    guarded.eval([1])
+
+
+def test_control_can_be_handed_on(sharp: LLM) -> None:
+    first = session(sharp, BROKEN, Guard(audit_rate=1 / 8, control_period=64))
+    first.eval(ids(600))
+    assert first.watch
+    second = session(sharp, BROKEN, Guard(start=first.watch.control))
+    np.testing.assert_array_equal(thresholds(second), thresholds(first))
+    with pytest.raises(ArgumentError, match="5 layers, but the model has 2"):
+        session(sharp, guard=Guard(start=Control.none(5)))
+
+
+def test_what_a_guard_refuses(tiny: LLM) -> None:
+    guarded = session(tiny)
+    with pytest.raises(ArgumentError, match="keeps its own"):
+        guarded.eval([1], record=guarded.new_record(1))
+    with pytest.raises(ArgumentError, match="expected a Guard"):
+        guarded.guard = True  # type: ignore[assignment]
+
+
+def test_answers_say_what_the_guard_found(sharp: LLM) -> None:
+    guarded = session(sharp, BROKEN, Guard(audit_rate=1 / 16, lost_limit=0.5))
+    found = sharp.generate(ids(400), max_tokens=5, session=guarded)["attention"]["guard"]
+    assert found["audits"] > 0
+    assert found["repairs"] > 0
+    assert found["miss_rate"] > 0

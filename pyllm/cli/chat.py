@@ -13,7 +13,15 @@ from rich.table import Table
 from pyllm import attention
 from pyllm.cli import options
 from pyllm.cli.conversation import Conversation, Document
-from pyllm.cli.terminal import ShowProgress, line_reader, percent, prefill_bar, render, status_line
+from pyllm.cli.terminal import (
+    ShowProgress,
+    guard_line,
+    line_reader,
+    percent,
+    prefill_bar,
+    render,
+    status_line,
+)
 from pyllm.errors import ArgumentError, PyllmError
 
 HELP = "Talk with a model, about a document if one is given."
@@ -25,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--ask", metavar="QUESTION", help="answer this question and exit")
     options.add_model_options(parser)
+    options.add_guard_options(parser)
     # Answers about a document should be the likeliest ones, and the same every time.
     options.add_sampling_options(parser, temperature=0.0, max_tokens=256)
 
@@ -192,6 +201,8 @@ class Repl:
             self.line(f"{name} {n:,} tokens" + (f" at {per_second:,.0f} t/s" if per_second else ""))
         for policy, n in stats.evaluated.items():
             self.line(f"{n:,} tokens under {policy}")
+        if stats.guard:
+            self.line(guard_line(stats.guard.summary()))
         table = Table("layer", "heads local", "pages read", "bulk work", "bulk read", box=None)
         for name, layer in [
             *((str(at), layer) for at, layer in enumerate(stats.layers)),

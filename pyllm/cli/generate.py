@@ -14,6 +14,7 @@ HELP = "Continue a text, as a model without a chat template does."
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("prompt", help="the text to go on from; - reads it from standard input")
     options.add_model_options(parser)
+    options.add_guard_options(parser)
     options.add_sampling_options(parser, temperature=0.8, max_tokens=128)
 
 

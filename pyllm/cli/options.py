@@ -7,6 +7,7 @@ from typing import Any
 
 from pyllm import attention
 from pyllm.errors import ArgumentError
+from pyllm.guard import Guard
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
 
@@ -45,7 +46,30 @@ def open_llm(args: argparse.Namespace) -> LLM:
         device=args.device,
         attention=args.attention,
         isa=args.isa,
+        guard=guard(args),
     )
+
+
+def add_guard_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("guard", "any of these sets one up")
+    group.add_argument(
+        "--guard", action="store_true", help="audit what attention leaves out, adapt it and repair"
+    )
+    group.add_argument(
+        "--audit-rate", type=float, metavar="X", help=f"of the tokens (default: {Guard().audit_rate:g})"
+    )
+    group.add_argument("--log", metavar="FILE", help="keep every decision, for pyllm log")
+    group.add_argument(
+        "--hold-back", action="store_true", help="show only what is verified, in bursts of some 64 tokens"
+    )
+
+
+def guard(args: argparse.Namespace) -> Guard | None:
+    """As the command has it; None for a command without these options."""
+    given = {name: getattr(args, name, None) for name in ("audit_rate", "log")}
+    settings = {name: value for name, value in given.items() if value is not None}
+    wanted = settings or getattr(args, "guard", False) or getattr(args, "hold_back", False)
+    return Guard(**settings) if wanted else None
 
 
 def add_sampling_options(
@@ -72,4 +96,4 @@ def add_sampling_options(
 def sampling(args: argparse.Namespace) -> dict[str, Any]:
     """Keyword arguments for `LLM.generate` and `LLM.chat`."""
     names = ("max_tokens", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed", "stop")
-    return {name: getattr(args, name) for name in names}
+    return {name: getattr(args, name) for name in (*names, "hold_back")}

@@ -56,9 +56,18 @@ def status_line(answer: Mapping[str, Any], n_ctx: int) -> str:
         f"heads local {percent(attention['heads_local'])}",
         f"bulk read {percent(attention['bulk_read'])}",
     ]
+    if attention.get("guard", {}).get("repairs"):
+        parts.append(f"{attention['guard']['repairs']:,} repairs")
     reason = answer["choices"][0]["finish_reason"]
     ending = {"length": ["cut at max tokens"], "context": ["cut: the context is full"]}.get(reason, [])
     return f"[{' · '.join(parts + ending)}]"
+
+
+def guard_line(found: Mapping[str, Any]) -> str:
+    """One line on what audits found, by `Tally.summary`."""
+    shares = (("missed", "miss_rate"), ("missed pages", "page_miss_rate"), ("lost", "lost_share"))
+    parts = [f"{name} {100 * found[key]:.2f} %" for name, key in shares if found[key] is not None]
+    return ", ".join([f"{found['audits']:,} audits", *parts, f"{found['repairs']:,} repairs"])
 
 
 def _speed(per_second: float | None) -> str:

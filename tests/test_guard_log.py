@@ -1,0 +1,221 @@
+"""The decision log: what it says, that it stays within its bound, and what is said of a damaged one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pyllm import LLM, Adaptive, FileError, FormatError, Guard, Session, UnsupportedError
+from pyllm.cli import main
+from pyllm.guard.log import bits
+from pyllm.guard.log_summary import LogSummary
+
+POLICY = Adaptive([0.6, 0.0], granularity="head", window=64)
+
+
+def ids(n: int, seed: int = 0) -> list[int]:
+    return [int(i) for i in np.random.default_rng(seed).integers(0, 256, n)]
+
+
+def guarded(llm: LLM, path: Path, **settings: Any) -> Session:
+    guard = Guard(**{"audit_rate": 1 / 16, "control_period": 64, "lost_limit": 0.3, "log": path, **settings})
+    return llm.session(n_ctx=1024, attention=POLICY, guard=guard)
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_log_sums_up_to_the_sessions_own_statistics(tiny: LLM, tmp_path: Path) -> None:
+    session = guarded(tiny, tmp_path / "log", repair=False)
+    session.eval(ids(300))
+    for token in ids(50, 1):
+        session.eval([token])
+    session.rewind(340)
+    session.eval(ids(100, 2))
+    summary, stats = LogSummary.of(tmp_path / "log"), session.stats
+    assert stats.guard
+    assert summary.header["model"] == "tiny"
+    assert summary.header["fingerprint"] == tiny._file.fingerprint
+    assert summary.header["policy"] == str(POLICY)
+    assert summary.header["guard"]["audit_rate"] == 1 / 16
+    assert summary.n_tokens == 450
+    assert summary.n_bulk == 450 - 143
+    assert summary.rewinds == 1
+    counts = stats.layer_counts.sum(axis=0)
+    assert summary.local.sum() == counts[1]
+    assert (summary.n_bytes, summary.n_read) == (counts[4], counts[5])
+    assert summary.tally.audits == stats.guard.audits > 0
+    np.testing.assert_array_equal(summary.tally.missed, stats.guard.missed)
+    np.testing.assert_allclose(summary.tally.lost_sum, stats.guard.lost_sum, atol=1e-4 * stats.guard.audits)
+    first = summary.controls[0][1]
+    assert first is not None
+    np.testing.assert_allclose(first, np.array([0.6, 0.0]), atol=1e-4)
+    positions = [position for position, _, _ in summary.controls]
+    assert positions[0] == 0
+    assert len(positions) > 2
+    assert all(position % 64 == 0 for position in positions)
+
+
+def test_decisions_are_the_records(tiny: LLM, tmp_path: Path) -> None:
+    session = guarded(tiny, tmp_path / "log", control_period=1024, repair=False, log_masses=True)
+    session.eval(ids(200))
+    plain = tiny.session(n_ctx=1024, attention=POLICY)
+    record = plain.new_record(200)
+    plain.eval(ids(200), record=record)
+    (entry,) = [line for line in lines(tmp_path / "log") if "tokens" in line]
+    assert entry["local"][:143] == [""] * 143
+    assert entry["local"][143:] == [bits(~record.is_long[:, i]) for i in range(143, 200)]
+    np.testing.assert_allclose(entry["L"], record.local_mass, atol=1e-4)
+    np.testing.assert_allclose(np.array(entry["M"], float), record.estimate, atol=1e-4)
+
+
+def test_repairs_are_in_it(tiny: LLM, tmp_path: Path) -> None:
+    session = guarded(tiny, tmp_path / "log", lost_limit=0.2)
+    session.eval(ids(700))
+    summary = LogSummary.of(tmp_path / "log")
+    assert session.stats.guard
+    assert len(summary.repairs) == session.stats.guard.repairs > 0
+    for cause, first, stop, lost in summary.repairs:
+        assert first <= cause < stop
+        assert lost > 0.2
+
+
+def test_it_stays_within_its_bound(tiny: LLM, tmp_path: Path) -> None:
+    session = guarded(tiny, tmp_path / "log", log_bytes=2**16, log_masses=True)
+    for token in ids(150):
+        session.eval([token])
+    new, old = tmp_path / "log", tmp_path / "log.1"
+    assert old.stat().st_size + new.stat().st_size <= 2**16
+    assert 2**14 < old.stat().st_size <= 2**15
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log", "log.1"]
+    # The older half ends where the newer one begins, which says again what holds.
+    parts = [LogSummary.of(path) for path in (old, new)]
+    assert parts[0].header == parts[1].header
+    assert parts[1].controls[0][0] == 0
+    tokens = [line["tokens"] for path in (old, new) for line in lines(path) if "tokens" in line]
+    assert tokens == list(range(tokens[0], 150))
+
+
+def test_one_session_writes_a_file(tiny: LLM, tmp_path: Path) -> None:
+    session = guarded(tiny, tmp_path / "log")
+    with pytest.raises(FileError, match="log: another session"):
+        guarded(tiny, tmp_path / "log")
+    session.guard = None
+    assert guarded(tiny, tmp_path / "log").guard
+    with pytest.raises(FileError, match="nowhere"):
+        guarded(tiny, tmp_path / "nowhere" / "log")
+
+
+# ---- damaged logs ----
+
+HEADER = '{"pyllm_log": 1, "n_layers": 1, "n_heads": 8}'
+MISSED = '"missed": "00", "page_missed": "00"'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "line 1: no decision log"),
+        ("{}\n", "line 1: no decision log"),
+        ("hello\n", "line 1: not JSON"),
+        ("[]\n", "line 1: expected a JSON object"),
+        ('{"pyllm_log": 1, "n_layers": 0, "n_heads": 8}\n', "line 1: n_layers and n_heads"),
+        (f'{HEADER}\n{{"tokens": 0', "line 2: the line is cut off"),
+        (f"{HEADER}\n\xff\n", "line 2: not JSON"),
+        (f"{HEADER}\n{'[' * 100_000}\n", "line 2: not JSON"),
+        (f'{HEADER}\n{{"token": 1}}\n', "line 2: unknown entry 'token'"),
+        (f"{HEADER}\n{{}}\n", "line 2: unknown entry ''"),
+        (f'{HEADER}\n{{"rewind": -1}}\n', "line 2: rewind is -1"),
+        (f'{HEADER}\n{{"rewind": 1}}\n{{"tokens": 0, "n": 1}}\n', "line 3: 'local' is missing"),
+        (f'{HEADER}\n{{"tokens": 0, "n": 2, "local": ["ff"]}}\n', "line 2: decisions for other than 2"),
+        (f'{HEADER}\n{{"tokens": 0, "n": 1, "local": ["ffff"]}}\n', "line 2: 2 bytes of decisions"),
+        (f'{HEADER}\n{{"tokens": 0, "n": 1, "local": ["xy"]}}\n', "line 2: non-hex"),
+        (
+            f'{HEADER}\n{{"audit": 0, "missed": "00", "page_missed": "00", "lost": [[2]]}}\n',
+            "line 2: numbers",
+        ),
+        (
+            f'{HEADER}\n{{"audit": 0, "missed": "00", "page_missed": "00", "lost": [{[2] * 8}]}}\n',
+            "line 2: lost shares outside",
+        ),
+        (f'{HEADER}\n{{"control": 0, "threshold": [0.1, 0.2], "page_share": null}}\n', "line 2: numbers"),
+        (f'{HEADER}\n{{"repair": 5, "first": 1, "stop": 9, "lost": "x"}}\n', "line 2: could not convert"),
+    ],
+)
+def test_a_damaged_log_is_one_clear_error(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, message: str
+) -> None:
+    path = tmp_path / "bad.log"
+    path.write_text(text, encoding="latin-1")
+    with pytest.raises(FormatError, match=message) as caught:
+        LogSummary.of(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert main(["log", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert str(path) in err
+
+
+def test_other_versions_and_missing_files(tmp_path: Path) -> None:
+    (tmp_path / "new").write_text('{"pyllm_log": 2}\n')
+    with pytest.raises(UnsupportedError, match="version 2, this pyllm reads 1"):
+        LogSummary.of(tmp_path / "new")
+    for path in (tmp_path / "missing", tmp_path):
+        with pytest.raises(FileError, match="could not be read"):
+            LogSummary.of(path)
+
+
+def test_any_cut_or_flip_is_read_or_refused(tiny: LLM, tmp_path: Path, rng: np.random.Generator) -> None:
+    session = guarded(tiny, tmp_path / "log")
+    session.eval(ids(300))
+    session.guard = None
+    good = (tmp_path / "log").read_bytes()
+    for _ in range(100):
+        bad = bytearray(good[: rng.integers(len(good) // 2, len(good) + 1)])
+        bad[rng.integers(len(bad))] = rng.integers(256)
+        (tmp_path / "bad").write_bytes(bad)
+        message = "line "
+        try:
+            LogSummary.of(tmp_path / "bad")
+        except (FormatError, UnsupportedError) as error:
+            message = str(error)
+        assert "line " in message
+
+
+# ---- the command ----
+
+
+def test_the_command_sums_up(tiny: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    session = guarded(tiny, tmp_path / "log", lost_limit=0.2)
+    session.eval(ids(700))
+    assert main(["log", str(tmp_path / "log")]) == 0
+    out = capsys.readouterr().out
+    assert session.stats.guard
+    for text in ("heads local", "miss rate", "lost share", "adaptive:array", "from token", "dense from"):
+        assert text in out
+    assert f"{session.stats.guard.repairs:,}" in out
+
+
+def test_a_log_of_nothing_is_fine(tiny: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    guarded(tiny, tmp_path / "log")
+    assert main(["log", str(tmp_path / "log")]) == 0
+    assert "0, 0 with a bulk" in capsys.readouterr().out
+
+
+def test_generate_with_a_guard_and_a_log(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = tmp_path / "log"
+    arguments = ["generate", "and the " * 100, "-m", str(tiny_model), "--attention", "adaptive:0,window=64"]
+    options = ["--audit-rate", "0.1", "--log", str(log), "--hold-back", "--max-tokens", "20", "--seed", "1"]
+    assert main([*arguments, *options]) == 0
+    capsys.readouterr()
+    assert LogSummary.of(log).tally.audits > 5
+    assert main([*arguments, "--audit-rate", "7"]) == 1
+    assert capsys.readouterr().err == "pyllm: error: audit_rate: expected a number from 1e-06 to 1, got 7.0\n"
