@@ -17,7 +17,7 @@ from native import NATIVE
 from pyllm import LLM, Adaptive, Dense, Window
 from pyllm.benchmark import ceilings, llama_worker, report
 from pyllm.benchmark.engine import Engine
-from pyllm.benchmark.measure import PolicySubject, Work, works
+from pyllm.benchmark.measure import GuardedSubject, PolicySubject, Work, works
 from pyllm.benchmark.peer import Peer
 from pyllm.benchmark.plan import Plan
 from pyllm.benchmark.stages import Stage, mean
@@ -201,6 +201,20 @@ def test_session_holds_the_planned_tokens(tiny_model: Path) -> None:
     assert (
         Work("decode", 120, 4).run(PolicySubject(bench, bench.policies[1])).attention["bulk_work"] is not None
     )
+
+
+def test_a_guard_watches_over_decode_only(tiny_model: Path) -> None:
+    """What it costs is mostly the scores of audited tokens, in a stage of their own."""
+    policy = Adaptive(1.5, window=16)
+    bench = engine(tiny_model, Plan((90,), (200,), 64), Dense(), policy)
+    guarded, plain = GuardedSubject(bench, policy), PolicySubject(bench, policy)
+    assert guarded.name == f"{plain.name} guarded"
+    for work in works(bench.plan):
+        for subject, audited in ((plain, False), (guarded, work.kind == "decode")):
+            (stage,) = [stage for stage in work.run(subject).stages if stage.name == "audit"]
+            assert (stage.seconds > 0) == audited
+            assert bench.session.guard is None
+            assert bench.session.attention == policy
 
 
 def multiply_adds(sample: Any) -> dict[str, int]:

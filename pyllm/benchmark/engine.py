@@ -18,6 +18,7 @@ from pyllm.attention import Dense, Policy
 from pyllm.benchmark.plan import Plan
 from pyllm.benchmark.stages import Stage, StageMeter
 from pyllm.errors import ArgumentError
+from pyllm.guard import Guard
 from pyllm.llm import LLM
 from pyllm.session import Session
 
@@ -75,15 +76,22 @@ class Engine:
         self._dense_tokens = n if isinstance(policy, Dense) else 0
         return self._measure(policy, n, lambda: self.session.eval(self.ids[:n]), decode=False)
 
-    def decode(self, policy: Policy, depth: int, n: int) -> Sample:
-        """Evaluates n tokens one by one behind `depth` others, which were evaluated with dense attention."""
+    def decode(self, policy: Policy, depth: int, n: int, guard: Guard | None = None) -> Sample:
+        """Evaluates n tokens one by one behind `depth` others, which were evaluated with dense attention.
+
+        guard: watches over the n tokens only.
+        """
         self._restore(policy, depth)
+        self.session.guard = guard
 
         def steps() -> None:
             for i in range(depth, depth + n):
                 self.session.eval(self.ids[i : i + 1])
 
-        return self._measure(policy, n, steps, decode=True)
+        try:
+            return self._measure(policy, n, steps, decode=True)
+        finally:
+            self.session.guard = None
 
     def _restore(self, policy: Policy, depth: int) -> None:
         kept = max(0, min(self._dense_tokens, depth - 1))
@@ -108,7 +116,8 @@ class Engine:
         layers: NDArray[np.uint64] = spent.layer_counts
         after = session._native.stage_stats()
         stages = self._meter.stages(policy, counters, after, layers, start, n, decode)
-        return Sample(seconds, stages, {k: v for k, v in spent.attention().items() if k != "evaluated"})
+        shown = spent.attention()
+        return Sample(seconds, stages, {k: v for k, v in shown.items() if k not in ("evaluated", "guard")})
 
 
 def _common_sinks(policies: list[Policy]) -> int:

@@ -12,6 +12,7 @@ from pyllm.attention import Policy
 from pyllm.benchmark.engine import Engine, Sample
 from pyllm.benchmark.plan import Plan
 from pyllm.benchmark.stages import mean
+from pyllm.guard import Guard
 
 # Between two measurements: the threads of the one before go to sleep.
 PAUSE_SECONDS = 0.02
@@ -51,6 +52,18 @@ class PolicySubject:
 
     def decode(self, depth: int, n: int) -> Sample:
         return self.engine.decode(self.policy, depth, n)
+
+
+class GuardedSubject(PolicySubject):
+    """In decode under a guard with its default audits and control. It repairs nothing: on random tokens,
+    which are no text, that would measure the repairs.
+    """
+
+    def __post_init__(self) -> None:
+        self.name = f"pyllm {self.policy} guarded"
+
+    def decode(self, depth: int, n: int) -> Sample:
+        return self.engine.decode(self.policy, depth, n, Guard(repair=False))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from pyllm import atomic_file
 from pyllm.attention import Adaptive, Dense, Policy
 from pyllm.benchmark import ceilings, plot, report
 from pyllm.benchmark.engine import Engine
-from pyllm.benchmark.measure import Opens, PolicySubject, Subject, measure, measure_opening
+from pyllm.benchmark.measure import GuardedSubject, Opens, PolicySubject, Subject, measure, measure_opening
 from pyllm.benchmark.peer import Peer
 from pyllm.benchmark.plan import Plan
 from pyllm.cli import options
@@ -56,6 +56,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runs", type=int, default=default.runs, metavar="N", help="of each (default: %(default)s)"
     )
     group.add_argument("--seed", type=int, default=default.seed, help="of the tokens (default: %(default)s)")
+    group.add_argument(
+        "--guard",
+        action="store_true",
+        help="adaptive attention also under a guard, as it is by default",
+    )
     group.add_argument(
         "--peer-python",
         metavar="PATH",
@@ -112,6 +117,8 @@ def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         peers = _open_peers(stack, args.peer_python, engine)
         found = None if args.no_ceilings else ceilings.measure(info.n_threads)
         own = [PolicySubject(engine, policy) for policy in policies]
+        if args.guard:
+            own += [GuardedSubject(engine, policy) for policy in policies if isinstance(policy, Adaptive)]
         subjects: list[Subject] = [*own, *peers]
         holders: list[tuple[str, float, Opens]] = [("pyllm", engine.first_open_seconds, engine)]
         holders += [(peer.name, peer.info["first_open_seconds"], peer) for peer in peers]

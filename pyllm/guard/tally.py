@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -61,8 +63,14 @@ class Tally:
         return replace(self, repairs=self.repairs + 1, repaired_tokens=self.repaired_tokens + n_tokens)
 
     def __sub__(self, before: Tally) -> Tally:
+        return self._with(before, operator.sub)
+
+    def __add__(self, other: Tally) -> Tally:
+        return self._with(other, operator.add)
+
+    def _with(self, other: Tally, combine: Callable[[Any, Any], Any]) -> Tally:
         names = [f.name for f in fields(self)]
-        return Tally(**{name: getattr(self, name) - getattr(before, name) for name in names})
+        return Tally(**{name: combine(getattr(self, name), getattr(other, name)) for name in names})
 
     # ---- what the sums say; None and NaN where nothing was audited ----
 

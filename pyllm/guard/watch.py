@@ -81,6 +81,13 @@ class Watch:
     def control(self) -> Control:
         return self._timeline.control
 
+    def thresholds(self) -> NDArray[np.float32]:
+        """(n_layers, n_heads) under control; of a policy without thresholds 0, as nothing is decided."""
+        found: NDArray[np.float32] | None = self._controller.native(self.control)["thresholds"]
+        if found is None:
+            return np.zeros((self._native.info.n_layers, self._native.info.n_heads), np.float32)
+        return found
+
     @property
     def verified(self) -> int:
         """Tokens behind which nothing will be repaired any more, if nothing is rewound."""

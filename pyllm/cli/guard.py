@@ -1,0 +1,127 @@
+"""`pyllm guard`: a trial of the guard's controller on text."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from pyllm.attention import Adaptive
+from pyllm.cli import options
+from pyllm.cli.terminal import percent, prefill_bar, render
+from pyllm.errors import ArgumentError
+from pyllm.evaluate import texts
+from pyllm.guard import Guard, trial
+from pyllm.guard.bounds import wilson
+from pyllm.llm import LLM
+
+HELP = "Try the guard's controller: does the miss rate reach its target, from any first threshold?"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    guard = Guard()
+    options.add_model_options(parser)
+    group = parser.add_argument_group("trial", "of adaptive attention with a window of 256, or --attention")
+    group.add_argument(
+        "--text", action="append", default=[], metavar="FILE", help="default: Python's reference and library"
+    )
+    group.add_argument("--tokens", type=int, default=20_000, metavar="N", help="default: %(default)s")
+    group.add_argument("--document", type=int, default=4096, metavar="N", help="default: %(default)s tokens")
+    group.add_argument(
+        "--starts",
+        type=thresholds,
+        default=(0.0, 0.9, 2.0),
+        metavar="X,...",
+        help="first thresholds (default: 0,0.9,2: every head local, as usual, every head long)",
+    )
+    group.add_argument("--miss-target", type=float, default=guard.miss_target, help="default: %(default)s")
+    group.add_argument("--audit-rate", type=float, default=guard.audit_rate, help="default: %(default)g")
+    group.add_argument("--seed", type=int, default=0, help="of the excerpts (default: %(default)s)")
+    group.add_argument("--json", action="store_true", help="the numbers as JSON, by layer too")
+
+
+def thresholds(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas; for argparse."""
+    return tuple(float(number) for number in text.split(","))
+
+
+def run(args: argparse.Namespace) -> int:
+    guard = Guard(audit_rate=args.audit_rate, miss_target=args.miss_target, repair=False, seed=args.seed)
+    policy = args.attention or Adaptive(window=256)
+    if not isinstance(policy, Adaptive):
+        raise ArgumentError(
+            f"--attention: the controller moves adaptive attention's thresholds, not {policy}"
+        )
+    policies = [replace(policy, threshold=start) for start in args.starts]
+    llm = options.open_llm(args)
+    least = policy.window + 512
+    if not least <= args.document <= llm.n_ctx:
+        raise ArgumentError(
+            f"--document: expected {least} tokens, for some to lie behind the window, to the context's "
+            f"{llm.n_ctx}, got {args.document}"
+        )
+    tokens = _tokens(llm, args)
+    courses, done = [], 0
+    with prefill_bar("evaluating") as tick:
+
+        def on_tokens(n: int) -> None:
+            nonlocal done
+            done += n
+            tick(done, len(tokens) * len(policies))
+
+        for policy in policies:
+            courses.append(trial.run(llm, tokens, policy, guard, args.document, on_tokens))
+    found = [numbers(course, guard) for course in courses]
+    if args.json:
+        print(json.dumps({"model": llm.name, "tokens": len(tokens), "courses": found}, indent=1))
+    else:
+        target = f"target {100 * guard.miss_target:g} %"
+        print(f"{llm.name}: {len(tokens):,} tokens, at most {args.document:,} to a document, {target}")
+        print(render(table(found)), end="")
+    return 0
+
+
+def _tokens(llm: LLM, args: argparse.Namespace) -> Any:
+    chosen = texts.files(args.text) if args.text else texts.builtin()
+    parts = [texts.excerpt(llm, name, text, args.tokens, args.seed).tokens for name, text in chosen.items()]
+    return trial.mixed(parts, args.tokens)
+
+
+def numbers(course: trial.Course, guard: Guard) -> dict[str, Any]:
+    """Of one course, as the JSON has them. Intervals are of the second half's audits."""
+    early, late = course.half(False), course.half(True)
+    pairs = late.audits * late.missed.size
+    low, high = wilson(late.missed.sum(), pairs)
+    return {
+        "start": course.start,
+        "audits": early.audits + late.audits,
+        "miss_rate_first_half": early.miss_rate,
+        "miss_rate_second_half": late.miss_rate,
+        "interval": [float(low), float(high)],
+        "of_target": late.miss_rate / guard.miss_target if late.miss_rate is not None else None,
+        "heads_local": course.heads_local,
+        "lost_share": late.lost_share,
+        "thresholds": np.round(course.thresholds, 4).tolist(),
+        "layers": np.round(late.miss_rates()[0].mean(axis=1), 5).tolist(),
+    }
+
+
+def table(found: list[dict[str, Any]]) -> Table:
+    columns = ("first threshold", "audits", "misses, first half", "second half", "of target", "heads local")
+    shown = Table(*columns, "threshold", box=None)
+    for row in found:
+        rates = [row[f"miss_rate_{half}_half"] for half in ("first", "second")]
+        low, median, high = (f(row["thresholds"]) for f in (np.min, np.median, np.max))
+        shown.add_row(
+            f"{row['start']:g}",
+            f"{row['audits']:,}",
+            *("–" if rate is None else f"{100 * rate:.2f} %" for rate in rates),
+            "–" if row["of_target"] is None else f"{row['of_target']:.2f}",
+            percent(row["heads_local"]),
+            f"{low:.2f} – {median:.2f} – {high:.2f}",
+        )
+    return shown

@@ -1,0 +1,84 @@
+"""A trial of the controller: the audited miss rate over a long text, from any first threshold."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm.attention import Adaptive
+from pyllm.guard.controller import Control
+from pyllm.guard.settings import Guard
+from pyllm.guard.tally import Tally
+from pyllm.llm import LLM
+from pyllm.stats import Stats
+
+PIECE = 512  # tokens evaluated at once
+STRETCH = 1500  # tokens of one text before the next one follows
+
+
+@dataclass(frozen=True)
+class Course:
+    """From one first threshold. pieces: what happened in every PIECE tokens, in order. thresholds:
+    (n_layers,) at the end.
+    """
+
+    start: float
+    pieces: Sequence[Stats]
+    thresholds: NDArray[np.float32]
+
+    def half(self, second: bool) -> Tally:
+        """What audits found in the first or the second half of the tokens."""
+        middle = len(self.pieces) // 2
+        found = [piece.guard for piece in (self.pieces[middle:] if second else self.pieces[:middle])]
+        return sum_of([tally for tally in found if tally])
+
+    @property
+    def heads_local(self) -> float | None:
+        """Per cent, in the second half."""
+        late = [piece.layer_counts for piece in self.pieces[len(self.pieces) // 2 :]]
+        return replace(self.pieces[-1], layer_counts=np.sum(late, axis=0)).heads_local
+
+
+def sum_of(tallies: Sequence[Tally]) -> Tally:
+    total = tallies[0]
+    for tally in tallies[1:]:
+        total = total + tally
+    return total
+
+
+def mixed(texts: Sequence[NDArray[np.int32]], n_tokens: int) -> NDArray[np.int32]:
+    """At most n_tokens ids (n,) of all texts in turn, STRETCH of one after STRETCH of the other."""
+    longest = max(map(len, texts))
+    parts = [text[at : at + STRETCH] for at in range(0, longest, STRETCH) for text in texts]
+    return np.concatenate(parts)[:n_tokens]
+
+
+def run(
+    llm: LLM,
+    tokens: NDArray[np.int32],
+    policy: Adaptive,
+    guard: Guard,
+    n_ctx: int,
+    on_tokens: Callable[[int], None],
+) -> Course:
+    """Evaluates tokens, cut into equal documents that fit n_ctx; control is handed on from one to the next.
+
+    policy: with one threshold for all heads. on_tokens: called with the number of tokens after every piece.
+    """
+    session = llm.session(n_ctx=n_ctx, attention=policy)
+    pieces: list[Stats] = []
+    control: Control | None = None
+    for document in np.array_split(tokens, -(-len(tokens) // n_ctx)):
+        session.rewind(0)
+        session.guard = replace(guard, start=control)
+        for at in range(0, len(document), PIECE):
+            before = session.stats
+            session.eval(document[at : at + PIECE])
+            pieces.append(session.stats - before)
+            on_tokens(len(document[at : at + PIECE]))
+        assert session.watch
+        control, thresholds = session.watch.control, session.watch.thresholds()
+    return Course(float(np.asarray(policy.threshold)), pieces, thresholds[:, 0])
