@@ -52,12 +52,13 @@ def linear(
     """x (n, cols) times weights (rows, bytes): (n, rows). Without `onto` the output starts as NaN."""
     n, cols = x.shape
     out = np.full((n, rows), np.nan, np.float32) if onto is None else onto.copy()
+    seen = np.empty_like(x)
     err = ffi.new("pyllm_error *")
     data = np.ascontiguousarray(weights).view(np.uint8).reshape(-1)
     check(
         lib.hook_linear(
-            isa.encode(), n_threads, kind.value, ffi.from_buffer(data), rows, cols, floats(x), n,
-            ffi.NULL if bias is None else floats(bias), onto is not None, floats(out), err,
+            b"cpu", isa.encode(), n_threads, kind.value, ffi.from_buffer(data), rows, cols, floats(x), n,
+            ffi.NULL if bias is None else floats(bias), onto is not None, floats(out), floats(seen), err,
         ),
         err,
     )  # fmt: skip
@@ -178,7 +179,8 @@ def test_swiglu(isa: str, seed: int) -> None:
     gate[:4] = [0, -200, 200, np.nan]
     out = np.full_like(gate, np.inf)
     err = ffi.new("pyllm_error *")
-    check(lib.hook_swiglu(isa.encode(), floats(gate), floats(up), floats(out), 80, err), err)
+    arrays = floats(gate), floats(up), 1, 80, floats(out)
+    check(lib.hook_swiglu(b"cpu", isa.encode(), *arrays, ffi.NULL, err), err)
     x = gate.astype(np.float64)
     with np.errstate(over="ignore"):
         exact = x / (1 + np.exp(-x)) * up

@@ -51,6 +51,9 @@ void *cpu_alloc(const backend *be, size_t bytes);
 void cpu_release(const backend *be, void *memory);
 void cpu_copy(const backend *be, void *to, const void *from, size_t bytes);
 int32_t cpu_sync(const backend *be, pyllm_error *err);
+void cpu_begin(const backend *be, int32_t position, int32_t n);
+void cpu_angles(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
+                float *cosine, float *sine);
 void cpu_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
                int32_t n, float *x);
 void cpu_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out);

@@ -1,5 +1,6 @@
 /* Stages that work on one token at a time. */
 #include "cpu.h"
+#include <math.h>
 #include <string.h>
 
 enum { TOKENS_PER_PIECE = 8 };
@@ -8,6 +9,19 @@ static void round_row(const kernels *k, activation *a, int32_t row) {
   int64_t cols = a->cols;
   k->quantize(a->values + row * cols, a->cols, a->q.planes + row * cols * 2, a->q.scale + row * (cols / ACT_GROUP),
               a->q.sum + row * (cols / ACT_HALF), a->q.product + row * (cols / ACT_HALF));
+}
+
+void cpu_begin(const backend *be, int32_t position, int32_t n) { (void)be, (void)position, (void)n; }
+
+void cpu_angles(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
+                float *cosine, float *sine) {
+  (void)be;
+  for (int32_t t = 0; t < n; t++)
+    for (int32_t i = 0; i < half; i++) {
+      double angle = (position + t) * frequency[i];
+      cosine[t * half + i] = (float)cos(angle) * mscale;
+      sine[t * half + i] = (float)sin(angle) * mscale;
+    }
 }
 
 typedef struct embed_run {

@@ -40,16 +40,20 @@ int32_t info(int32_t number, pyllm_device_info *out, pyllm_error *err) {
 
 void close(void *opened) {
   device *d = (device *)opened;
+  cudaSetDevice(d->number);
   if (d->queue.stream) cudaStreamDestroy(d->queue.stream);
+  cudaFree(d->step);
+  cudaFreeHost(d->staging);
   delete d;
 }
 
 int32_t open(int32_t number, void **opened, pyllm_error *err) {
   int32_t status = use(number, err);
   if (status) return status;
-  device *d = new (std::nothrow) device{{nullptr, cudaSuccess}, number};
+  device *d = new (std::nothrow) device{{nullptr, cudaSuccess}, number, nullptr, nullptr, 0};
   if (!d) return fail(err, PYLLM_ERR_MEMORY, "memory for device cuda:%d was refused", number);
   cudaError_t error = cudaStreamCreateWithFlags(&d->queue.stream, cudaStreamNonBlocking);
+  if (!error) error = cudaMalloc((void **)&d->step, sizeof *d->step);
   if (error) {
     close(d);
     return cuda_fail(err, error, "CUDA cannot be used");
@@ -103,14 +107,60 @@ int32_t sync(const backend *be, pyllm_error *err) {
 }
 } // namespace
 
+enum { EMBEDDINGS = 64 }; /* where they begin in the staging memory */
+
+/* Staging memory for n * cols embeddings; only while the GPU does not read what is there. */
+static bool need_staging(device *d, size_t floats) {
+  size_t bytes = EMBEDDINGS + floats * sizeof(float);
+  if (d->queue.error) return false;
+  if (bytes <= d->staging_bytes) return true;
+  cudaFreeHost(d->staging);
+  d->staging = nullptr;
+  d->staging_bytes = 0;
+  check(&d->queue, cudaHostAlloc((void **)&d->staging, bytes, 0));
+  if (!d->queue.error) d->staging_bytes = bytes;
+  return !d->queue.error;
+}
+
+static void from_staging(device *d, void *to, size_t offset, size_t bytes) {
+  check(&d->queue, cudaMemcpyAsync(to, d->staging + offset, bytes, cudaMemcpyHostToDevice, d->queue.stream));
+}
+
+void cuda_begin(const backend *be, int32_t position, int32_t n) {
+  device *d = (device *)be->device;
+  queue *q = begin(be);
+  if (!q->error) check(q, cudaStreamSynchronize(q->stream)); /* the last batch has been read from the staging memory */
+  if (!need_staging(d, 0)) return;
+  step now = {position, n};
+  memcpy(d->staging, &now, sizeof now);
+  from_staging(d, d->step, 0, sizeof now);
+}
+
+/* The table stays in the file's mapping: what a batch needs of it is less than it is large. */
+void cuda_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
+                int32_t n, float *x) {
+  device *d = (device *)be->device;
+  size_t floats = (size_t)n * (size_t)cols;
+  if (EMBEDDINGS + floats * sizeof(float) > d->staging_bytes) sync(be, nullptr);
+  if (!need_staging(d, floats)) return;
+  be->cpu->embed(be, type, table, cols, tokens, n, (float *)(d->staging + EMBEDDINGS));
+  from_staging(d, x, EMBEDDINGS, floats * sizeof(float));
+}
+
 static const ops cuda_ops = {
     .name = "cuda",
+    .on_host = false,
     .alloc = alloc,
     .release = release,
     .write = write,
     .read = read,
     .sync = sync,
+    .begin = cuda_begin,
+    .embed = cuda_embed,
     .norm = cuda_norm,
+    .linear = cuda_linear,
+    .angles = cuda_angles,
+    .swiglu = cuda_swiglu,
 };
 
 extern "C" __attribute__((visibility("default"))) const cuda_library *pyllm_cuda(void) {

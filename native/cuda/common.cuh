@@ -87,7 +87,7 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
-/* Of one value per thread, for all threads. blockDim.x: a multiple of 32. partial: (32) shared floats. Contains barriers. */
+/* Of one value per thread, for all threads. blockDim.x: a multiple of 32. partial: (32) shared floats. Contain barriers. */
 __device__ inline float block_sum(float x, float *partial) {
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
   x = warp_sum(x);
@@ -95,6 +95,16 @@ __device__ inline float block_sum(float x, float *partial) {
   __syncthreads();
   x = warp_sum(lane < warps ? partial[lane] : 0.0f);
   __syncthreads(); /* partial may be used again */
+  return x;
+}
+
+__device__ inline float block_max(float x, float *partial) {
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
+  x = warp_max(x);
+  if (lane == 0) partial[warp] = x;
+  __syncthreads();
+  x = warp_max(lane < warps ? partial[lane] : partial[0]);
+  __syncthreads();
   return x;
 }
 

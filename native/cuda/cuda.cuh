@@ -8,13 +8,37 @@ extern "C" {
 }
 #include <float.h>
 
+/* The batch that the stages work on, in the GPU's memory: kernels that run again from a graph read it there. */
+struct step {
+  int32_t position, n;
+};
+
 /* backend.device: what belongs to one opened model. */
 struct device {
   struct queue queue;
   int32_t number; /* of the GPU */
+  struct step *step;
+  unsigned char
+      *staging; /* (staging_bytes) of the host's memory that the GPU copies from: a step, behind it embeddings */
+  size_t staging_bytes;
 };
 
-inline queue *queue_of(const backend *be) { return &((device *)be->device)->queue; }
+/* Up to this many tokens, activations are rounded to 16 bits as on the CPU, for products with bytes. More tokens go
+ * through the matrix units as halves: quantized.planes then holds (n, cols) halves x / scale, and quantized.scale one
+ * power of two per token, so that nothing overflows. Halves round at 11 bits, which costs no more than the 0.0001 nats
+ * that docs/performance.md gives for them. All stages of a batch see the same n. */
+enum { FEW_TOKENS = 4 };
+inline bool few_tokens(int32_t n) { return n <= FEW_TOKENS; }
 
+inline queue *queue_of(const backend *be) { return &((device *)be->device)->queue; }
+inline const step *step_of(const backend *be) { return ((device *)be->device)->step; }
+
+void cuda_begin(const backend *be, int32_t position, int32_t n);
+void cuda_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
+                int32_t n, float *x);
+void cuda_angles(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
+                 float *cosine, float *sine);
+void cuda_linear(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs);
+void cuda_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
 void cuda_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out);
 #endif

@@ -1,9 +1,10 @@
-/* Rounding of activations to 16 bits in two planes, as on the CPU (kernels.h). */
+/* Activations as the linear stage wants them: see FEW_TOKENS in cuda.cuh. */
 #ifndef PYLLM_CUDA_ROWS_CUH
 #define PYLLM_CUDA_ROWS_CUH
 #include "cuda.cuh"
 
-/* One warp: group `g` of 32 columns of a row whose values are written, one column per lane. */
+/* One warp: group `g` of 32 columns of a row whose values are written, one column per lane, to 16 bits in two planes as on
+ * the CPU (kernels.h). */
 __device__ inline void round_group(const activation &a, int64_t row, int32_t g) {
   int lane = threadIdx.x % WARP;
   float x = a.values[row * a.cols + g * ACT_GROUP + lane];
@@ -23,5 +24,33 @@ __device__ inline void round_group(const activation &a, int64_t row, int32_t g) 
     a.q.sum[half] = sum;
     a.q.product[half] = scale * (float)sum;
   }
+}
+
+/* The power of two at or below x; NaN where x is no finite number, and nothing smaller than what has an inverse. */
+__device__ inline float power_of_two(float x) {
+  if (!(x <= FLT_MAX)) return x - x;
+  uint32_t exponent = __float_as_uint(fmaxf(x, FLT_MIN)) & 0x7f800000u;
+  return __uint_as_float(exponent);
+}
+
+/* The whole block: row `row`, whose values the block has written, in the form for n tokens; nothing unless `rounded`.
+ * partial: (32) shared floats. cols % 32 == 0. Contains barriers. */
+__device__ inline void round_row(const activation &a, int64_t row, int32_t n, bool rounded, float *partial) {
+  if (!rounded) return;
+  __syncthreads();
+  if (n <= FEW_TOKENS) {
+    for (int32_t g = threadIdx.x / WARP; g < a.cols / ACT_GROUP; g += blockDim.x / WARP) round_group(a, row, g);
+    return;
+  }
+  const float *values = a.values + row * a.cols;
+  uint16_t *halves = (uint16_t *)a.q.planes + row * a.cols;
+  float top = 0, poison = 0;
+  for (int32_t i = threadIdx.x; i < a.cols; i += blockDim.x) {
+    top = fmaxf(top, fabsf(values[i]));
+    poison += values[i] * 0.0f;
+  }
+  float scale = power_of_two(block_max(top, partial) + block_sum(poison, partial));
+  for (int32_t i = threadIdx.x; i < a.cols; i += blockDim.x) halves[i] = float_to_half(values[i] / scale);
+  if (threadIdx.x == 0) a.q.scale[row] = scale;
 }
 #endif

@@ -34,7 +34,7 @@ int32_t backend_open(const char *device, int32_t n_threads, const char *isa, bac
   if (!k)
     return fail(err, PYLLM_ERR_UNSUPPORTED, "instruction set '%.16s' is not available here; this processor runs %s",
                 isa, kernels_available());
-  *out = (backend){&cpu_ops, pool_new(n_threads), k, NULL};
+  *out = (backend){&cpu_ops, pool_new(n_threads), k, NULL, &cpu_ops};
   if (!out->pool) return fail(err, PYLLM_ERR_MEMORY, "%d threads refused", n_threads);
   if (!device || strcmp(device, "cpu") == 0) return PYLLM_OK;
   int32_t status = open_cuda(device, out, err);
@@ -46,6 +46,27 @@ void backend_close(backend *be) {
   if (be->device) load_cuda(NULL)->close(be->device);
   pool_free(be->pool);
   *be = (backend){0};
+}
+
+void *backend_copy(const backend *be, const void *data, size_t bytes) {
+  void *memory = be->ops->alloc(be, bytes);
+  if (memory) be->ops->write(be, memory, data, bytes);
+  return memory;
+}
+
+int32_t backend_place(const backend *be, matrix *m, const char *where, pyllm_error *err) {
+  if (be->ops->on_host) return PYLLM_OK;
+  size_t bytes = (size_t)tiles_of_rows(m->rows) * m->tile_bytes;
+  unsigned char *host = m->data;
+  m->data = backend_copy(be, host, bytes);
+  free(host);
+  if (m->data) return be->ops->sync(be, err);
+  return fail(err, PYLLM_ERR_MEMORY, "%s: %zu bytes of the GPU's memory refused", where, bytes);
+}
+
+void backend_free_matrix(const backend *be, matrix *m) {
+  if (be->ops->on_host) pack_free(m);
+  else be->ops->release(be, m->data);
 }
 
 int32_t pyllm_device_get_info(const char *device, pyllm_device_info *out, pyllm_error *err) {

@@ -8,6 +8,12 @@
 int32_t backend_open(const char *device, int32_t n_threads, const char *isa, backend *out, pyllm_error *err);
 void backend_close(backend *be);
 
+/* Moves what is in the host's memory into the backend's: a copy of `bytes`, or NULL when memory is refused; a packed
+ * matrix, for messages called `where`. */
+void *backend_copy(const backend *be, const void *data, size_t bytes);
+int32_t backend_place(const backend *be, matrix *m, const char *where, pyllm_error *err);
+void backend_free_matrix(const backend *be, matrix *m);
+
 /* What the CUDA library offers through its one exported function, `const cuda_library *pyllm_cuda(void)`. */
 typedef struct cuda_library {
   uint32_t interface; /* CUDA_INTERFACE: a checksum of the headers, so that libraries of two builds never meet */

@@ -1,7 +1,6 @@
 /* The transformer, once: prefill and decode, every architecture, every policy, over the stages of ops.h. */
 #include "session.h"
 #include "error.h"
-#include <math.h>
 
 static uint64_t matrix_bytes(const matrix *w) { return (uint64_t)tiles_of_rows(w->rows) * w->tile_bytes; }
 
@@ -75,15 +74,20 @@ static void layer(pyllm_session *s, int32_t i, int32_t n, const batch_record *re
   linear(s, STAGE_DOWN, &b->hidden, n, &down, 1);
 }
 
-static void rope_angles(pyllm_session *s, int32_t n) {
-  const config *c = &s->model->config;
-  int32_t half = c->n_rot / 2;
-  for (int32_t t = 0; t < n; t++)
-    for (int32_t i = 0; i < half; i++) {
-      double angle = (s->position + t) * s->model->rope_frequency[i];
-      s->buffers.cosine[t * half + i] = (float)cos(angle) * c->rope_mscale;
-      s->buffers.sine[t * half + i] = (float)sin(angle) * c->rope_mscale;
-    }
+/* Logits of the batch's tokens [first, n) into out (n - first, n_vocab), which is the host's. */
+static void logits_of(pyllm_session *s, int32_t first, int32_t n, float *out) {
+  const pyllm_model *m = s->model;
+  const backend *be = &m->backend;
+  int32_t at_once = be->ops->on_host ? n - first : LOGITS_AT_ONCE;
+  for (int32_t t = first; t < n; t += at_once) {
+    int32_t rows = n - t < at_once ? n - t : at_once;
+    float *to = out + (int64_t)(t - first) * m->config.n_vocab;
+    norm(s, s->buffers.x + (int64_t)t * m->config.dim, m->output_norm, rows, m->output.quantized);
+    linear_job output = {&m->output, NULL, false, be->ops->on_host ? to : s->buffers.logits};
+    linear(s, STAGE_LOGITS, &s->buffers.normed, rows, &output, 1);
+    if (!be->ops->on_host)
+      be->ops->read(be, to, s->buffers.logits, (size_t)rows * (size_t)m->config.n_vocab * sizeof *to);
+  }
 }
 
 static int32_t check_logits(const pyllm_session *s, const float *logits, int32_t n_logits, pyllm_error *err) {
@@ -101,8 +105,10 @@ int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logit
   const backend *be = &m->backend;
   batch_buffers *b = &s->buffers;
   trace_begin(&s->trace);
+  be->ops->begin(be, s->position, n);
   be->ops->embed(be, m->embedding_type, m->embedding->data, m->config.dim, tokens, n, b->x);
-  rope_angles(s, n);
+  be->ops->angles(be, m->rope_frequency, m->config.n_rot / 2, m->config.rope_mscale, s->position, n, b->cosine,
+                  b->sine);
   attention_plan(&s->attention, s->policy.n_window, s->position, n);
   trace_lap(&s->trace, STAGE_EMBED, 0);
   for (int32_t i = 0; i < m->config.n_layers; i++) {
@@ -111,10 +117,9 @@ int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logit
     layer(s, i, n, record);
   }
   if (n_logits > 0) {
-    norm(s, b->x + (int64_t)(n - n_logits) * m->config.dim, m->output_norm, n_logits, m->output.quantized);
-    linear_job output = {&m->output, NULL, false, logits};
-    linear(s, STAGE_LOGITS, &b->normed, n_logits, &output, 1);
-    int32_t status = check_logits(s, logits, n_logits, err);
+    logits_of(s, n - n_logits, n, logits);
+    int32_t status = be->ops->sync(be, err);
+    if (!status) status = check_logits(s, logits, n_logits, err);
     if (status) return status;
   }
   for (int32_t i = 0; i < n; i++) s->tokens[s->position + i] = tokens[i];

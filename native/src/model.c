@@ -46,26 +46,28 @@ static void bind_matrix(binder *b, const char *name, int32_t rows, int32_t cols,
   snprintf(where, sizeof where, "%s: tensor %s", gguf_part_path(b->model->file, t->part), name);
   const quant_type *type = quant_find(t->type);
   b->status = pack(b->model->backend.pool, type, t->data, rows, cols, where, out, b->err);
+  if (!b->status) b->status = backend_place(&b->model->backend, out, where, b->err);
   if (b->status) return;
   count(b->model, t, pack_bytes(type, rows, cols));
   gguf_release_pages(b->model->file, t);
 }
 
-/* A small vector as floats: NULL where it is absent and not required. */
+/* A small vector as floats in the backend's memory: NULL where it is absent and not required. */
 static float *bind_vector(binder *b, const char *name, int32_t n, bool required) {
   const pyllm_tensor *t = find_tensor(b, name, required);
   if (!t || !check_shape(b, t, name, 1, n)) return NULL;
-  float *v = malloc((size_t)n * sizeof *v);
+  float *host = malloc((size_t)n * sizeof *host), *v = NULL;
   const char *path = gguf_part_path(b->model->file, t->part);
-  if (!v) {
-    b->status = fail(b->err, PYLLM_ERR_MEMORY, "%s: tensor %s: memory refused", path, name);
-    return NULL;
+  if (host) {
+    quant_dequantize(quant_find(t->type), t->data, host, n);
+    for (int32_t i = 0; i < n && !b->status; i++)
+      if (!isfinite(host[i]))
+        b->status = fail(b->err, PYLLM_ERR_NUMERIC, "%s: tensor %s holds NaN or infinity at %d", path, name, i);
+    v = backend_copy(&b->model->backend, host, (size_t)n * sizeof *host);
   }
-  quant_dequantize(quant_find(t->type), t->data, v, n);
-  for (int32_t i = 0; i < n && !b->status; i++)
-    if (!isfinite(v[i]))
-      b->status = fail(b->err, PYLLM_ERR_NUMERIC, "%s: tensor %s holds NaN or infinity at %d", path, name, i);
-  count(b->model, t, (uint64_t)n * sizeof *v);
+  free(host);
+  if (!v) b->status = fail(b->err, PYLLM_ERR_MEMORY, "%s: tensor %s: memory refused", path, name);
+  else count(b->model, t, (uint64_t)n * sizeof *v);
   return v; /* owned by the model even when status is set: closing frees it */
 }
 
@@ -129,6 +131,15 @@ static void bind_output(binder *b) {
   if (!tied && m->embedding) count(m, m->embedding, 0);
 }
 
+static int32_t bind_rope(pyllm_model *m, pyllm_error *err) {
+  double *frequency = NULL;
+  int32_t status = config_rope(m->file, &m->config, &frequency, err);
+  if (status) return status;
+  m->rope_frequency = backend_copy(&m->backend, frequency, (size_t)(m->config.n_rot / 2) * sizeof *frequency);
+  free(frequency);
+  return m->rope_frequency ? PYLLM_OK : fail(err, PYLLM_ERR_MEMORY, "%s: RoPE table refused", gguf_path(m->file));
+}
+
 static int32_t bind_weights(pyllm_model *m, pyllm_error *err) {
   binder b = {m, err, PYLLM_OK};
   m->layers = calloc((size_t)m->config.n_layers, sizeof *m->layers);
@@ -153,8 +164,8 @@ int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *param
   m->file = file;
   gguf_hold(file);
   int32_t status = config_read(file, &m->config, err);
-  if (!status) status = config_rope(file, &m->config, &m->rope_frequency, err);
   if (!status) status = backend_open(params->device, params->n_threads, params->isa, &m->backend, err);
+  if (!status) status = bind_rope(m, err);
   if (!status) status = bind_weights(m, err);
   if (status) {
     pyllm_model_close(m);
@@ -164,23 +175,26 @@ int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *param
   return PYLLM_OK;
 }
 
-static void free_layer(layer_weights *w) {
+static void free_layer(const backend *be, layer_weights *w) {
   float *vectors[] = {w->attn_norm, w->bq, w->bk, w->bv, w->q_norm, w->k_norm, w->ffn_norm};
   matrix *matrices[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->gate, &w->up, &w->down};
-  for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) free(vectors[i]);
-  for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) pack_free(matrices[i]);
+  for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) be->ops->release(be, vectors[i]);
+  for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) backend_free_matrix(be, matrices[i]);
 }
 
 void model_hold(const pyllm_model *m) { ((pyllm_model *)m)->n_holders++; }
 
 void pyllm_model_close(pyllm_model *m) {
   if (!m || --m->n_holders > 0) return;
-  for (int32_t i = 0; m->layers && i < m->config.n_layers; i++) free_layer(&m->layers[i]);
+  const backend *be = &m->backend;
+  for (int32_t i = 0; m->layers && i < m->config.n_layers; i++) free_layer(be, &m->layers[i]);
   free(m->layers);
-  free(m->output_norm);
-  pack_free(&m->output);
-  free(m->rope_frequency);
-  backend_close(&m->backend);
+  if (be->ops) {
+    be->ops->release(be, m->output_norm);
+    be->ops->release(be, m->rope_frequency);
+    backend_free_matrix(be, &m->output);
+    backend_close(&m->backend);
+  }
   pyllm_file_close((pyllm_file *)m->file);
   free(m);
 }

@@ -32,7 +32,7 @@ struct pyllm_model {
   _Atomic int32_t n_holders;
   config config;
   backend backend;
-  double *rope_frequency;        /* (n_rot / 2) radians per position */
+  double *rope_frequency;        /* (n_rot / 2) radians per position; like all weights in the backend's memory */
   const pyllm_tensor *embedding; /* (n_vocab, dim), read from the mapping */
   const quant_type *embedding_type;
   layer_weights *layers; /* (n_layers) */

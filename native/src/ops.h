@@ -13,10 +13,11 @@ struct kernels;
 typedef struct ops ops;
 
 typedef struct backend {
-  const ops *ops;
+  const struct ops *ops;
   struct pool *pool;
   const struct kernels *kernels;
-  void *device; /* of a GPU: cuda.cuh's; NULL on the CPU */
+  void *device;          /* of a GPU: cuda.cuh's; NULL on the CPU */
+  const struct ops *cpu; /* the CPU's table, for what a GPU leaves to the host */
 } backend;
 
 /* A stage's result on its way into matrices: as floats, and rounded to 16 bits for quantized weights. */
@@ -73,6 +74,7 @@ typedef struct rope_job {
 
 struct ops {
   const char *name;
+  bool on_host; /* the backend's memory is the host's */
   /* The backend's memory, which holds everything that stages read or write but where a stage says otherwise. alloc:
    * zeroed, aligned to 64 bytes, NULL when refused. write and read copy from and to the host's memory; both return when
    * that is done, after all stages called before. What goes wrong on the way, sync tells. */
@@ -88,13 +90,18 @@ struct ops {
   /* Bytes of one page of a key sketch. */
   uint64_t (*sketch_bytes)(int32_t bits, int32_t head_dim);
   uint64_t (*scratch_bytes)(int32_t n_threads, const attention_shape *shape);
-  /* x (n, cols) = rows `tokens` of a table in file format. Reads n rows. */
+  /* A batch of n tokens from `position` on: what all stages after it work on. */
+  void (*begin)(const backend *be, int32_t position, int32_t n);
+  /* x (n, cols) = rows `tokens` of a table in file format. table and tokens are the host's. Reads n rows. */
   void (*embed)(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
                 int32_t n, float *x);
   /* out = RMS norm of x (n, out->cols) with weight w; both forms where `rounded`. */
   void (*norm)(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out);
   /* Several matrices on one input. Reads each weight once per batch (decode) or per 128 tokens (prefill). */
   void (*linear)(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs);
+  /* cosine, sine (n, half) = mscale times those of position * frequency (half), of the batch's positions. */
+  void (*angles)(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
+                 float *cosine, float *sine);
   /* Query/key norms, RoPE, and the batch's keys and values into their KV blocks. Writes n * 4 * kv width bytes. */
   void (*rope_store)(const backend *be, const rope_job *job, int32_t n, layer_cache *cache);
   /* Softmax over the batch's local ranges: state, out and local_mass of every row. Reads the window's blocks. */

@@ -23,6 +23,8 @@ static attention_shape shape_of(const config *c, int32_t n_batch, int32_t n_ctx,
   return (attention_shape){n_batch, n_ctx, c->n_heads, c->n_kv_heads, c->head_dim, n_sink, c->attention_scale};
 }
 
+static int32_t logit_rows(int32_t n_batch) { return n_batch < LOGITS_AT_ONCE ? n_batch : LOGITS_AT_ONCE; }
+
 static uint64_t activation_bytes(uint64_t cols) { return cols * 6 + cols / ACT_GROUP * 4 + cols / ACT_HALF * 8; }
 
 int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_params *p, pyllm_session_memory *out,
@@ -40,52 +42,51 @@ int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_pa
   out->kv_bytes = (uint64_t)c->n_layers * layer_kv_bytes(c, p->n_ctx, p->n_sink);
   out->moment_bytes = (uint64_t)c->n_layers * (uint64_t)c->n_kv_heads * moment_floats(c) * sizeof(float);
   out->scratch_bytes = (uint64_t)p->n_batch * per_token + attention_bytes(&shape) +
-                       be->ops->scratch_bytes(pool_size(be->pool), &shape) + (uint64_t)p->n_ctx * 4;
+                       be->ops->scratch_bytes(pool_size(be->pool), &shape) + (uint64_t)p->n_ctx * 4 +
+                       (be->ops->on_host ? 0 : (uint64_t)logit_rows(p->n_batch) * (uint64_t)c->n_vocab * 4);
   return PYLLM_OK;
 }
 
-static bool new_activation(activation *a, int32_t n, int32_t cols) {
+static bool new_activation(const backend *be, activation *a, int32_t n, int32_t cols) {
   size_t rows = (size_t)n, width = (size_t)cols;
   a->cols = cols;
-  a->values = malloc(rows * width * sizeof(float));
-  a->q.planes = malloc(rows * width * 2);
-  a->q.scale = malloc(rows * (width / ACT_GROUP + 1) * sizeof(float));
-  a->q.sum = malloc(rows * (width / ACT_HALF + 1) * sizeof(int32_t));
-  a->q.product = malloc(rows * (width / ACT_HALF + 1) * sizeof(float));
+  a->values = be->ops->alloc(be, rows * width * sizeof(float));
+  a->q.planes = be->ops->alloc(be, rows * width * 2);
+  a->q.scale = be->ops->alloc(be, rows * (width / ACT_GROUP + 1) * sizeof(float));
+  a->q.sum = be->ops->alloc(be, rows * (width / ACT_HALF + 1) * sizeof(int32_t));
+  a->q.product = be->ops->alloc(be, rows * (width / ACT_HALF + 1) * sizeof(float));
   return a->values && a->q.planes && a->q.scale && a->q.sum && a->q.product;
 }
 
-static void free_activation(activation *a) {
-  free(a->values);
-  free(a->q.planes);
-  free(a->q.scale);
-  free(a->q.sum);
-  free(a->q.product);
+static void free_activation(const backend *be, activation *a) {
+  void *parts[] = {a->values, a->q.planes, a->q.scale, a->q.sum, a->q.product};
+  for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) be->ops->release(be, parts[i]);
 }
 
-static bool new_buffers(batch_buffers *b, const config *c, int32_t n) {
-  size_t rows = (size_t)n, q_width = (size_t)(c->n_heads * c->head_dim),
-         kv_width = (size_t)(c->n_kv_heads * c->head_dim);
-  b->x = malloc(rows * (size_t)c->dim * sizeof(float));
-  b->q = malloc(rows * q_width * sizeof(float));
-  b->k = malloc(rows * kv_width * sizeof(float));
-  b->v = malloc(rows * kv_width * sizeof(float));
-  b->gate = malloc(rows * (size_t)c->n_ff * sizeof(float));
-  b->up = malloc(rows * (size_t)c->n_ff * sizeof(float));
-  b->cosine = malloc(rows * (size_t)(c->n_rot / 2) * sizeof(float));
-  b->sine = malloc(rows * (size_t)(c->n_rot / 2) * sizeof(float));
-  bool ok = new_activation(&b->normed, n, c->dim);
-  ok &= new_activation(&b->attended, n, (int32_t)q_width);
-  ok &= new_activation(&b->hidden, n, c->n_ff);
-  return ok && b->x && b->q && b->k && b->v && b->gate && b->up && b->cosine && b->sine;
+static bool new_buffers(const backend *be, batch_buffers *b, const config *c, int32_t n) {
+  int32_t q_width = c->n_heads * c->head_dim, kv_width = c->n_kv_heads * c->head_dim;
+  struct {
+    float **at;
+    int32_t width;
+  } plain[] = {{&b->x, c->dim},     {&b->q, q_width},  {&b->k, kv_width},          {&b->v, kv_width},
+               {&b->gate, c->n_ff}, {&b->up, c->n_ff}, {&b->cosine, c->n_rot / 2}, {&b->sine, c->n_rot / 2}};
+  bool ok = true;
+  for (size_t i = 0; i < sizeof plain / sizeof *plain; i++)
+    ok &= (*plain[i].at = be->ops->alloc(be, (size_t)n * (size_t)plain[i].width * sizeof(float))) != NULL;
+  if (!be->ops->on_host)
+    ok &= (b->logits = be->ops->alloc(be, (size_t)logit_rows(n) * (size_t)c->n_vocab * sizeof(float))) != NULL;
+  ok &= new_activation(be, &b->normed, n, c->dim);
+  ok &= new_activation(be, &b->attended, n, q_width);
+  ok &= new_activation(be, &b->hidden, n, c->n_ff);
+  return ok;
 }
 
-static void free_buffers(batch_buffers *b) {
-  float *plain[] = {b->x, b->q, b->k, b->v, b->gate, b->up, b->cosine, b->sine};
-  for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) free(plain[i]);
-  free_activation(&b->normed);
-  free_activation(&b->attended);
-  free_activation(&b->hidden);
+static void free_buffers(const backend *be, batch_buffers *b) {
+  float *plain[] = {b->x, b->q, b->k, b->v, b->gate, b->up, b->cosine, b->sine, b->logits};
+  for (size_t i = 0; i < sizeof plain / sizeof *plain; i++) be->ops->release(be, plain[i]);
+  free_activation(be, &b->normed);
+  free_activation(be, &b->attended);
+  free_activation(be, &b->hidden);
 }
 
 static bool new_layer(layer_cache *l, const config *c, int32_t n_ctx, int32_t n_sink) {
@@ -121,7 +122,7 @@ static bool allocate(pyllm_session *s) {
     if (!new_layer(&s->layers[i], c, s->n_ctx, s->n_sink)) return false;
   attention_shape shape = shape_of(c, s->n_batch, s->n_ctx, s->n_sink);
   bool ok = attention_new(&s->attention, &shape);
-  ok &= new_buffers(&s->buffers, c, s->n_batch);
+  ok &= new_buffers(&s->model->backend, &s->buffers, c, s->n_batch);
   s->attention.q = s->buffers.q;
   s->attention.backend_scratch = s->model->backend.ops->scratch_new(&s->model->backend, &shape);
   return ok && s->attention.backend_scratch;
@@ -159,7 +160,7 @@ void pyllm_session_close(pyllm_session *s) {
     free_layer_cache(&s->layers[i], &s->model->config);
   s->model->backend.ops->scratch_free(s->attention.backend_scratch);
   attention_free(&s->attention);
-  free_buffers(&s->buffers);
+  free_buffers(&s->model->backend, &s->buffers);
   free(s->policy.thresholds);
   free(s->policy.static_local);
   free(s->layers);

@@ -6,7 +6,9 @@
 #include "trace.h"
 #include <stdatomic.h>
 
-/* Activations of one batch; all owned by the session. */
+enum { LOGITS_AT_ONCE = 64 };
+
+/* Activations of one batch, in the backend's memory; all owned by the session. */
 typedef struct batch_buffers {
   float *x;             /* (n_batch, dim) the residual stream */
   activation normed;    /* (n_batch, dim) */
@@ -15,6 +17,7 @@ typedef struct batch_buffers {
   float *gate, *up;     /* (n_batch, n_ff) */
   activation hidden;    /* (n_batch, n_ff) */
   float *cosine, *sine; /* (n_batch, n_rot / 2) of the batch's positions */
+  float *logits;        /* (min(n_batch, LOGITS_AT_ONCE), n_vocab) on their way to the host; NULL where memory is its */
 } batch_buffers;
 
 struct pyllm_session {

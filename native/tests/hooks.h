@@ -31,25 +31,33 @@ void hook_f16_to_f32(const uint16_t *x, float *out, int64_t n);
 void hook_bf16_to_f32(const uint16_t *x, float *out, int64_t n);
 void hook_f32_to_f16(const float *x, uint16_t *out, int64_t n);
 
-/* ---- the CPU backend, on arrays; isa NULL for the best ---- */
+/* ---- stages of any backend: device as in pyllm_model_params; arrays are the host's ---- */
+
+/* out: (n, cols) the norm of x (n, cols) with weight w (cols); rounded: the same as quantized weights see it, NULL where
+ * cols is no multiple of 32. */
+int32_t hook_norm(const char *device, const char *isa, const float *x, const float *w, float eps, int32_t n,
+                  int32_t cols, float *out, float *rounded, pyllm_error *err);
+
+/* gate, up, out: (n, cols), cols a multiple of 16; rounded as for hook_norm. */
+int32_t hook_swiglu(const char *device, const char *isa, const float *gate, const float *up, int32_t n, int32_t cols,
+                    float *out, float *rounded, pyllm_error *err);
 
 /* out (n, rows) = (add ? out : 0) + x (n, cols) W^T + bias; weights: rows of cols values in the type's blocks; bias
- * (rows) or NULL. Goes through pack, the rounding of activations and the linear stage. */
-int32_t hook_linear(const char *isa, int32_t n_threads, int32_t type, const void *weights, int32_t rows, int32_t cols,
-                    const float *x, int32_t n, const float *bias, int32_t add, float *out, pyllm_error *err);
+ * (rows) or NULL. Goes through pack, the rounding of activations and the linear stage. seen: (n, cols) x as the weights
+ * see it. */
+int32_t hook_linear(const char *device, const char *isa, int32_t n_threads, int32_t type, const void *weights,
+                    int32_t rows, int32_t cols, const float *x, int32_t n, const float *bias, int32_t add, float *out,
+                    float *seen, pyllm_error *err);
+
+/* x (n, cols): rows `tokens` of a table (n_rows, cols) of a type; cosine, sine (n, half) of positions from `position` on. */
+int32_t hook_begin(const char *device, const char *isa, int32_t type, const void *table, int32_t cols,
+                   const int32_t *tokens, int32_t n, int32_t position, const double *frequency, int32_t half,
+                   float mscale, float *x, float *cosine, float *sine, pyllm_error *err);
+
+/* ---- the CPU backend, on arrays; isa NULL for the best ---- */
 
 /* x: (n), n a multiple of 32; out: what the rounding of activations makes of it. */
 int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyllm_error *err);
-
-/* ---- stages of any backend: device as in pyllm_model_params; arrays are the host's ---- */
-
-/* values: (n, cols) the norm of x (n, cols) with weight w (cols); rounded: the same after the rounding of activations,
- * NULL where cols is no multiple of 32. */
-int32_t hook_norm(const char *device, const char *isa, const float *x, const float *w, float eps, int32_t n,
-                  int32_t cols, float *values, float *rounded, pyllm_error *err);
-
-/* gate, up, out: (n), n a multiple of 16. */
-int32_t hook_swiglu(const char *isa, const float *gate, const float *up, float *out, int32_t n, pyllm_error *err);
 
 /* Moments of the pages of one head's keys k (64 n_pages, head_dim), folded one page after another, at every page
  * boundary: mean (n_pages, head_dim), cov (n_pages, head_dim, head_dim). */

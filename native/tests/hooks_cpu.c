@@ -7,13 +7,11 @@
 #include <string.h>
 
 static int32_t open_backend(const char *isa, int32_t n_threads, backend *be, pyllm_error *err) {
-  *be = (backend){&cpu_ops, NULL, kernels_find(isa), NULL};
+  *be = (backend){&cpu_ops, NULL, kernels_find(isa), NULL, &cpu_ops};
   if (!be->kernels) return fail(err, PYLLM_ERR_UNSUPPORTED, "no %s here: %s", isa, kernels_available());
   be->pool = pool_new(n_threads);
   return be->pool ? PYLLM_OK : fail(err, PYLLM_ERR_MEMORY, "threads refused");
 }
-
-static void *buffer(size_t bytes) { return malloc(bytes ? bytes : 1); }
 
 int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyllm_error *err) {
   const kernels *k = kernels_find(isa);
@@ -27,40 +25,6 @@ int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyl
       out[i + j] = scale * (float)(256 * planes[j / 4 * 8 + j % 4] + planes[j / 4 * 8 + 4 + j % 4]);
   }
   return PYLLM_OK;
-}
-
-int32_t hook_swiglu(const char *isa, const float *gate, const float *up, float *out, int32_t n, pyllm_error *err) {
-  const kernels *k = kernels_find(isa);
-  if (!k || n % 16) return fail(err, PYLLM_ERR_ARGUMENT, "no such instruction set, or %d values", n);
-  k->swiglu(gate, up, n, out);
-  return PYLLM_OK;
-}
-
-int32_t hook_linear(const char *isa, int32_t n_threads, int32_t type, const void *weights, int32_t rows, int32_t cols,
-                    const float *x, int32_t n, const float *bias, int32_t add, float *out, pyllm_error *err) {
-  backend be;
-  matrix w = {0};
-  int32_t status = open_backend(isa, n_threads, &be, err);
-  if (status) return status;
-  pool_begin(be.pool);
-  status = pack(be.pool, quant_find(type), weights, rows, cols, "test matrix", &w, err);
-  if (!status) {
-    size_t count = (size_t)n * (size_t)cols, groups = count / ACT_HALF + 1;
-    activation a = {
-        cols, buffer(count * 4), {buffer(2 * count), buffer(groups * 4), buffer(groups * 4), buffer(groups * 4)}};
-    memcpy(a.values, x, count * 4);
-    for (int32_t t = 0; w.quantized && t < n; t++)
-      be.kernels->quantize(x + (size_t)t * (size_t)cols, cols, a.q.planes + 2 * (size_t)t * (size_t)cols,
-                           a.q.scale + t * (cols / ACT_GROUP), a.q.sum + t * (cols / ACT_HALF),
-                           a.q.product + t * (cols / ACT_HALF));
-    linear_job job = {&w, bias, add != 0, out};
-    be.ops->linear(&be, &a, n, &job, 1);
-    free(a.values), free(a.q.planes), free(a.q.scale), free(a.q.sum), free(a.q.product);
-    pack_free(&w);
-  }
-  pool_end(be.pool);
-  pool_free(be.pool);
-  return status;
 }
 
 int32_t hook_moments(const char *isa, const float *k, int32_t n_pages, int32_t head_dim, float *mean, float *cov,

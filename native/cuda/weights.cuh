@@ -1,0 +1,69 @@
+/* Weights as cpu/pack.c lays them out (kernels.h), read by a GPU: tiles of 16 rows, quants interleaved by fours of
+ * columns. A warp reads a tile as it lies in memory, and a lane ends up with four rows. One reader serves every format:
+ * they differ in four numbers, which are template parameters. */
+#ifndef PYLLM_CUDA_WEIGHTS_CUH
+#define PYLLM_CUDA_WEIGHTS_CUH
+#include "cuda.cuh"
+
+/* kernels.h's tile_format as a type; the offset stays a number. */
+template <int BITS_, int GROUP_, bool SCALED_, bool HAS_MIN_> struct quants {
+  static constexpr int BITS = BITS_, GROUP = GROUP_;
+  static constexpr bool SCALED = SCALED_, HAS_MIN = HAS_MIN_;
+  static constexpr int GROUP_BYTES = ACT_GROUP * TILE_ROWS * BITS / 8; /* of 32 columns of a tile */
+};
+
+/* Calls f(quants<...>()) with the format's type; false where no such format exists. */
+template <class F> __device__ inline bool with_format(const tile_format &f, F call) {
+  if (f.bits == 4 && f.group == 32 && !f.scaled && !f.has_min) call(quants<4, 32, false, false>()); /* Q4_0 */
+  else if (f.bits == 4 && f.group == 32 && !f.scaled) call(quants<4, 32, false, true>());           /* Q4_1 */
+  else if (f.bits == 8 && f.group == 32 && !f.scaled && !f.has_min)
+    call(quants<8, 32, false, false>());                                                  /* Q5_0, Q8_0, IQ4_NL */
+  else if (f.bits == 8 && f.group == 32 && !f.scaled) call(quants<8, 32, false, true>()); /* Q5_1 */
+  else if (f.bits == 4 && f.group == 16 && f.has_min) call(quants<4, 16, true, true>());  /* Q2_K */
+  else if (f.bits == 4 && f.group == 16) call(quants<4, 16, true, false>());              /* Q3_K */
+  else if (f.bits == 4 && f.has_min) call(quants<4, 32, true, true>());                   /* Q4_K */
+  else if (f.bits == 8 && f.group == 32 && f.has_min) call(quants<8, 32, true, true>());  /* Q5_K */
+  else if (f.bits == 8 && f.group == 16) call(quants<8, 16, true, false>());              /* Q6_K */
+  else if (f.bits == 8 && f.group == 32) call(quants<8, 32, true, false>());              /* IQ4_XS */
+  else return false;
+  return true;
+}
+
+/* As tile_scale_bytes in cpu/isa.c. */
+template <class Q> __device__ inline int64_t scale_bytes(int32_t cols) {
+  int minimum = Q::HAS_MIN ? 2 : 1;
+  int64_t bytes = Q::SCALED ? (int64_t)(cols / 256) * (2 * TILE_ROWS + 256 / Q::GROUP * TILE_ROWS) * minimum
+                            : (int64_t)(cols / ACT_GROUP) * 2 * TILE_ROWS * minimum;
+  return (bytes + 63) / 64 * 64;
+}
+
+/* x = scale (q - offset) + min, for ROWS neighbouring rows of a tile. */
+template <int ROWS> struct row_scales {
+  float scale[ROWS], min[ROWS];
+};
+
+/* Columns [32 group + 16 half, + 16) of rows [row, row + ROWS). For groups of 32 columns both halves are the same. */
+template <class Q, int ROWS>
+__device__ inline row_scales<ROWS> load_scales(const unsigned char *scales, int32_t group, int half, int row) {
+  constexpr int minimum = Q::HAS_MIN ? 2 : 1, halves = Q::GROUP == 16 ? 2 : 1, n = 256 / Q::GROUP;
+  row_scales<ROWS> out;
+  const unsigned char *block = Q::SCALED ? scales + (int64_t)(group / 8) * (2 + n) * TILE_ROWS * minimum
+                                         : scales + (int64_t)group * 2 * TILE_ROWS * minimum;
+  const uint16_t *d = (const uint16_t *)block + row;
+  const int8_t *scale =
+      (const int8_t *)(block + 2 * TILE_ROWS * minimum) + (group % 8 * halves + half % halves) * TILE_ROWS + row;
+  const uint8_t *min = (const uint8_t *)scale + n * TILE_ROWS;
+  for (int r = 0; r < ROWS; r++) {
+    out.scale[r] = half_to_float(d[r]) * (Q::SCALED ? (float)scale[r] : 1.0f);
+    out.min[r] = Q::HAS_MIN ? half_to_float(d[TILE_ROWS + r]) * (Q::SCALED ? (float)min[r] : 1.0f) : 0.0f;
+  }
+  return out;
+}
+
+/* The value of a strip (kernels.h) as a float. */
+template <enum strip_type TYPE> __device__ inline float strip_value(const unsigned char *strip, int64_t i) {
+  if (TYPE == STRIP_F32) return ((const float *)strip)[i];
+  uint16_t bits = ((const uint16_t *)strip)[i];
+  return TYPE == STRIP_F16 ? half_to_float(bits) : bfloat_to_float(bits);
+}
+#endif

@@ -1,0 +1,171 @@
+/* Hooks into stages of any backend, on the host's arrays. */
+#include "backend.h"
+#include "error.h"
+#include "hooks.h"
+#include <stdlib.h>
+#include <string.h>
+
+/* An opened backend and the memory that a hook takes of it. */
+typedef struct stage_run {
+  backend be;
+  void *memory[16];
+  int32_t n_memory;
+} stage_run;
+
+static void *take(stage_run *run, const void *data, size_t bytes) {
+  void *memory = data ? backend_copy(&run->be, data, bytes) : run->be.ops->alloc(&run->be, bytes);
+  run->memory[run->n_memory++] = memory;
+  return memory;
+}
+
+static activation take_activation(stage_run *run, int32_t n, int32_t cols) {
+  size_t count = (size_t)n * (size_t)cols, halves = (size_t)n * (size_t)(cols / ACT_HALF + 1);
+  return (activation){cols,
+                      take(run, NULL, count * 4),
+                      {take(run, NULL, 2 * count), take(run, NULL, halves * 4), take(run, NULL, halves * 4),
+                       take(run, NULL, halves * 4)}};
+}
+
+static int32_t open_run(stage_run *run, const char *device, const char *isa, int32_t n_threads, pyllm_error *err) {
+  *run = (stage_run){0};
+  int32_t status = backend_open(device, n_threads, isa, &run->be, err);
+  if (!status) pool_begin(run->be.pool);
+  return status;
+}
+
+static int32_t close_run(stage_run *run, int32_t status, pyllm_error *err) {
+  if (!status) status = run->be.ops->sync(&run->be, err);
+  for (int32_t i = 0; i < run->n_memory; i++) run->be.ops->release(&run->be, run->memory[i]);
+  pool_end(run->be.pool);
+  backend_close(&run->be);
+  return status;
+}
+
+/* Two planes of 8 bits; false where sums and products are not those of the planes. */
+static bool read_planes(const backend *be, const activation *a, int32_t n, float *out) {
+  size_t count = (size_t)n * (size_t)a->cols, groups = count / ACT_GROUP, halves = count / ACT_HALF;
+  int8_t *planes = malloc(2 * count + 1);
+  float *scale = malloc(groups * 4 + 1), *product = malloc(halves * 4 + 1);
+  int32_t *sum = malloc(halves * 4 + 1);
+  be->ops->read(be, planes, a->q.planes, 2 * count);
+  be->ops->read(be, scale, a->q.scale, groups * 4);
+  be->ops->read(be, sum, a->q.sum, halves * 4);
+  be->ops->read(be, product, a->q.product, halves * 4);
+  bool consistent = true;
+  for (size_t h = 0; h < halves; h++) {
+    int32_t total = 0;
+    for (size_t i = h * ACT_HALF; i < (h + 1) * ACT_HALF; i++) {
+      int32_t q = 256 * planes[i / 4 * 8 + i % 4] + planes[i / 4 * 8 + 4 + i % 4];
+      out[i] = scale[h / 2] * (float)q;
+      total += q;
+    }
+    float expected = scale[h / 2] * (float)total;
+    consistent &= total == sum[h] && (expected == product[h] || (expected != expected && product[h] != product[h]));
+  }
+  free(planes), free(scale), free(sum), free(product);
+  return consistent;
+}
+
+/* Halves with one scale per token: what a GPU makes of more than a few tokens (cuda.cuh). */
+static void read_halves(const backend *be, const activation *a, int32_t n, float *out) {
+  size_t count = (size_t)n * (size_t)a->cols;
+  uint16_t *halves = malloc(2 * count + 1);
+  float *scale = malloc((size_t)n * sizeof *scale);
+  be->ops->read(be, halves, a->q.planes, 2 * count);
+  be->ops->read(be, scale, a->q.scale, (size_t)n * sizeof *scale);
+  for (size_t i = 0; i < count; i++) out[i] = f16_to_f32(halves[i]) * scale[i / (size_t)a->cols];
+  free(halves), free(scale);
+}
+
+/* The activation as quantized weights see it. */
+static int32_t read_rounded(const backend *be, const activation *a, int32_t n, float *out, pyllm_error *err) {
+  if (!be->ops->on_host && n > 4) read_halves(be, a, n, out);
+  else if (!read_planes(be, a, n, out)) return fail(err, PYLLM_ERR_NUMERIC, "sums do not belong to the rounded values");
+  return PYLLM_OK;
+}
+
+static int32_t read_activation(const backend *be, const activation *a, int32_t n, float *out, float *rounded,
+                               pyllm_error *err) {
+  be->ops->read(be, out, a->values, (size_t)n * (size_t)a->cols * sizeof *out);
+  return rounded ? read_rounded(be, a, n, rounded, err) : PYLLM_OK;
+}
+
+int32_t hook_norm(const char *device, const char *isa, const float *x, const float *w, float eps, int32_t n,
+                  int32_t cols, float *out, float *rounded, pyllm_error *err) {
+  stage_run run;
+  int32_t status = open_run(&run, device, isa, 1, err);
+  if (status) return status;
+  activation a = take_activation(&run, n, cols);
+  const float *input = take(&run, x, (size_t)n * (size_t)cols * sizeof *x);
+  run.be.ops->norm(&run.be, input, take(&run, w, (size_t)cols * sizeof *w), eps, n, rounded != NULL, &a);
+  return close_run(&run, read_activation(&run.be, &a, n, out, rounded, err), err);
+}
+
+int32_t hook_swiglu(const char *device, const char *isa, const float *gate, const float *up, int32_t n, int32_t cols,
+                    float *out, float *rounded, pyllm_error *err) {
+  stage_run run;
+  int32_t status = open_run(&run, device, isa, 1, err);
+  if (status) return status;
+  activation a = take_activation(&run, n, cols);
+  size_t bytes = (size_t)n * (size_t)cols * sizeof *gate;
+  run.be.ops->swiglu(&run.be, take(&run, gate, bytes), take(&run, up, bytes), n, rounded != NULL, &a);
+  return close_run(&run, read_activation(&run.be, &a, n, out, rounded, err), err);
+}
+
+/* x as a stage's result. silu(64) is 64, so swiglu gives exactly what it is given, and rounds it. */
+static int32_t make_activation(stage_run *run, const float *x, int32_t n, int32_t cols, bool rounded, activation *out,
+                               float *seen, pyllm_error *err) {
+  size_t count = (size_t)n * (size_t)cols, bytes = count * sizeof *x;
+  *out = take_activation(run, n, cols);
+  memcpy(seen, x, bytes);
+  if (!rounded) {
+    run->be.ops->write(&run->be, out->values, x, bytes);
+    return PYLLM_OK;
+  }
+  float *gate = malloc(bytes), *up = malloc(bytes);
+  for (size_t i = 0; i < count; i++) gate[i] = 64.0f, up[i] = x[i] / 64.0f;
+  run->be.ops->swiglu(&run->be, take(run, gate, bytes), take(run, up, bytes), n, true, out);
+  free(gate), free(up);
+  return read_rounded(&run->be, out, n, seen, err);
+}
+
+int32_t hook_linear(const char *device, const char *isa, int32_t n_threads, int32_t type, const void *weights,
+                    int32_t rows, int32_t cols, const float *x, int32_t n, const float *bias, int32_t add, float *out,
+                    float *seen, pyllm_error *err) {
+  stage_run run;
+  matrix w = {0};
+  int32_t status = open_run(&run, device, isa, n_threads, err);
+  if (status) return status;
+  status = pack(run.be.pool, quant_find(type), weights, rows, cols, "test matrix", &w, err);
+  if (!status) status = backend_place(&run.be, &w, "test matrix", err);
+  activation a;
+  if (!status) status = make_activation(&run, x, n, cols, w.quantized, &a, seen, err);
+  if (!status) {
+    size_t bytes = (size_t)n * (size_t)rows * sizeof *out;
+    float *result = take(&run, out, bytes);
+    linear_job job = {&w, bias ? take(&run, bias, (size_t)rows * sizeof *bias) : NULL, add != 0, result};
+    run.be.ops->linear(&run.be, &a, n, &job, 1);
+    run.be.ops->read(&run.be, out, result, bytes);
+  }
+  backend_free_matrix(&run.be, &w);
+  return close_run(&run, status, err);
+}
+
+int32_t hook_begin(const char *device, const char *isa, int32_t type, const void *table, int32_t cols,
+                   const int32_t *tokens, int32_t n, int32_t position, const double *frequency, int32_t half,
+                   float mscale, float *x, float *cosine, float *sine, pyllm_error *err) {
+  stage_run run;
+  int32_t status = open_run(&run, device, isa, 1, err);
+  if (status) return status;
+  const ops *o = run.be.ops;
+  size_t bytes = (size_t)n * (size_t)half * sizeof(float), row_bytes = (size_t)n * (size_t)cols * sizeof(float);
+  float *to = take(&run, NULL, row_bytes), *cos_to = take(&run, NULL, bytes), *sin_to = take(&run, NULL, bytes);
+  o->begin(&run.be, position, n);
+  o->embed(&run.be, quant_find(type), table, cols, tokens, n, to);
+  o->angles(&run.be, take(&run, frequency, (size_t)half * sizeof *frequency), half, mscale, position, n, cos_to,
+            sin_to);
+  o->read(&run.be, x, to, row_bytes);
+  o->read(&run.be, cosine, cos_to, bytes);
+  o->read(&run.be, sine, sin_to, bytes);
+  return close_run(&run, PYLLM_OK, err);
+}
