@@ -1,4 +1,4 @@
-"""`pyllm eval`: what each attention policy costs and what it loses, on long text."""
+"""`pyllm eval`: what each attention policy costs and what it loses, on long text and on tasks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pyllm.cli import options
+from pyllm.cli import eval_tasks, options
 from pyllm.cli.terminal import prefill_bar, render
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
@@ -22,7 +22,7 @@ from pyllm.models import DEFAULT_MODEL
 
 N = TypeVar("N", int, float)
 
-HELP = "Compare attention policies with dense attention on long text: quality against cost."
+HELP = "Compare attention policies with dense attention on long text or tasks: quality against cost."
 
 DEFAULT_CONTEXT = 4096
 IMAGES = ("png", "svg", "pdf")
@@ -37,12 +37,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="documents to evaluate on (default: Python's language reference and source code)",
     )
     parser.add_argument(
-        "--ctx", type=int, metavar="N", help=f"tokens of each text (default: {DEFAULT_CONTEXT})"
+        "--ctx",
+        "--length",
+        type=int,
+        metavar="N",
+        help=f"tokens of each text (default: {DEFAULT_CONTEXT}), or of each sample (default: the model's)",
     )
     parser.add_argument("--window", type=int, default=1024, metavar="N", help="default: %(default)s")
     parser.add_argument("--sinks", type=int, default=16, metavar="N", help="default: %(default)s")
     parser.add_argument(
-        "--policies", type=_words, default=tuple(ROWS), metavar="A,B", help=f"default: {','.join(ROWS)}"
+        "--policies",
+        type=options.words,
+        default=tuple(ROWS),
+        metavar="A,B",
+        help=f"default: {','.join(ROWS)}",
     )
     for name, kind, default, what in (
         ("--thresholds", _floats, THRESHOLDS, "of oracle and adaptive"),
@@ -62,11 +70,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens at the end evaluated one by one (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="chooses the part of each text (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="chooses the part of each text, makes the samples (default: %(default)s)",
     )
-    parser.add_argument("--limit", type=int, metavar="N", help="evaluate at most N more rows in this run")
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N more rows, or samples, in this run")
     parser.add_argument(
-        "--json", type=Path, metavar="FILE", help="keeps finished rows; a later run goes on from them"
+        "--json",
+        type=Path,
+        metavar="FILE",
+        help="keeps finished rows or answers; a later run goes on from them",
     )
     parser.add_argument("--csv", type=Path, metavar="FILE", help="the table as comma-separated values")
     parser.add_argument(
@@ -77,10 +91,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
     parser.add_argument("--isa", choices=("generic", "avx2", "avx512"), help="default: the best there is")
+    eval_tasks.add_arguments(parser)
     parser.set_defaults(device="auto", attention=None)
 
 
 def run(args: argparse.Namespace) -> int:
+    _check(args)
+    if args.tasks is not None:
+        return eval_tasks.run(args)
     choice = Choice(
         window=args.window,
         sinks=args.sinks,
@@ -90,7 +108,6 @@ def run(args: argparse.Namespace) -> int:
         page_shares=args.page_shares,
         page_bits=args.page_bits,
     )
-    _check(args)
     llm = options.open_llm(args)
     n_ctx = args.ctx or min(llm.n_ctx, DEFAULT_CONTEXT)
     sources = texts.files(args.text) if args.text else texts.builtin()
@@ -152,10 +169,6 @@ def _settings(args: argparse.Namespace, llm: LLM, n_ctx: int, chosen: Sequence[T
     }
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word.strip() for word in text.split(",") if word.strip())
-
-
 def _floats(text: str) -> tuple[float, ...]:
     return _numbers(text, float)
 
@@ -167,6 +180,6 @@ def _ints(text: str) -> tuple[int, ...]:
 def _numbers(text: str, kind: Callable[[str], N]) -> tuple[N, ...]:
     """Each of them once."""
     try:
-        return tuple(dict.fromkeys(map(kind, _words(text))))
+        return tuple(dict.fromkeys(map(kind, options.words(text))))
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None

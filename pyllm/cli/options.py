@@ -37,6 +37,11 @@ def policy(text: str) -> attention.Policy:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def words(text: str) -> tuple[str, ...]:
+    """What stands between commas, for argparse."""
+    return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
 def open_llm(args: argparse.Namespace) -> LLM:
     return LLM(
         args.model,

@@ -87,7 +87,7 @@ class Results:
         if not os.path.lexists(path):
             return cls(settings)
         results = cls.read(path)
-        _require_same(path, results.settings, settings)
+        require_same(path, results.settings, settings)
         return results
 
     @classmethod
@@ -145,7 +145,7 @@ def require_writable(path: Path) -> None:
         raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
-def _require_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+def require_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
     for name in sorted({*found, *wanted}):
         if found.get(name) != wanted.get(name):
             raise FormatError(
