@@ -12,7 +12,7 @@ from pyllm.cli import eval_tasks, options
 from pyllm.cli.terminal import prefill_bar, render
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
-from pyllm.evaluate import report, texts, tradeoff
+from pyllm.evaluate import compare, dialogue, domains, report, texts, tradeoff
 from pyllm.evaluate.candidates import PAGE_BITS, PAGE_SHARES, ROWS, SHARES, THRESHOLDS, Choice
 from pyllm.evaluate.evaluation import Evaluation
 from pyllm.evaluate.results import Results, csv_bytes, require_writable, write
@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--text",
         nargs="+",
         metavar="FILE",
-        help="documents to evaluate on (default: Python's language reference and source code)",
+        help="documents to evaluate on (default: Python's language reference, source code, and a dialogue)",
     )
     parser.add_argument(
         "--ctx",
@@ -91,12 +91,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
     parser.add_argument("--isa", choices=("generic", "avx2", "avx512"), help="default: the best there is")
+    parser.add_argument(
+        "--compare",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="evaluate nothing: show --json files of several models or texts side by side",
+    )
     eval_tasks.add_arguments(parser)
     parser.set_defaults(device="auto", attention=None)
 
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
+    if args.compare:
+        return _compare(args.compare)
     if args.tasks is not None:
         return eval_tasks.run(args)
     choice = Choice(
@@ -112,6 +121,8 @@ def run(args: argparse.Namespace) -> int:
     n_ctx = args.ctx or min(llm.n_ctx, DEFAULT_CONTEXT)
     sources = texts.files(args.text) if args.text else texts.builtin()
     chosen = [texts.excerpt(llm, name, text, n_ctx + 1, args.seed) for name, text in sources.items()]
+    if not args.text:
+        chosen.append(dialogue.excerpt(llm, n_ctx + 1, args.seed))
     for text in chosen:
         tradeoff.require_bulk(text, choice.window, choice.sinks, args.decode)
     settings = _settings(args, llm, n_ctx, chosen)
@@ -127,8 +138,21 @@ def run(args: argparse.Namespace) -> int:
     for headline, tables in report.by_text(rows):
         print(headline, *map(render, tables), sep="\n")
     print(report.LEGEND)
+    if worst := domains.worst(rows):
+        print(*domains.sentences(worst), domains.LEGEND, sep="\n")
     if left:
         print(f"{left} rows are left for the next run", file=sys.stderr)
+    return 0
+
+
+def _compare(paths: Sequence[Path]) -> int:
+    files = {str(path): Results.read(path) for path in paths}
+    table = compare.table(files)
+    print(*compare.headlines(files), render(table, width=200), sep="\n")
+    for headline, results in zip(compare.headlines(files), files.values(), strict=True):
+        for sentence in domains.sentences(domains.worst(results.rows)):
+            print(f"{headline[0]}: {sentence}")
+    print(domains.LEGEND)
     return 0
 
 
@@ -157,6 +181,7 @@ def _settings(args: argparse.Namespace, llm: LLM, n_ctx: int, chosen: Sequence[T
     return {
         "model": llm.name,
         "model sha256": [file_sha256(path) for path in llm.paths],
+        **compare.rope(llm),
         "isa": llm.info.isa,
         "threads": llm.info.n_threads,
         "texts": {text.name: text.sha256 for text in chosen},

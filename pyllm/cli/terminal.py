@@ -78,10 +78,10 @@ def percent(value: float | None) -> str:
     return "–" if value is None else f"{value:.0f} %"
 
 
-def render(table: Table) -> str:
-    """A table as plain text."""
+def render(table: Table, width: int = 100) -> str:
+    """A table as plain text, of at most that many characters in a line."""
     text = io.StringIO()
-    Console(file=text, width=100, force_terminal=False, color_system=None).print(table)
+    Console(file=text, width=width, force_terminal=False, color_system=None).print(table)
     return text.getvalue()
 
 

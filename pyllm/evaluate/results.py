@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pyllm import atomic_file
 from pyllm.errors import FileError, FormatError
+from pyllm.evaluate import domains
 
 FORMAT = "pyllm eval 1"
 
@@ -65,7 +66,7 @@ class Row:
 
 @dataclass
 class Results:
-    """What the JSON file holds.
+    """What the JSON file holds, beside what follows from it: per policy the text where it is worst.
 
     settings: all that a row depends on besides its policy: the model's sha256, the texts', sizes, seed.
     local_shares: (n_layers, n_heads) or None, what static labels were chosen by.
@@ -112,6 +113,7 @@ class Results:
             "format": FORMAT,
             "settings": self.settings,
             "local_shares": None if self.local_shares is None else self.local_shares.tolist(),
+            "worst_text": {worst.policy: worst.text for worst in domains.worst(self.rows)},
             "rows": [dataclasses.asdict(row) for row in self.rows],
         }
         write(path, json.dumps(content, indent=1).encode() + b"\n")

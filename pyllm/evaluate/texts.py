@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import abc, import_module, util
@@ -65,8 +66,17 @@ def excerpt(llm: LLM, name: str, text: str, n_tokens: int, seed: int) -> Text:
 
 
 def _reference(half: int) -> str:
+    """Topics repeat parts of others: the second half goes without the paragraphs of the first."""
     topics: dict[str, str] = import_module("pydoc_data.topics").topics
-    return "\n\n".join(topics[name] for name in sorted(topics)[half::2])
+    first, second = ("\n\n".join(topics[name] for name in sorted(topics)[at::2]) for at in (0, 1))
+    if half == 0:
+        return first
+    known = set(_paragraphs(first))
+    return "\n\n".join(paragraph for paragraph in _paragraphs(second) if paragraph not in known)
+
+
+def _paragraphs(text: str) -> list[str]:
+    return re.split(r"\n\s*\n", text)
 
 
 def _source(module: str) -> str:
