@@ -440,3 +440,18 @@ def test_bad_input_is_one_line(
     assert shown.err.startswith("pyllm: error: ")
     assert shown.err.count("\n") == 1
     assert text in shown.err
+
+
+@pytest.mark.slow
+def test_the_default_model_needs_what_lies_behind_the_window(default_model: Path) -> None:
+    llm = LLM(default_model, n_ctx=700)
+    samples, ask = Samples(llm, 700, seed=0), asking(llm, 700)
+    right = {
+        policy: sum(
+            score(ask(sample, policy, lambda done, total: None).text, sample.answers)
+            for sample in (samples.make(catalog.TASKS["niah_single"], index) for index in range(3))
+        )
+        for policy in (Dense(), Window(window=64))
+    }
+    assert right[Dense()] >= 2
+    assert right[Window(window=64)] < right[Dense()]
