@@ -214,5 +214,5 @@ def test_files_of_before_positions_were_kept(
     older = tmp_path / "older.json"
     older.write_text(json.dumps(content))
     capsys.readouterr()
-    assert compare([path, older]) == 0
-    assert "B: tiny, RoPE base unknown, scaling unknown" in capsys.readouterr().out
+    assert compare([path, path, older]) == 0
+    assert "C: tiny, RoPE base unknown, scaling unknown" in capsys.readouterr().out

@@ -321,6 +321,10 @@ def test_what_is_no_answers_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(FormatError, match=re.escape(str(path))):
             Answers.open(path, {})
         assert path.read_text() == broken
+    path.write_bytes(b"GGUF\xff" + bytes(999) + b"\n")
+    with pytest.raises(FormatError, match="UnicodeDecodeError") as error:
+        Answers.open(path, {})
+    assert len(str(error.value)) < 300
 
 
 # ---- the command, with a model ----

@@ -146,10 +146,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _compare(paths: Sequence[Path]) -> int:
-    files = {str(path): Results.read(path) for path in paths}
+    files = [(path, Results.read(path)) for path in paths]
     table = compare.table(files)
     print(*compare.headlines(files), render(table, width=200), sep="\n")
-    for headline, results in zip(compare.headlines(files), files.values(), strict=True):
+    for headline, (_, results) in zip(compare.headlines(files), files, strict=True):
         for sentence in domains.sentences(domains.worst(results.rows)):
             print(f"{headline[0]}: {sentence}")
     print(domains.LEGEND)

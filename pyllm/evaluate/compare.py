@@ -3,7 +3,8 @@ encodings and other domains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
@@ -13,6 +14,7 @@ from pyllm.evaluate.results import Results, Row
 from pyllm.llm import LLM
 
 UNKNOWN = "unknown"  # in files of before it was kept
+Files = Sequence[tuple[Path, Results]]
 
 
 def rope(llm: LLM) -> dict[str, Any]:
@@ -27,9 +29,9 @@ def rope(llm: LLM) -> dict[str, Any]:
     return {"rope base": llm.metadata.get(f"{prefix}.freq_base", 10000.0), "rope scaling": scaling}
 
 
-def headlines(files: Mapping[str, Results]) -> Iterator[str]:
+def headlines(files: Files) -> Iterator[str]:
     """A line per file, under the letter that the table calls it."""
-    for letter, (path, results) in zip(_letters(files), files.items(), strict=True):
+    for letter, (path, results) in zip(_letters(files), files, strict=True):
         known = {name: results.settings.get(name, UNKNOWN) for name in (
             "model", "rope base", "rope scaling", "tokens", "window"
         )}  # fmt: skip
@@ -40,12 +42,12 @@ def headlines(files: Mapping[str, Results]) -> Iterator[str]:
         )
 
 
-def table(files: Mapping[str, Results]) -> Table:
+def table(files: Files) -> Table:
     """Per text and policy that any file has: KL, heads local, bulk bytes read in each.
 
     Raises ArgumentError where no policy on no text is in two of the files.
     """
-    rows = [{(row.text, row.name): row for row in results.rows} for results in files.values()]
+    rows = [{(row.text, row.name): row for row in results.rows} for _, results in files]
     keys = dict.fromkeys(key for found in rows for key in found)
     if not any(sum(key in found for found in rows) > 1 for key in keys):
         raise ArgumentError("--compare: the files have no policy on no text in common")
@@ -62,7 +64,7 @@ def table(files: Mapping[str, Results]) -> Table:
     return shown
 
 
-def _letters(files: Mapping[str, Results]) -> Sequence[str]:
+def _letters(files: Files) -> Sequence[str]:
     return [chr(ord("A") + i) for i in range(len(files))]
 
 

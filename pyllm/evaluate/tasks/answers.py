@@ -90,7 +90,9 @@ class Answers:
             settings = dict(found["settings"])
             read = [Answer(**json.loads(line)) for line in lines]
         except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{path}: not the answers of an evaluation of tasks ({error!r})") from None
+            raise FormatError(
+                f"{path}: not the answers of an evaluation of tasks ({type(error).__name__}: {error})"
+            ) from None
         require_same(path, settings, self.settings)
         self._found = {answer.key: answer for answer in read}
 
