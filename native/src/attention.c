@@ -92,12 +92,8 @@ static void list_clear(work_list *list) { list->n_items = list->n_rows = list->n
 
 static void plan_tiles(attention_batch *b, int32_t n_window) {
   b->n_tiles = 0;
-  for (int32_t i = 0; i < b->n; i++) {
-    int32_t pages = bulk_pages(b->n_sink, n_window, b->position + i);
-    query_tile *tile = b->n_tiles ? &b->tiles[b->n_tiles - 1] : NULL;
-    if (tile && tile->n_pages == pages && tile->n < PYLLM_PAGE) tile->n++;
-    else b->tiles[b->n_tiles++] = (query_tile){i, 1, pages};
-  }
+  for (int32_t i = 0; i < b->n; i += b->tiles[b->n_tiles++].n)
+    b->tiles[b->n_tiles] = tile_from(b->n_sink, n_window, b->position, i, b->n);
 }
 
 /* Which rows a list takes; NULL: all. */

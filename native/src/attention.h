@@ -11,8 +11,8 @@
  * the page tier (page_bits), where the queries of a tile share what they read. */
 #ifndef PYLLM_SRC_ATTENTION_H
 #define PYLLM_SRC_ATTENTION_H
+#include "geometry.h"
 #include "kernels.h"
-#include "pyllm.h"
 #include <stdbool.h>
 
 enum {
@@ -20,36 +20,6 @@ enum {
       32, /* strips of 16 keys folded into one softmax state before it is merged: part of the result's definition */
   PANEL_ROWS = 48 /* query rows of one work item at most */
 };
-
-/* Where a token lives: block 0 holds the sinks, block 1 + i the i-th page behind them. */
-static inline int32_t kv_block_of(int32_t n_sink, int32_t position) {
-  return position < n_sink ? 0 : 1 + (position - n_sink) / PYLLM_PAGE;
-}
-static inline int32_t kv_block_start(int32_t n_sink, int32_t block) {
-  return block == 0 ? 0 : n_sink + (block - 1) * PYLLM_PAGE;
-}
-/* Keys of a block that the query at `position` may see: 0..64. */
-static inline int32_t kv_visible(int32_t n_sink, int32_t block, int32_t position) {
-  int32_t n = position + 1 - kv_block_start(n_sink, block), most = block == 0 ? n_sink : PYLLM_PAGE;
-  return n < 0 ? 0 : n < most ? n : most;
-}
-/* The same for a strip of 16 tokens; strip s is part of block s / 4. */
-static inline int32_t strip_visible(int32_t n_sink, int32_t strip, int32_t position) {
-  int32_t block = strip / KV_STRIPS, before = strip % KV_STRIPS * STRIP;
-  int32_t n = kv_visible(n_sink, block, position) - before;
-  return n < 0 ? 0 : n < STRIP ? n : STRIP;
-}
-/* Pages in the bulk of the query at `position`: those wholly older than its window. */
-static inline int32_t bulk_pages(int32_t n_sink, int32_t n_window, int32_t position) {
-  int64_t older = (int64_t)position + 1 - n_window - n_sink;
-  return older > 0 ? (int32_t)(older / PYLLM_PAGE) : 0;
-}
-
-/* Consecutive queries with the same bulk, at most 64. */
-typedef struct query_tile {
-  int32_t first, n; /* queries of the batch */
-  int32_t n_pages;  /* of their bulk */
-} query_tile;
 
 typedef struct key_range {
   int32_t begin, end; /* strips */
@@ -69,8 +39,6 @@ typedef struct work_list {
   key_range *ranges;
   int32_t n_items, n_rows, n_ranges;
 } work_list;
-
-enum { SCORED_STRIDE = 4 }; /* with a page tier every 4th query of a tile is scored, the last one first */
 
 /* What one tile reads of the bulk for one key/value head. */
 typedef struct tile_read {
@@ -130,11 +98,5 @@ void attention_list_everything(attention_batch *b, const uint8_t *queries);
 void attention_list_long(attention_batch *b, bool paged);
 /* sketch_bytes: of one page; 0 without a page tier. */
 void attention_count(const attention_batch *b, uint64_t sketch_bytes, pyllm_layer_stats *stats);
-
-/* Queries of a tile that are scored: from the last one back. i < attention_scored(tile). */
-static inline int32_t attention_scored(const query_tile *tile) { return (tile->n + SCORED_STRIDE - 1) / SCORED_STRIDE; }
-static inline int32_t attention_scored_query(const query_tile *tile, int32_t i) {
-  return tile->first + tile->n - 1 - i * SCORED_STRIDE;
-}
 
 #endif
