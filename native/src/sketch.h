@@ -7,19 +7,18 @@
  *   high      for 3 bits, 1 bit per value, (4 strips, ceil(head_dim / 32), 64) bytes: channel 32 m + 4 i + c at bit i, i < 8;
  *             for 4 bits, as low
  *
- * Four channels of 16 tokens are then 64 neighbouring bytes, as 8-bit products want them. */
-#ifndef PYLLM_CPU_SKETCH_H
-#define PYLLM_CPU_SKETCH_H
-#include <stddef.h>
-#include <stdint.h>
+ * Four channels of 16 tokens are then 64 neighbouring bytes, as 8-bit products want them on a CPU and on a GPU. */
+#ifndef PYLLM_SRC_SKETCH_H
+#define PYLLM_SRC_SKETCH_H
+#include "geometry.h"
 
-static inline int32_t sketch_low_bytes(int32_t head_dim) { return head_dim * 16; } /* of a page */
+GEOMETRY int32_t sketch_low_bytes(int32_t head_dim) { return head_dim * 16; } /* of a page */
 
-static inline int32_t sketch_high_bytes(int32_t bits, int32_t head_dim) {
+GEOMETRY int32_t sketch_high_bytes(int32_t bits, int32_t head_dim) {
   return bits == 3 ? 4 * 64 * ((head_dim + 31) / 32) : bits == 4 ? sketch_low_bytes(head_dim) : 0;
 }
 
-static inline size_t sketch_page_bytes(int32_t bits, int32_t head_dim) {
+GEOMETRY size_t sketch_page_bytes(int32_t bits, int32_t head_dim) {
   return (size_t)(4 * head_dim + sketch_low_bytes(head_dim) + sketch_high_bytes(bits, head_dim));
 }
 
