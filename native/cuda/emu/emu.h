@@ -156,6 +156,7 @@ template <class T> T atomicCAS(T *at, T expected, T value) {
 template <class T> T __ldg(const T *at) { return *at; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 inline float __expf(float x) { return expf(x); }
+inline float __fmul_rn(float x, float y) { return x * y; }
 inline float __logf(float x) { return logf(x); }
 inline float __fdividef(float x, float y) { return x / y; }
 inline float __int_as_float(int x) {

@@ -1,0 +1,188 @@
+/* Adaptive attention on the GPU: what the kernels of one session share. The pipeline and its terms: src/attention.h.
+ *
+ * Nothing here is read back by the host between the stages of a token: the batch's place, the tiles, who is long and the
+ * work list live on the device, every launch's grid depends on shapes alone, and blocks with nothing to do end at once.
+ * So one token's stages can be recorded once as a graph and replayed at every position.
+ *
+ * A *slot* is a (tile, key/value head): tile * n_kv_heads + kv_head. Its part of the work list has a fixed place:
+ *   rows    the tile's rows of that head whose bulk is read, compacted, query-major; a row is query * n_heads + head
+ *   strips  the strips of 16 keys they read, ascending
+ *
+ * Results depend on a query's own position and keys alone (but for the page tier, whose tiles share what they read), as
+ * on the CPU and by the same means: keys are folded in spans of SPAN_STRIPS strips, each with a fresh softmax state, and
+ * spans are merged in order, whether one warp walks them (prefill) or many warps take one each (decode). */
+#ifndef PYLLM_CUDA_ATTENTION_CUH
+#define PYLLM_CUDA_ATTENTION_CUH
+#include "cuda.cuh"
+#include "kv.cuh"
+
+enum {
+  SPAN = 8,                                /* strips: 128 keys */
+  PANEL = 16,                              /* query rows of one warp: the matrix instruction's */
+  MOMENT_ROWS = 16,                        /* of a covariance, folded by one block */
+  SKETCH_CHANNELS = 32,                    /* of a page, sketched by one block */
+  SCORED_MOST = PYLLM_PAGE / SCORED_STRIDE /* queries of a tile that are asked for pages */
+};
+
+/* Where the batch stands: written by the host before the batch, or by the kernel that draws a token. */
+typedef struct batch_place {
+  int32_t position, n; /* of the first query; queries */
+} batch_place;
+
+/* What is on a slot's part of the work list. */
+typedef struct slot_counts {
+  int32_t n_rows, n_strips;
+  int32_t n_queries;         /* that have a long head */
+  int32_t n_asked, n_scored; /* with a page tier: queries asked for pages, and their long rows */
+} slot_counts;
+
+/* One session's attention. Device pointers; passed to kernels by value. */
+typedef struct device_attention {
+  int32_t n_heads, n_kv_heads, head_dim, n_sink, n_window;
+  int32_t n_blocks;   /* of one head's KV cache */
+  int32_t max_strips; /* of a bulk */
+  int32_t max_tiles;  /* of a batch */
+  int32_t max_spans;  /* of the longest list of keys */
+  float scale;        /* c */
+
+  batch_place *place; /* (1) */
+  const float *q;     /* (n, n_heads, head_dim) after RoPE */
+  float2 *state;      /* (n, n_heads) maximum of the scores, base 2, and sum of 2^(score - maximum) */
+  float *out;         /* (n, n_heads, head_dim) weighted values under state */
+  float *local_mass;  /* (n, n_heads) L, natural */
+  float *bulk_mass;   /* (n, n_heads) estimated or true M; meaningful where a bulk exists and the policy asks */
+  uint8_t *is_long;   /* (n, n_heads) */
+  float2 *mass_state; /* (n, n_heads) scratch of the oracle */
+
+  /* The bulk's work list, by slot. */
+  slot_counts *counts; /* (slots) */
+  int32_t *rows;       /* (slots, 64 * group) */
+  bool paged;          /* long heads read the strips listed; otherwise the whole bulk */
+  int32_t *strips;     /* (slots, max_strips) */
+
+  /* One query: what each span gave. */
+  float2 *span_state; /* (n_heads, max_spans) */
+  float *span_out;    /* (n_heads, max_spans, head_dim) */
+
+  /* Moments as every tile but the batch's last sees them; the last one's are the layer's. */
+  float *tile_mean; /* (slots, head_dim) */
+  float *tile_m2;   /* (slots, head_dim, head_dim) */
+
+  /* The page tier. */
+  uint8_t *wanted;      /* (slots, max_strips) */
+  int32_t *scored_rows; /* (slots, 16 * group) */
+  float *strip_mass;    /* (n_kv_heads, 16 * group, max_strips) of one tile: logsumexp of a strip's estimated scores */
+} device_attention;
+
+/* One layer's cache. Device pointers. */
+typedef struct device_layer {
+  uint16_t *kv; /* (n_kv_heads, n_blocks) blocks, see kv.cuh */
+  /* Running moments of the bulk keys. Blocks of MOMENT_ROWS rows of m2 are folded apart, each with its own count and
+   * its own copy of the mean, so that none waits for another. */
+  int32_t *folded; /* (n_kv_heads, head_dim / 16) pages */
+  float *mean;     /* (n_kv_heads, head_dim / 16, head_dim) */
+  float *m2;       /* (n_kv_heads, head_dim, head_dim) sum of (k - mean)(k - mean)^T */
+  /* Sketch of the bulk keys: pages as in cpu/sketch.h, SKETCH_CHANNELS channels folded apart. */
+  int32_t *sketched;        /* (n_kv_heads, ceil(head_dim / 32)) pages */
+  uint8_t *sketch;          /* (n_kv_heads, n_blocks, page bytes); NULL without a page tier */
+  pyllm_layer_stats *stats; /* (1) */
+} device_layer;
+
+/* What one layer's selection goes by: its row of attention_policy. */
+typedef struct device_policy {
+  int32_t policy, granularity;
+  const float *thresholds;     /* (n_heads) */
+  const uint8_t *static_local; /* (n_heads) */
+  int32_t page_bits;
+  float page_share, page_drop;
+} device_policy;
+
+__device__ inline int32_t group_of(const device_attention &a) { return a.n_heads / a.n_kv_heads; }
+
+/* The batch's tile; n is 0 behind the last one. */
+__device__ inline query_tile tile_at(const device_attention &a, int32_t index) {
+  query_tile tile = {0, 0, 0};
+  for (int32_t i = 0; i <= index; i++) {
+    int32_t first = tile.first + tile.n;
+    if (first >= a.place->n) return {first, 0, 0};
+    tile = tile_from(a.n_sink, a.n_window, a.place->position, first, a.place->n);
+  }
+  return tile;
+}
+__device__ inline bool is_last(const device_attention &a, const query_tile &tile) {
+  return tile.first + tile.n == a.place->n;
+}
+
+/* The i-th row of a tile and key/value head, query-major. */
+__device__ inline int32_t tile_row(const device_attention &a, const query_tile &tile, int32_t kv_head, int32_t i) {
+  int32_t group = group_of(a);
+  return (tile.first + i / group) * a.n_heads + kv_head * group + i % group;
+}
+
+__device__ inline void add_count(uint64_t *to, uint64_t n) {
+  atomicAdd((unsigned long long *)to, (unsigned long long)n);
+}
+
+/* Adds a slot to the layer's statistics, as attention_count does on the CPU; sketch_bytes: of a page, 0 without. */
+__device__ inline void count_slot(const device_attention &a, const query_tile &tile, const slot_counts &c,
+                                  uint64_t sketch_bytes, pyllm_layer_stats *stats) {
+  if (tile.n_pages == 0) return;
+  uint64_t pages = (uint64_t)tile.n_pages, all = pages * STRIPS_PER_PAGE, read = (uint64_t)c.n_strips;
+  uint64_t pairs = (uint64_t)(tile.n * group_of(a)), rows = (uint64_t)c.n_rows, queries = (uint64_t)c.n_queries;
+  uint64_t strip_bytes = PYLLM_READ_PAGE * 2 * sizeof(uint16_t) * (uint64_t)a.head_dim; /* keys and values */
+  add_count(&stats->pairs, pairs);
+  add_count(&stats->pairs_local, pairs - rows);
+  add_count(&stats->work, pairs * all * PYLLM_READ_PAGE);
+  add_count(&stats->work_done, rows * read * PYLLM_READ_PAGE);
+  add_count(&stats->bytes, (uint64_t)tile.n * all * strip_bytes);
+  add_count(&stats->bytes_read, queries * read * strip_bytes + (uint64_t)c.n_asked * pages * sketch_bytes);
+  add_count(&stats->pages, queries * all);
+  add_count(&stats->pages_read, queries * read);
+}
+
+/* ---- the stages; each comments its launches where it is written ---- */
+
+/* attend.cu */
+void cuda_attend_local(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
+void cuda_attend_bulk(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
+void cuda_true_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
+void cuda_finish_rows(queue *to, const device_attention &a, int32_t n, float *values);
+/* moments.cu */
+void cuda_fold_moments(queue *to, const device_attention &a, const device_layer &layer);
+void cuda_estimate_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
+/* select.cu: masses, decisions, the work list and the statistics, under any policy. */
+void cuda_select_long(queue *to, const device_attention &a, const device_layer &layer, const device_policy &policy,
+                      int32_t n);
+/* pages.cu: narrows the work list to the strips that the page tier wants. */
+void cuda_select_pages(queue *to, const device_attention &a, const device_layer &layer, const device_policy &policy,
+                       int32_t n);
+
+/* attention_memory.cu: shapes; then arrays, zeroed, in the backend's memory. _new: false when some was refused; what
+ * there is then is still to be freed. layer_sketch_new replaces the sketch's pages; the counts are the caller's. */
+device_attention attention_of(const attention_shape &s, int32_t n_blocks);
+uint64_t attention_memory_bytes(device_attention a, int32_t n_batch);
+bool attention_memory_new(const backend *be, device_attention &a, int32_t n_batch);
+void attention_memory_free(const backend *be, device_attention &a);
+bool layer_memory_new(const backend *be, const device_attention &a, device_layer &l);
+void layer_memory_free(const backend *be, const device_attention &a, device_layer &l);
+bool layer_sketch_new(const backend *be, const device_attention &a, device_layer &l, int32_t bits);
+
+/* Blocks that sketch one page apart. */
+inline size_t sketch_parts(int32_t head_dim) { return (size_t)(head_dim + SKETCH_CHANNELS - 1) / SKETCH_CHANNELS; }
+
+/* Tiles of a batch of n queries, at most. */
+inline int32_t most_tiles(int32_t n) { return n == 1 ? 1 : n / PYLLM_PAGE + 4; }
+
+/* Calls f.run<head_dim>() for the head dimensions that have kernels; false for others. */
+template <class F> bool with_head_dim(int32_t head_dim, const F &f) {
+  switch (head_dim) {
+  case 32: f.template run<32>(); return true;
+  case 64: f.template run<64>(); return true;
+  case 80: f.template run<80>(); return true;
+  case 96: f.template run<96>(); return true;
+  case 128: f.template run<128>(); return true;
+  case 256: f.template run<256>(); return true;
+  default: return false;
+  }
+}
+#endif

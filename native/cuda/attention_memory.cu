@@ -1,0 +1,102 @@
+/* The arrays behind device_attention and device_layer: each is named once, with its size. */
+#include "attention.cuh"
+#include "sketch.h"
+
+namespace {
+/* f(pointer, how many) for everything that a session's attention owns. */
+template <class F> void each_array(device_attention &a, int32_t n_batch, F f) {
+  size_t d = (size_t)a.head_dim, heads = (size_t)a.n_heads, kv_heads = (size_t)a.n_kv_heads;
+  size_t rows = (size_t)n_batch * heads, slots = (size_t)a.max_tiles * kv_heads, strips = (size_t)a.max_strips;
+  size_t group = heads / kv_heads;
+  f(a.place, 1);
+  f(a.state, rows);
+  f(a.out, rows * d);
+  f(a.local_mass, rows);
+  f(a.bulk_mass, rows);
+  f(a.is_long, rows);
+  f(a.mass_state, rows);
+  f(a.counts, slots);
+  f(a.rows, slots * PYLLM_PAGE * group);
+  f(a.strips, slots * strips);
+  f(a.span_state, heads * (size_t)a.max_spans);
+  f(a.span_out, heads * (size_t)a.max_spans * d);
+  f(a.tile_mean, slots * d);
+  f(a.tile_m2, slots * d * d);
+  f(a.wanted, slots * strips);
+  f(a.scored_rows, slots * SCORED_MOST * group);
+  f(a.strip_mass, kv_heads * SCORED_MOST * group * strips);
+}
+
+/* The same for a layer's cache; the sketch comes and goes with the policy. */
+template <class F> void each_array(const device_attention &a, device_layer &l, F f) {
+  size_t d = (size_t)a.head_dim, g = (size_t)a.n_kv_heads, parts = d / MOMENT_ROWS;
+  f(l.kv, g * (size_t)a.n_blocks * (size_t)kv_block_halves(a.head_dim));
+  f(l.folded, g * parts);
+  f(l.mean, g * parts * d);
+  f(l.m2, g * d * d);
+  f(l.sketched, g * sketch_parts(a.head_dim));
+  f(l.stats, 1);
+}
+
+struct sum_bytes {
+  uint64_t *bytes;
+  template <class T> void operator()(T *&, size_t n) const { *bytes += n * sizeof(T); }
+};
+struct take_memory {
+  const backend *be;
+  bool *ok;
+  template <class T> void operator()(T *&at, size_t n) const {
+    at = (T *)be->ops->alloc(be, n * sizeof(T));
+    *ok &= at != NULL;
+  }
+};
+struct give_back {
+  const backend *be;
+  template <class T> void operator()(T *&at, size_t) const {
+    if (at) be->ops->release(be, at);
+    at = NULL;
+  }
+};
+} // namespace
+
+device_attention attention_of(const attention_shape &s, int32_t n_blocks) {
+  device_attention a = {};
+  a.n_heads = s.n_heads, a.n_kv_heads = s.n_kv_heads, a.head_dim = s.head_dim, a.n_sink = s.n_sink, a.scale = s.scale;
+  a.n_blocks = n_blocks;
+  a.max_strips = (s.n_ctx / PYLLM_PAGE + 1) * STRIPS_PER_PAGE;
+  a.max_tiles = most_tiles(s.n_batch);
+  a.max_spans = (s.n_ctx / PYLLM_READ_PAGE + STRIPS_PER_PAGE + 1 + SPAN - 1) / SPAN;
+  return a;
+}
+
+uint64_t attention_memory_bytes(device_attention a, int32_t n_batch) {
+  uint64_t bytes = 0;
+  each_array(a, n_batch, sum_bytes{&bytes});
+  return bytes;
+}
+
+bool attention_memory_new(const backend *be, device_attention &a, int32_t n_batch) {
+  bool ok = true;
+  each_array(a, n_batch, take_memory{be, &ok});
+  return ok;
+}
+
+void attention_memory_free(const backend *be, device_attention &a) { each_array(a, 1, give_back{be}); }
+
+bool layer_memory_new(const backend *be, const device_attention &a, device_layer &l) {
+  bool ok = true;
+  each_array(a, l, take_memory{be, &ok});
+  return ok;
+}
+
+void layer_memory_free(const backend *be, const device_attention &a, device_layer &l) {
+  each_array(a, l, give_back{be});
+  give_back{be}(l.sketch, 0);
+}
+
+bool layer_sketch_new(const backend *be, const device_attention &a, device_layer &l, int32_t bits) {
+  bool ok = true;
+  give_back{be}(l.sketch, 0);
+  take_memory{be, &ok}(l.sketch, (size_t)a.n_kv_heads * (size_t)a.n_blocks * sketch_page_bytes(bits, a.head_dim));
+  return ok;
+}

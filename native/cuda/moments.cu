@@ -1,0 +1,159 @@
+/* Running moments of the bulk keys, and the mass of the bulk that they predict for a query (arXiv 2502.09647). */
+#include "attention.cuh"
+
+namespace {
+enum { FOLD_THREADS = 256, JUDGE_WARPS = 8, JUDGE_ROWS = 8, MAX_DIM = 256 };
+
+struct fold_shared {
+  uint16_t keys[PYLLM_PAGE * MAX_DIM];
+  float page_mean[MAX_DIM], mean[MAX_DIM];
+};
+
+/* keys and page_mean of one page. */
+__device__ void load_page(const uint16_t *block, int32_t d, fold_shared &s) {
+  for (int32_t i = threadIdx.x; i < PYLLM_PAGE * d / 8; i += FOLD_THREADS)
+    ((uint4 *)s.keys)[i] = ((const uint4 *)(block + kv_key_at(d, 0, 0)))[i];
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < d; i += FOLD_THREADS) {
+    float sum = 0;
+    for (int32_t t = 0; t < PYLLM_PAGE; t++) sum += half_to_float(s.keys[t * d + i]);
+    s.page_mean[i] = sum / PYLLM_PAGE;
+  }
+  __syncthreads();
+}
+
+/* Chan, Golub, LeVeque (1979): merges a page's mean and centred squares into the running ones. m2: (16, d). */
+__device__ void merge_page(int32_t n_pages, int32_t first_row, int32_t d, float *m2, fold_shared &s) {
+  float before = (float)n_pages, share = 1.0f / (before + 1.0f), between = PYLLM_PAGE * before * share;
+  for (int32_t at = threadIdx.x; at < MOMENT_ROWS * d; at += FOLD_THREADS) {
+    int32_t i = first_row + at / d, j = at % d;
+    float row_mean = s.page_mean[i], column_mean = s.page_mean[j], sum = 0;
+    for (int32_t t = 0; t < PYLLM_PAGE; t++)
+      sum += (half_to_float(s.keys[t * d + i]) - row_mean) * (half_to_float(s.keys[t * d + j]) - column_mean);
+    float drift = between * (row_mean - s.mean[i]) * (column_mean - s.mean[j]);
+    m2[at] = (n_pages ? m2[at] : 0) + sum + drift;
+  }
+  __syncthreads(); /* all have used the mean */
+  for (int32_t i = threadIdx.x; i < d; i += FOLD_THREADS) s.mean[i] += share * (s.page_mean[i] - s.mean[i]);
+  __syncthreads();
+}
+
+/* Grid (head_dim / 16, n_kv_heads): folds the pages that left the window since the last time, and keeps what each tile
+ * but the last sees. Starts over where more is folded than the first tile sees: after a rewind, or a wider window.
+ * Reads a page's keys, 128 head_dim bytes, head_dim / 16 times (from L2), and writes the covariance once per page. */
+__global__ void fold_kernel(device_attention a, device_layer layer) {
+  fold_shared &s = block_shared<fold_shared>();
+  int32_t d = a.head_dim, g = blockIdx.y, parts = d / MOMENT_ROWS, part = blockIdx.x;
+  int32_t *folded = layer.folded + g * parts + part;
+  float *mean = layer.mean + (int64_t)(g * parts + part) * d;
+  int64_t rows = (int64_t)part * MOMENT_ROWS * d; /* where this block's rows are in a (d, d) matrix */
+  float *m2 = layer.m2 + (int64_t)g * d * d + rows;
+  int32_t n = *folded;
+  query_tile tile = tile_at(a, 0);
+  if (n > tile.n_pages) n = 0;
+  for (int32_t i = threadIdx.x; i < d; i += FOLD_THREADS) s.mean[i] = n ? mean[i] : 0;
+  __syncthreads();
+  for (int32_t t = 0; tile.n; tile = tile_at(a, ++t)) {
+    for (; n < tile.n_pages; n++) {
+      load_page(layer.kv + ((int64_t)g * a.n_blocks + 1 + n) * kv_block_halves(d), d, s);
+      merge_page(n, part * MOMENT_ROWS, d, m2, s);
+    }
+    if (is_last(a, tile) || n == 0) continue;
+    int64_t slot = (int64_t)t * a.n_kv_heads + g;
+    for (int32_t i = threadIdx.x; i < MOMENT_ROWS * d; i += FOLD_THREADS) a.tile_m2[slot * d * d + rows + i] = m2[i];
+    for (int32_t i = threadIdx.x; i < d && part == 0; i += FOLD_THREADS) a.tile_mean[slot * d + i] = s.mean[i];
+  }
+  for (int32_t i = threadIdx.x; i < d; i += FOLD_THREADS) mean[i] = s.mean[i];
+  if (threadIdx.x == 0) *folded = n;
+}
+
+/* G(variance, N): ln of the mean of e^x over N draws of a centred Gaussian; the paper's form, of infinitely many. */
+__device__ float log_mean_exp(float variance, float n) {
+  (void)n;
+  return variance / 2;
+}
+
+/* M^ = ln N + c q.mean + G(c^2 q'Sq, N), from q.mean and q'(N S)q. */
+__device__ float estimated_mass(float scale, float n, float product, float square) {
+  return logf(n) + scale * product + log_mean_exp(scale * scale * square / n, n);
+}
+
+struct judge_shared {
+  float q[JUDGE_ROWS][MAX_DIM];
+  float square[JUDGE_WARPS][JUDGE_ROWS];
+};
+
+/* Grid (8 rows of a slot, n_kv_heads, tiles): bulk_mass of rows with a bulk. Warps share the rows of the covariance among
+ * them, so that it is read once per block: 4 head_dim^2 bytes for 8 rows, in decode once for the head group. */
+template <int D>
+__global__ void __launch_bounds__(WARP *JUDGE_WARPS) judge_kernel(device_attention a, device_layer layer) {
+  judge_shared &s = block_shared<judge_shared>();
+  constexpr int32_t COLUMNS = (D + WARP - 1) / WARP; /* of a lane */
+  query_tile tile = tile_at(a, blockIdx.z);
+  int32_t g = blockIdx.y, first = blockIdx.x * JUDGE_ROWS, lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  int32_t n_rows = tile.n * group_of(a) - first;
+  if (tile.n_pages == 0 || n_rows <= 0) return;
+  if (n_rows > JUDGE_ROWS) n_rows = JUDGE_ROWS;
+  int64_t slot = (int64_t)blockIdx.z * a.n_kv_heads + g;
+  const float *m2 = is_last(a, tile) ? layer.m2 + (int64_t)g * D * D : a.tile_m2 + slot * D * D;
+  const float *mean = is_last(a, tile) ? layer.mean + (int64_t)g * (D / MOMENT_ROWS) * D : a.tile_mean + slot * D;
+  for (int32_t i = threadIdx.x; i < JUDGE_ROWS * D; i += WARP * JUDGE_WARPS) {
+    int32_t r = i / D;
+    s.q[r][i % D] = r < n_rows ? a.q[(int64_t)tile_row(a, tile, g, first + r) * D + i % D] : 0;
+  }
+  __syncthreads();
+  float q[JUDGE_ROWS][COLUMNS], square[JUDGE_ROWS] = {}, product = 0;
+#pragma unroll
+  for (int32_t r = 0; r < JUDGE_ROWS; r++)
+#pragma unroll
+    for (int32_t k = 0; k < COLUMNS; k++) q[r][k] = k * WARP + lane < D ? s.q[r][k * WARP + lane] : 0;
+  for (int32_t i = warp; i < D; i += JUDGE_WARPS) {
+    float row[COLUMNS];
+#pragma unroll
+    for (int32_t k = 0; k < COLUMNS; k++) row[k] = k * WARP + lane < D ? m2[i * D + k * WARP + lane] : 0;
+#pragma unroll
+    for (int32_t r = 0; r < JUDGE_ROWS; r++) {
+      float sum = 0;
+#pragma unroll
+      for (int32_t k = 0; k < COLUMNS; k++) sum = fmaf(row[k], q[r][k], sum);
+      square[r] = fmaf(s.q[r][i], sum, square[r]);
+    }
+  }
+#pragma unroll
+  for (int32_t r = 0; r < JUDGE_ROWS; r++) {
+    float sum = warp_sum(square[r]);
+    if (lane == 0) s.square[warp][r] = sum;
+  }
+  for (int32_t i = lane; i < D; i += WARP) product = fmaf(s.q[warp][i], mean[i], product); /* of row `warp` */
+  product = warp_sum(product);
+  __syncthreads();
+  if (lane != 0 || warp >= n_rows) return;
+  float sum = 0;
+  for (int32_t w = 0; w < JUDGE_WARPS; w++) sum += s.square[w][warp];
+  a.bulk_mass[tile_row(a, tile, g, first + warp)] =
+      estimated_mass(a.scale, (float)(tile.n_pages * PYLLM_PAGE), product, sum);
+}
+
+struct judge_launch {
+  queue *to;
+  const device_attention &a;
+  const device_layer &layer;
+  int32_t n;
+
+  template <int D> void run() const {
+    int32_t rows = (n < PYLLM_PAGE ? n : PYLLM_PAGE) * (a.n_heads / a.n_kv_heads);
+    dim3 grid((unsigned)((rows + JUDGE_ROWS - 1) / JUDGE_ROWS), (unsigned)a.n_kv_heads, (unsigned)most_tiles(n));
+    launch(to, judge_kernel<D>, grid, dim3(WARP * JUDGE_WARPS), sizeof(judge_shared), a, layer);
+  }
+};
+} // namespace
+
+void cuda_fold_moments(queue *to, const device_attention &a, const device_layer &layer) {
+  launch(to, fold_kernel, dim3((unsigned)(a.head_dim / MOMENT_ROWS), (unsigned)a.n_kv_heads), dim3(FOLD_THREADS),
+         sizeof(fold_shared), a, layer);
+}
+
+void cuda_estimate_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n) {
+  cuda_fold_moments(to, a, layer);
+  with_head_dim(a.head_dim, judge_launch{to, a, layer, n});
+}

@@ -1,0 +1,276 @@
+/* The page tier: which strips of the bulk the long heads of a slot read, judged by a low-bit sketch of the bulk's keys.
+ * Terms and rules: cpu/pages.c; the sketch's bytes: src/sketch.h, whose words of 4 channels by token are what dp4a takes. */
+#include "attention.cuh"
+#include "sketch.h"
+#include <float.h>
+
+namespace {
+enum {
+  FOLD_THREADS = 256,
+  SCORE_WARPS = 4, /* a page each */
+  SCORE_ROWS = 8,  /* scored on one reading of a page's codes */
+  WANT_THREADS = 256,
+  LIST_THREADS = 256,
+  MAX_DIM = 256,
+  HALVINGS = 16
+};
+
+/* ---- sketching what left the window ---- */
+
+struct fold_shared {
+  float low[FOLD_THREADS / WARP][WARP], high[FOLD_THREADS / WARP][WARP];
+  uint8_t codes[PYLLM_PAGE][SKETCH_CHANNELS];
+};
+
+/* One page's codes of 32 channels: lane = channel, warp = 8 tokens. n: channels there are. */
+__device__ void round_keys(const uint16_t *keys, int32_t bits, int32_t d, int32_t n, uint16_t *lo, uint16_t *step,
+                           fold_shared &s) {
+  int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  constexpr int32_t TOKENS = PYLLM_PAGE / (FOLD_THREADS / WARP);
+  float k[TOKENS], top = (float)((1 << bits) - 1);
+  for (int32_t i = 0; i < TOKENS; i++) k[i] = lane < n ? half_to_float(keys[kv_key_at(d, warp * TOKENS + i, lane)]) : 0;
+  float low = k[0], high = k[0];
+  for (int32_t i = 1; i < TOKENS; i++) low = fminf(low, k[i]), high = fmaxf(high, k[i]);
+  s.low[warp][lane] = low, s.high[warp][lane] = high;
+  __syncthreads();
+  for (int32_t w = 0; w < FOLD_THREADS / WARP; w++)
+    low = fminf(low, s.low[w][lane]), high = fmaxf(high, s.high[w][lane]);
+  uint16_t rounded = float_to_half((high - low) / top);
+  float width = half_to_float(rounded);
+  for (int32_t i = 0; i < TOKENS; i++) {
+    float code = width > 0 ? rintf((k[i] - low) / width) : 0;
+    s.codes[warp * TOKENS + i][lane] = (uint8_t)(code < top ? code : top);
+  }
+  if (warp == 0 && lane < n) lo[lane] = float_to_half(low), step[lane] = rounded;
+  __syncthreads();
+}
+
+/* The bits [shift, shift + n_bits) of the codes of every 4th channel from `channel`, side by side in a byte. */
+__device__ uint8_t pack_codes(const fold_shared &s, int32_t token, int32_t channel, int32_t shift, int32_t n_bits) {
+  int32_t byte = 0, mask = (1 << n_bits) - 1;
+  for (int32_t i = 0; i < 8 / n_bits; i++) byte |= (s.codes[token][channel + 4 * i] >> shift & mask) << (n_bits * i);
+  return (uint8_t)byte;
+}
+
+/* Grid (ceil(head_dim / 32), n_kv_heads). Reads a page's keys and writes its sketch once. */
+__global__ void fold_kernel(device_attention a, device_layer layer, int32_t bits) {
+  fold_shared &s = block_shared<fold_shared>();
+  int32_t d = a.head_dim, g = blockIdx.y, part = blockIdx.x, first = part * SKETCH_CHANNELS;
+  int32_t n = d - first < SKETCH_CHANNELS ? d - first : SKETCH_CHANNELS, units = n / 16; /* of 16 channels */
+  int32_t *sketched = layer.sketched + g * gridDim.x + part;
+  int32_t page = *sketched, end = bulk_pages(a.n_sink, a.n_window, a.place->position + a.place->n - 1);
+  __syncthreads(); /* all have read the count */
+  for (; page < end; page++) {
+    uint8_t *to = layer.sketch + ((int64_t)g * a.n_blocks + page) * (int64_t)sketch_page_bytes(bits, d);
+    uint16_t *lo = (uint16_t *)to;
+    const uint16_t *keys = layer.kv + ((int64_t)g * a.n_blocks + 1 + page) * kv_block_halves(d) + first;
+    round_keys(keys, bits, d, n, lo + first, lo + d + first, s);
+    uint8_t *low = to + 4 * d, *high = low + sketch_low_bytes(d);
+    for (int32_t i = threadIdx.x; i < STRIPS_PER_PAGE * units * 64; i += FOLD_THREADS) {
+      int32_t strip = i / (units * 64), unit = i / 64 % units, at = i % 64, token = 16 * strip + at / 4;
+      int32_t to_byte = (strip * (d / 16) + first / 16 + unit) * 64 + at;
+      low[to_byte] = pack_codes(s, token, 16 * unit + at % 4, 0, 2);
+      if (bits == 4) high[to_byte] = pack_codes(s, token, 16 * unit + at % 4, 2, 2);
+    }
+    for (int32_t i = threadIdx.x; bits == 3 && i < STRIPS_PER_PAGE * 64; i += FOLD_THREADS)
+      high[(i / 64 * gridDim.x + part) * 64 + i % 64] = pack_codes(s, 16 * (i / 64) + i % 64 / 4, i % 4, 2, 1);
+    __syncthreads(); /* the codes are used up */
+  }
+  if (threadIdx.x == 0 && *sketched < end) *sketched = end;
+}
+
+/* ---- scoring ---- */
+
+/* A few queries against one page's channels: q * step rounded to 8 bits, their unit, and the part that lo gives. */
+struct page_queries {
+  int8_t weight[SCORE_ROWS][MAX_DIM];
+  float unit[SCORE_ROWS], base[SCORE_ROWS];
+};
+struct score_shared {
+  page_queries warps[SCORE_WARPS];
+};
+
+/* One warp, row r; q: (d), not scaled. */
+__device__ void weigh(const float *q, float scale, const uint8_t *page, int32_t d, int32_t r, page_queries &to) {
+  const uint16_t *lo = (const uint16_t *)page, *step = lo + d;
+  int32_t lane = threadIdx.x % WARP;
+  float top = 0, base = 0;
+  for (int32_t i = lane; i < d; i += WARP) {
+    float x = q[i] * scale;
+    top = fmaxf(top, fabsf(x * half_to_float(step[i])));
+    base += x * half_to_float(lo[i]);
+  }
+  float unit = warp_max(top) / 127.0f, inverse = unit >= FLT_MIN ? 1.0f / unit : 0.0f;
+  for (int32_t i = lane; i < d; i += WARP)
+    to.weight[r][i] = (int8_t)__float2int_rn(q[i] * scale * half_to_float(step[i]) * inverse);
+  base = warp_sum(base);
+  if (lane == 0) to.unit[r] = unit, to.base[r] = base;
+}
+
+/* Sums of code * weight over the channels, of one token. low, high: the token's first words in its strip's planes. */
+template <int BITS>
+__device__ void multiply_codes(const uint32_t *low, const uint32_t *high, int32_t d, const page_queries &q,
+                               int (&sum)[SCORE_ROWS]) {
+  for (int32_t m = 0; m < d / 16; m++) {
+    uint32_t l = low[m * 16], h = BITS == 2 ? 0 : BITS == 3 ? high[m / 2 * 16] >> (m % 2 * 4) : high[m * 16];
+#pragma unroll
+    for (int32_t i = 0; i < 4; i++) {
+      uint32_t code = l >> (2 * i) & 0x03030303u;
+      if (BITS == 3) code |= (h >> i & 0x01010101u) << 2;
+      if (BITS == 4) code |= (h >> (2 * i) & 0x03030303u) << 2;
+#pragma unroll
+      for (int32_t r = 0; r < SCORE_ROWS; r++)
+        sum[r] = __dp4a((int)code, *(const int *)&q.weight[r][16 * m + 4 * i], sum[r]);
+    }
+  }
+}
+
+/* logsumexp over 16 neighbouring lanes; NaN where one is. */
+__device__ float strip_mass(float score) {
+  float top = score;
+  for (int32_t bits = PYLLM_READ_PAGE / 2; bits; bits /= 2) top = fmaxf(top, __shfl_xor_sync(ALL_LANES, top, bits));
+  float sum = expf(score - top);
+  for (int32_t bits = PYLLM_READ_PAGE / 2; bits; bits /= 2) sum += __shfl_xor_sync(ALL_LANES, sum, bits);
+  return top + logf(sum);
+}
+
+/* One warp: strip masses of up to 8 rows for one page. mass: (rows, max_strips), at the page's first strip. */
+template <int BITS>
+__device__ void score_page(const device_attention &a, const uint8_t *page, const int32_t *rows, int32_t n_rows,
+                           page_queries &q, float *mass) {
+  int32_t d = a.head_dim, lane = threadIdx.x % WARP;
+  for (int32_t r = 0; r < n_rows; r++) weigh(a.q + (int64_t)rows[r] * d, a.scale, page, d, r, q);
+  for (int32_t i = lane; i < (SCORE_ROWS - n_rows) * d; i += WARP) q.weight[n_rows + i / d][i % d] = 0;
+  __syncwarp();
+  const uint8_t *low = page + 4 * d, *high = low + sketch_low_bytes(d);
+  for (int32_t half = 0; half < 2; half++) {
+    int32_t strip = 2 * half + lane / 16, sum[SCORE_ROWS] = {};
+    multiply_codes<BITS>((const uint32_t *)(low + strip * (sketch_low_bytes(d) / 4)) + lane % 16,
+                         (const uint32_t *)(high + strip * (sketch_high_bytes(BITS, d) / 4)) + lane % 16, d, q, sum);
+    for (int32_t r = 0; r < n_rows; r++) {
+      float x = strip_mass(q.base[r] + q.unit[r] * (float)sum[r]);
+      if (lane % 16 == 0) mass[(int64_t)r * a.max_strips + strip] = x;
+    }
+  }
+  __syncwarp(); /* the weights are used up */
+}
+
+/* Of tile t. Grid (x, n_kv_heads): warps take pages by turns. Reads each page's sketch once per 8 rows, in decode once. */
+template <int BITS>
+__global__ void __launch_bounds__(WARP *SCORE_WARPS) score_kernel(device_attention a, device_layer layer, int32_t t) {
+  query_tile tile = tile_at(a, t);
+  int32_t g = blockIdx.y, warp = threadIdx.x / WARP, most = SCORED_MOST * group_of(a);
+  int64_t slot = (int64_t)t * a.n_kv_heads + g, page_bytes = (int64_t)sketch_page_bytes(BITS, a.head_dim);
+  int32_t n_rows = tile.n_pages ? a.counts[slot].n_scored : 0;
+  page_queries &q = block_shared<score_shared>().warps[warp];
+  for (int32_t page = blockIdx.x * SCORE_WARPS + warp; page < tile.n_pages; page += gridDim.x * SCORE_WARPS)
+    for (int32_t r = 0; r < n_rows; r += SCORE_ROWS)
+      score_page<BITS>(a, layer.sketch + ((int64_t)g * a.n_blocks + page) * page_bytes, a.scored_rows + slot * most + r,
+                       n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS, q,
+                       a.strip_mass + ((int64_t)g * most + r) * a.max_strips + page * STRIPS_PER_PAGE);
+}
+
+/* ---- wanting ---- */
+
+struct want_shared {
+  float partial[WARP];
+};
+
+__device__ float block_max(float x, float *partial) {
+  int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
+  x = warp_max(x);
+  if (lane == 0) partial[warp] = x;
+  __syncthreads();
+  x = warp_max(partial[lane % (WANT_THREADS / WARP)]);
+  __syncthreads();
+  return x;
+}
+
+/* The share above which a strip is read: page_share, halved until what is left out is at most page_drop. */
+__device__ float cut_share(const device_policy &policy, const float *share, int32_t n, float *partial) {
+  float cut = policy.page_share;
+  for (int32_t i = 0; i < HALVINGS && policy.page_drop < 1; i++, cut /= 2) {
+    float dropped = 0;
+    for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) dropped += share[s] > cut ? 0 : share[s];
+    if (block_sum(dropped, partial) <= policy.page_drop) break;
+  }
+  return cut;
+}
+
+/* Of tile t. Grid (scored rows of a slot, n_kv_heads): a block turns its row's strip masses into shares of all its
+ * attention and marks the strips it wants; blocks of a slot write the same 1. */
+__global__ void __launch_bounds__(WANT_THREADS) want_kernel(device_attention a, device_policy policy, int32_t t) {
+  float *partial = block_shared<want_shared>().partial;
+  query_tile tile = tile_at(a, t);
+  int32_t g = blockIdx.y, r = blockIdx.x, most = SCORED_MOST * group_of(a), n = tile.n_pages * STRIPS_PER_PAGE;
+  int64_t slot = (int64_t)t * a.n_kv_heads + g;
+  if (n == 0 || r >= a.counts[slot].n_scored) return;
+  float *share = a.strip_mass + ((int64_t)g * most + r) * a.max_strips;
+  float local_mass = a.local_mass[a.scored_rows[slot * most + r]], top = local_mass, sum = 0;
+  for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) top = fmaxf(top, share[s]);
+  top = block_max(top, partial);
+  for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) sum += share[s] = expf(share[s] - top);
+  float inverse = 1.0f / (block_sum(sum, partial) + expf(local_mass - top));
+  for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) share[s] *= inverse;
+  float cut = cut_share(policy, share, n, partial);
+  /* Not a number counts as wanted: the safe side. */
+  for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS)
+    if (!(share[s] <= cut)) a.wanted[slot * a.max_strips + s] = 1;
+}
+
+/* ---- listing ---- */
+
+struct list_shared {
+  int32_t warp_count[LIST_THREADS / WARP];
+};
+
+/* Grid (n_kv_heads, tiles): the wanted strips in order, and the slot's statistics. Reads a byte and writes up to 4 per
+ * strip of the bulk. */
+__global__ void __launch_bounds__(LIST_THREADS) list_kernel(device_attention a, device_layer layer, int32_t bits) {
+  int32_t *warp_count = block_shared<list_shared>().warp_count;
+  query_tile tile = tile_at(a, blockIdx.y);
+  if (tile.n_pages == 0) return;
+  int64_t slot = (int64_t)blockIdx.y * a.n_kv_heads + blockIdx.x, at = slot * a.max_strips;
+  int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = tile.n_pages * STRIPS_PER_PAGE, done = 0;
+  for (int32_t first = 0; first < n; first += LIST_THREADS) {
+    int32_t s = first + threadIdx.x, before = 0, all = 0;
+    bool wanted = s < n && a.wanted[at + s];
+    uint32_t votes = __ballot_sync(ALL_LANES, wanted);
+    if (lane == 0) warp_count[warp] = __popc(votes);
+    __syncthreads();
+    for (int32_t w = 0; w < LIST_THREADS / WARP; w++) {
+      before += w < warp ? warp_count[w] : 0;
+      all += warp_count[w];
+    }
+    if (wanted) a.strips[at + done + before + __popc(votes & ((1u << lane) - 1))] = STRIPS_PER_PAGE + s;
+    done += all;
+    __syncthreads();
+  }
+  if (threadIdx.x != 0) return;
+  a.counts[slot].n_strips = done;
+  count_slot(a, tile, a.counts[slot], sketch_page_bytes(bits, a.head_dim), layer.stats);
+}
+
+enum { SCORE_BLOCKS = 256 }; /* per key/value head, at most */
+
+template <int BITS> void score(queue *to, const device_attention &a, const device_layer &layer, int32_t tile) {
+  int32_t blocks = (a.max_strips / STRIPS_PER_PAGE + SCORE_WARPS - 1) / SCORE_WARPS;
+  dim3 grid((unsigned)(blocks < SCORE_BLOCKS ? blocks : SCORE_BLOCKS), (unsigned)a.n_kv_heads);
+  launch(to, score_kernel<BITS>, grid, dim3(WARP * SCORE_WARPS), sizeof(score_shared), a, layer, tile);
+}
+} // namespace
+
+void cuda_select_pages(queue *to, const device_attention &a, const device_layer &layer, const device_policy &policy,
+                       int32_t n) {
+  int32_t bits = policy.page_bits, group = a.n_heads / a.n_kv_heads, asked = n == 1 ? 1 : SCORED_MOST;
+  unsigned heads = (unsigned)a.n_kv_heads;
+  launch(to, fold_kernel, dim3((unsigned)sketch_parts(a.head_dim), heads), dim3(FOLD_THREADS), sizeof(fold_shared), a,
+         layer, bits);
+  for (int32_t t = 0; t < most_tiles(n); t++) { /* one by one: the masses of one tile's rows are kept */
+    (bits == 2 ? score<2> : bits == 3 ? score<3> : score<4>)(to, a, layer, t);
+    launch(to, want_kernel, dim3((unsigned)(asked * group), heads), dim3(WANT_THREADS), sizeof(want_shared), a, policy,
+           t);
+  }
+  launch(to, list_kernel, dim3(heads, (unsigned)most_tiles(n)), dim3(LIST_THREADS), sizeof(list_shared), a, layer,
+         bits);
+}

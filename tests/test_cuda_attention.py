@@ -1,0 +1,243 @@
+"""The attention kernels for GPUs, emulated, against the numpy reference and themselves.
+
+Weights are one half each (attend.cu), so outputs differ from the reference's by up to 2^-11 of the
+largest value.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+import emulated
+from emulated import ffi, lib
+from native import check
+from pyllm.reference import attention as reference
+from pyllm.reference.attention import Policy
+from test_attention import (
+    FIELDS,
+    POLICY_NUMBER,
+    SEEDS,
+    Inputs,
+    Result,
+    assert_same,
+    near_ties,
+    random_inputs,
+    with_labels,
+)
+
+shapes = st.sampled_from(
+    [(4, 2, 64), (6, 2, 80), (3, 1, 96), (7, 1, 32), (18, 1, 32), (2, 1, 128), (2, 2, 256)]
+)
+policies = st.builds(
+    Policy,
+    kind=st.sampled_from(list(POLICY_NUMBER)),
+    n_sink=st.sampled_from([0, 1, 16, 17, 64]),
+    n_window=st.sampled_from([1, 63, 64, 65, 100]),
+    granularity=st.sampled_from(["head", "group"]),
+    thresholds=st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.1]),
+    static_local=st.just(True),
+)
+paged = st.builds(
+    Policy,
+    kind=st.sampled_from(["dense", "static", "adaptive"]),
+    n_sink=st.sampled_from([0, 16, 64]),
+    n_window=st.sampled_from([1, 64, 100]),
+    granularity=st.sampled_from(["head", "group"]),
+    thresholds=st.sampled_from([0.5, 0.9]),
+    static_local=st.just(True),
+    page_bits=st.sampled_from([2, 3, 4]),
+    page_share=st.sampled_from([0.001, 0.01, 0.1, 0.5]),
+    page_drop=st.sampled_from([1.0, 0.3]),
+)
+# In how many queries a prompt is cut: 0 stands for all but the last, prefill and one step of decode.
+chunks = st.sampled_from([0, 1, 7, 64, 512])
+
+
+def floats(x: NDArray[np.float32]) -> Any:
+    return ffi.from_buffer("float[]", x)
+
+
+def run(x: Inputs, policy: Policy, chunk: int = 512) -> Result:
+    n, n_heads, head_dim = x.q.shape
+    thresholds = np.full(n_heads, policy.thresholds, np.float32)
+    labels = policy.static_local if policy.static_local is not None else 0
+    static = np.broadcast_to(np.asarray(labels, np.uint8), (n_heads,)).copy()
+    chunk = min(chunk or max(n - 1, 1), n)
+    shape = ffi.new(
+        "hook_attention_shape *", (n, n_heads, x.k.shape[1], head_dim, policy.n_sink, x.scale, chunk)
+    )
+    attention = ffi.new("pyllm_attention *")
+    attention.policy = POLICY_NUMBER[policy.kind]
+    attention.granularity = int(policy.granularity == "group")
+    attention.n_window = policy.n_window
+    attention.page_bits, attention.page_share = policy.page_bits, policy.page_share
+    attention.page_drop = policy.page_drop
+    attention.thresholds = floats(thresholds)
+    attention.static_local = ffi.from_buffer("uint8_t[]", static)
+    output = np.full_like(x.q, np.nan)
+    is_long = np.full((n, n_heads), 255, np.uint8)
+    masses = np.full((2, n, n_heads), np.nan, np.float32)
+    stats, err = ffi.new("pyllm_layer_stats *"), ffi.new("pyllm_error *")
+    check(
+        lib.hook_cuda_attention(
+            shape, attention, floats(x.q), floats(x.k), floats(x.v), floats(output),
+            ffi.from_buffer("uint8_t[]", is_long), floats(masses[0]), floats(masses[1]), stats, err,
+        ),
+        err,
+    )  # fmt: skip
+    assert (is_long <= 1).all()
+    counts = {name: int(getattr(stats, name)) for name in FIELDS}
+    return Result(output, is_long == 1, masses[0], masses[1], counts, {})
+
+
+def some_inputs(seed: int, n: int, chunk: int, shape: tuple[int, int, int]) -> Inputs:
+    """Fewer where every token is a batch: the emulator is slow."""
+    return random_inputs(seed, min(n, 170) if chunk in (1, 7) else n, *shape)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=SEEDS, shape=shapes, policy=policies, n=st.integers(1, 330), chunk=chunks)
+def test_reference(seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int) -> None:
+    x = some_inputs(seed, n, chunk, shape)
+    policy = with_labels(policy, shape[0], seed)
+    ours = run(x, policy, chunk)
+    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy)
+    decisions = theirs.decisions
+    tolerance = 2e-5 * (1 + np.abs(decisions.local_mass).max())
+    assert np.allclose(ours.local_mass, decisions.local_mass, atol=tolerance, rtol=0)
+    bulk = decisions.has_bulk
+    near = np.zeros_like(decisions.local)
+    mass = {"oracle": decisions.bulk_mass_true, "adaptive": decisions.bulk_mass_estimate}.get(policy.kind)
+    if mass is not None:
+        scale = 1 + np.abs(mass[bulk]).max(initial=0)
+        assert np.allclose(ours.bulk_mass[bulk], mass[bulk], atol=2e-5 * scale, rtol=0)
+        near = near_ties(decisions.local_mass, mass, policy, 1e-3 + 4e-5 * scale)
+        if policy.granularity == "group":
+            near = np.repeat(near.reshape(len(near), shape[1], -1).any(2), shape[0] // shape[1], 1)
+    different = ours.is_long != (~decisions.local & bulk[:, None])
+    assert not (different & ~near).any()
+    same = ~different
+    error = (6e-4 + tolerance) * np.abs(x.v).max()
+    assert np.allclose(ours.output[same], theirs.output[same], atol=error, rtol=0)
+    if not different.any():
+        assert ours.stats == {name: getattr(theirs.stats, name) for name in FIELDS}
+
+
+@settings(max_examples=6, deadline=None)
+@given(seed=SEEDS, shape=shapes, policy=policies, n=st.integers(130, 280))
+def test_chunks_change_nothing(seed: int, shape: tuple[int, int, int], policy: Policy, n: int) -> None:
+    x = random_inputs(seed, n, *shape)
+    policy = with_labels(policy, shape[0], seed)
+    whole = run(x, policy)
+    for chunk in (0, 64, 100):
+        assert_same(whole, run(x, policy, chunk))
+    short = replace(x, q=x.q[:150].copy(), k=x.k[:150].copy(), v=x.v[:150].copy())
+    whole = run(short, policy)
+    for chunk in (1, 7):
+        assert_same(whole, run(short, policy, chunk))
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=SEEDS, shape=shapes, policy=policies, n=st.integers(1, 300), chunk=st.sampled_from([0, 64]))
+def test_threshold_above_one_is_dense(
+    seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int
+) -> None:
+    x = random_inputs(seed, n, *shape)
+    dense = run(x, replace(policy, kind="dense", static_local=None), chunk)
+    for kind in ("oracle", "adaptive"):
+        assert_same(dense, run(x, replace(policy, kind=kind, thresholds=1.01), chunk))
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=SEEDS, shape=shapes, policy=policies, n=st.integers(1, 150))
+def test_nothing_in_the_bulk_is_dense(seed: int, shape: tuple[int, int, int], policy: Policy, n: int) -> None:
+    x = random_inputs(seed, n, *shape)
+    policy = replace(with_labels(policy, shape[0], seed), n_window=n)
+    result = run(x, policy)
+    assert_same(run(x, replace(policy, kind="dense")), result)
+    assert result.stats == dict.fromkeys(FIELDS, 0)
+
+
+@pytest.mark.parametrize("chunk", [0, 512])
+def test_nan_never_passes(chunk: int) -> None:
+    """A query that is not a number makes its heads long and its output NaN, and no other's."""
+    x = random_inputs(5, 200, 4, 2, 64)
+    policy = Policy("adaptive", n_window=64, thresholds=0.0)
+    clean = run(x, policy, chunk)
+    q = x.q.copy()
+    q[199, 2, 7] = np.nan
+    result = run(replace(x, q=q), policy, chunk)
+    assert np.isnan(result.output[199, 2]).all()
+    assert result.is_long[199].tolist() == [False, False, True, False]
+    others = np.ones((200, 4), bool)
+    others[199, 2] = False
+    assert np.array_equal(result.output[others], clean.output[others])
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=SEEDS, shape=shapes, policy=paged, n=st.integers(100, 330), chunk=chunks)
+def test_pages_against_the_reference(
+    seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int
+) -> None:
+    """A share that hangs on rounding flips a read page, so a few rows may differ, and the counts a little."""
+    x = some_inputs(seed, n, chunk, shape)
+    policy = with_labels(policy, shape[0], seed)
+    ours = run(x, policy, chunk)
+    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk or len(x.q) - 1)
+    error = np.abs(ours.output - theirs.output).max(2)
+    tolerance = (6e-4 + 2e-5 * (1 + np.abs(theirs.decisions.local_mass).max())) * np.abs(x.v).max()
+    assert (error > tolerance).mean() <= 0.02
+    for name in FIELDS:
+        count = getattr(theirs.stats, name)
+        slack = 0.02 * count + 64 * shape[0] * reference.PAGE * 4 * shape[2]
+        assert abs(ours.stats[name] - count) <= slack, name
+
+
+@settings(max_examples=4, deadline=None)
+@given(seed=SEEDS, shape=shapes, bits=st.sampled_from([2, 3, 4]), chunk=st.sampled_from([0, 512]))
+def test_larger_shares_read_less_and_none_reads_everything(
+    seed: int, shape: tuple[int, int, int], bits: int, chunk: int
+) -> None:
+    x = random_inputs(seed, 230, *shape)
+    results = [
+        run(x, Policy("dense", n_window=64, page_bits=bits, page_share=share), chunk)
+        for share in (0.0, 0.02, 1.0)
+    ]
+    read = [result.stats["pages_read"] for result in results]
+    assert read == sorted(read, reverse=True)
+    assert read[-1] == 0
+    # Only pages whose estimated share underflows to 0 are left out.
+    assert np.allclose(run(x, Policy("dense", n_window=64), chunk).output, results[0].output, atol=2e-3)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=SEEDS,
+    n_pages=st.integers(1, 6),
+    head_dim=st.sampled_from([32, 64, 80, 96, 128, 256]),
+    offset=st.sampled_from([0.0, 3.0, 100.0]),
+)
+def test_moments(seed: int, n_pages: int, head_dim: int, offset: float) -> None:
+    rng = np.random.default_rng(seed)
+    drift = np.cumsum(rng.standard_normal((n_pages * reference.PAGE, head_dim)), 0) * 0.1
+    keys = (rng.standard_normal(drift.shape) + drift + offset).astype(np.float32)
+    mean = np.full((n_pages, head_dim), np.nan, np.float32)
+    cov = np.full((n_pages, head_dim, head_dim), np.nan, np.float32)
+    err = ffi.new("pyllm_error *")
+    check(
+        emulated.lib.hook_cuda_moments(floats(keys), n_pages, head_dim, floats(mean), floats(cov), err), err
+    )
+    stored = keys.astype(np.float16).astype(np.float64)
+    for page in range(n_pages):
+        seen = stored[: (page + 1) * reference.PAGE]
+        deviation = seen.std(0)
+        assert np.allclose(mean[page], seen.mean(0), rtol=2e-6, atol=2e-6)
+        scale = np.outer(deviation, deviation) + 1e-6 * (1 + offset)
+        assert (np.abs(cov[page] - np.cov(seen.T, ddof=0)) <= 2e-5 * scale).all()
