@@ -15,8 +15,7 @@ int32_t hook_emu_matrix_s8(const int8_t *a, const int8_t *b, int32_t *d, pyllm_e
 int32_t hook_cuda_attention(const hook_attention_shape *shape, const pyllm_attention *attention, const float *q,
                             const float *k, const float *v, float *out, uint8_t *is_long, float *local_mass,
                             float *bulk_mass, pyllm_layer_stats *stats, pyllm_error *err);
-int32_t hook_cuda_moments(const float *k, int32_t n_pages, int32_t head_dim, float *mean, float *cov,
-                          pyllm_error *err);
+int32_t hook_cuda_moments(const float *k, int32_t n_pages, int32_t head_dim, float *mean, float *cov, pyllm_error *err);
 
 #pragma GCC visibility pop
 #endif
