@@ -176,16 +176,6 @@ struct want_shared {
   float partial[WARP];
 };
 
-__device__ float block_max(float x, float *partial) {
-  int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  x = warp_max(x);
-  if (lane == 0) partial[warp] = x;
-  __syncthreads();
-  x = warp_max(partial[lane % (WANT_THREADS / WARP)]);
-  __syncthreads();
-  return x;
-}
-
 /* The share above which a strip is read: page_share, halved until what is left out is at most page_drop. */
 __device__ float cut_share(const device_policy &policy, const float *share, int32_t n, float *partial) {
   float cut = policy.page_share;
