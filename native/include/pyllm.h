@@ -94,7 +94,7 @@ int32_t pyllm_device_get_info(const char *device, pyllm_device_info *out, pyllm_
 
 typedef struct pyllm_model_params {
   int32_t n_threads;  /* 1..256; one pool, shared by the model's sessions */
-  const char *isa;    /* "generic", "avx2", "avx512"; NULL for the best this processor has */
+  const char *isa;    /* "generic", "avx2", "avx512", "avx512vnni", "avx512bf16"; NULL: the best of this processor */
   const char *device; /* "cpu", "cuda", "cuda:1"; NULL for the CPU */
 } pyllm_model_params;
 
