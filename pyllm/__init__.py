@@ -1,6 +1,7 @@
 """A standalone runtime for quantized GGUF models with adaptive sparse attention."""
 
 from pyllm.attention import Adaptive, Dense, Oracle, Static, Window
+from pyllm.calibration import Calibration
 from pyllm.errors import (
     AbortedError,
     ArgumentError,
@@ -18,6 +19,7 @@ from pyllm.errors import (
 )
 from pyllm.guard import Guard
 from pyllm.llm import LLM
+from pyllm.record import Record
 from pyllm.session import Session
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "AbortedError",
     "Adaptive",
     "ArgumentError",
+    "Calibration",
     "ContextError",
     "Dense",
     "DeviceError",
@@ -37,6 +40,7 @@ __all__ = [
     "NumericError",
     "Oracle",
     "PyllmError",
+    "Record",
     "Session",
     "Static",
     "TemplateError",

@@ -304,22 +304,41 @@ class NativeSession:
         n_window: int,
         thresholds: NDArray[np.float32] | None,
         static_local: NDArray[np.uint8] | None,
+        gaussian: int = 0,
+        estimate: int = 0,
+        coefficients: NDArray[np.float32] | None = None,
+        means: NDArray[np.float32] | None = None,
+        covariances: NDArray[np.float32] | None = None,
         page_bits: int = 0,
         page_share: float = 0.0,
         page_drop: float = 1.0,
     ) -> None:
-        """thresholds and static_local: (n_layers, n_heads), contiguous, where the policy reads them."""
+        """The fields of pyllm_attention, arrays contiguous.
+
+        Raises ArgumentError for arrays of other shapes than the model's.
+        """
         ffi, lib = library()
         attention = ffi.new("pyllm_attention *")
         attention.policy, attention.granularity, attention.n_window = policy, granularity, n_window
+        attention.gaussian, attention.estimate = gaussian, estimate
         attention.page_bits, attention.page_share, attention.page_drop = page_bits, page_share, page_drop
+        heads = (self.info.n_layers, self.info.n_heads)
+        kv_heads, d = (self.info.n_layers, self.info.n_kv_heads), self.info.head_dim
+        given = {
+            "thresholds": (thresholds, heads),
+            "static_local": (static_local, heads),
+            "coefficients": (coefficients, (*heads, 3)),
+            "means": (means, (*kv_heads, d)),
+            "covariances": (covariances, (*kv_heads, d, d)),
+        }
         arrays = {}  # alive until the call has copied them
-        if thresholds is not None:
-            arrays["thresholds"] = ffi.from_buffer("float[]", thresholds)
-        if static_local is not None:
-            arrays["static_local"] = ffi.from_buffer("uint8_t[]", static_local)
-        for name, array in arrays.items():
-            setattr(attention, name, array)
+        for name, (array, shape) in given.items():
+            if array is None:
+                continue
+            if array.shape != shape:
+                raise errors.ArgumentError(f"{name} of shape {array.shape}, but the model has {shape}")
+            arrays[name] = ffi.from_buffer("uint8_t[]" if array.dtype == np.uint8 else "float[]", array)
+            setattr(attention, name, arrays[name])
         with self.lock:
             check(lib.pyllm_session_set_attention, self.handle, attention)
 

@@ -10,10 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 from numpy.typing import ArrayLike
 
+from pyllm.calibration import MOMENTS, Calibration
 from pyllm.errors import ArgumentError
 
 GRANULARITIES = ("head", "group")
 PAGE_BITS = (0, 2, 3, 4)
+GAUSSIANS = ("lognormal", "frozen", "truncated")
+ESTIMATES = ("gaussian", "regression", "maximum")
 
 
 @dataclass(frozen=True)
@@ -171,10 +174,46 @@ class Oracle(_Thresholded):
 
 @dataclass(frozen=True)
 class Adaptive(_Thresholded):
-    """A head is local for a query iff sinks and window hold an estimated share of at least the threshold."""
+    """A head is local for a query iff sinks and window hold an estimated share of at least the threshold.
+
+    The bulk's mass is estimated from mean and variance of its scores, by the moments of its keys: those of
+    the prompt, or with moments "calibrated" of other text. estimate: "gaussian", as of Gaussian keys;
+    "regression", as fitted to each head on other text; "maximum", the larger of both. gaussian: of infinitely
+    many keys, "lognormal" (arXiv 2502.09647), or of as many as there are, "frozen" or "truncated" at the
+    largest one expected. calibration: what all but Gaussian estimates from the prompt's moments need.
+    """
 
     name = "adaptive"
     code = 4
+
+    gaussian: str = field(default="lognormal", kw_only=True)
+    estimate: str = field(default="gaussian", kw_only=True)
+    moments: str = field(default="prompt", kw_only=True)
+    calibration: Calibration | None = field(default=None, kw_only=True)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name, known in (("gaussian", GAUSSIANS), ("estimate", ESTIMATES), ("moments", MOMENTS)):
+            if getattr(self, name) not in known:
+                raise ArgumentError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
+        fitted = self.estimate != "gaussian"
+        if self.calibration is None and (fitted or self.moments == "calibrated"):
+            what = f"estimate {self.estimate!r}" if fitted else "moments 'calibrated'"
+            raise ArgumentError(f"attention: {what} needs a calibration for this model, and there is none")
+        if self.calibration is not None and fitted and self.calibration.moments != self.moments:
+            raise ArgumentError(
+                f"attention: the calibration was fitted with moments {self.calibration.moments!r}, "
+                f"not {self.moments!r}"
+            )
+
+    def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
+        arrays: dict[str, Any] = {}
+        if self.calibration and self.estimate != "gaussian":
+            arrays["coefficients"] = self.calibration.coefficients
+        if self.calibration and self.moments == "calibrated":
+            arrays |= {"means": self.calibration.means, "covariances": self.calibration.covariances}
+        codes = {"gaussian": GAUSSIANS.index(self.gaussian), "estimate": ESTIMATES.index(self.estimate)}
+        return super().native(n_layers, n_heads) | codes | arrays
 
 
 # Options of the text form, and what reads their values.
@@ -182,6 +221,9 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "window": int,
     "sinks": int,
     "granularity": str,
+    "gaussian": str,
+    "estimate": str,
+    "moments": str,
     "page_bits": int,
     "page_share": float,
     "page_drop": float,
@@ -189,7 +231,9 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
 PARSED: dict[str, type[Policy]] = {policy.name: policy for policy in (Dense, Window, Oracle, Adaptive)}
 SYNTAX = (
     "dense, window[:TOKENS], adaptive[:THRESHOLD] or oracle[:THRESHOLD], "
-    "then any of ,window=N ,sinks=N ,granularity=head|group ,page_bits=0|2|3|4 ,page_share=X ,page_drop=X"
+    "then any of ,window=N ,sinks=N ,granularity=head|group ,page_bits=0|2|3|4 ,page_share=X ,page_drop=X, "
+    "for adaptive ,gaussian=lognormal|frozen|truncated ,estimate=gaussian|regression|maximum "
+    ",moments=prompt|calibrated"
 )
 
 

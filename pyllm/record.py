@@ -21,8 +21,9 @@ class Record:
 
     audit: (n,) bool, the tokens whose true masses are wanted. local_mass: L, over sinks and window. estimate:
     of M as the policy makes one: adaptive's, or the oracle's true mass. true_mass: M, over the bulk of
-    audited tokens. read_mass: over everything that was read. is_long: (n_layers, n, n_heads) bool, False
-    without a bulk.
+    audited tokens. read_mass: over everything that was read. mean_score, deviation: c·q·μ and s, of the
+    bulk's scores by the moments that adaptive takes, shaped as masses. is_long: (n_layers, n, n_heads) bool,
+    False without a bulk.
     """
 
     audit: NDArray[np.bool_]
@@ -30,6 +31,8 @@ class Record:
     estimate: Masses
     true_mass: Masses
     read_mass: Masses
+    mean_score: Masses
+    deviation: Masses
     is_long: NDArray[np.bool_]
 
     @classmethod
@@ -39,8 +42,9 @@ class Record:
         if audit.ndim != 1:
             raise ArgumentError(f"audit: expected one truth value per token, got shape {audit.shape}")
         shape = (n_layers, len(audit), n_heads)
-        local, estimate, true, read = (np.full(shape, np.nan, np.float32) for _ in range(4))
-        return cls(audit, local, estimate, true, read, np.zeros(shape, bool))
+        nothing = np.full((6, *shape), np.nan, np.float32)
+        local, estimate, true, read, mean_score, deviation = nothing
+        return cls(audit, local, estimate, true, read, mean_score, deviation, np.zeros(shape, bool))
 
     def __len__(self) -> int:
         return len(self.audit)

@@ -304,6 +304,17 @@ class Session:
             if guard:
                 self.watch = Watch(guard, self._native, self._attention, self.n_batch, self._identity)
 
+    def key_moments(
+        self, layer: int, kv_head: int, n_pages: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Mean (head_dim,) and covariance (head_dim, head_dim), ddof 0, of a key/value head's keys.
+
+        Those of the first n_pages pages of 64 tokens behind the sinks; raises ArgumentError where the session
+        holds fewer.
+        """
+        with self.lock:
+            return self._native.moments(layer, kv_head, n_pages)
+
     @property
     def stats(self) -> Stats:
         """A snapshot since the session was opened; `after - before` gives what happened between two."""

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from native import check, ffi, lib
 from pyllm.reference import attention as reference
+from pyllm.reference import moments
 from pyllm.reference.attention import Policy
 from test_linear import ISAS, floats, products
 
@@ -56,7 +57,7 @@ def random_inputs(seed: int, n: int, n_heads: int, n_kv_heads: int, head_dim: in
     return Inputs(*(np.ascontiguousarray(x, np.float32) for x in (q, k, v)))
 
 
-RECORDED = ("local_mass", "estimate", "true_mass", "read_mass")
+RECORDED = ("local_mass", "estimate", "true_mass", "read_mass", "mean_score", "deviation")
 
 
 def run(
@@ -83,6 +84,11 @@ def run(
     attention.n_window = policy.n_window
     attention.page_bits, attention.page_share = policy.page_bits, policy.page_share
     attention.page_drop = policy.page_drop
+    attention.gaussian = moments.FORMS.index(policy.gaussian)
+    attention.estimate = moments.ESTIMATES.index(policy.estimate)
+    for name in ("coefficients", "means", "covariances"):
+        if getattr(policy, name) is not None:
+            setattr(attention, name, floats(getattr(policy, name)))
     attention.thresholds = floats(thresholds)
     attention.static_local = ffi.from_buffer("uint8_t[]", static)
     output = np.full_like(x.q, np.nan)

@@ -10,13 +10,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyllm import Adaptive, ArgumentError, Dense, Oracle, Static, Window
+from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, Oracle, Static, Window
 from pyllm.attention import Policy, parse
 
 windows = st.integers(1, 2**31 - 1)
 sinks = st.integers(0, 64)
 thresholds = st.integers(0, 200).map(lambda n: n / 100) | st.floats(0, 2)
 granularities = st.sampled_from(["head", "group"])
+gaussians = st.sampled_from(["lognormal", "frozen", "truncated"])
 pages = {
     "page_bits": st.sampled_from([0, 2, 3, 4]),
     "page_share": st.sampled_from([0, 0.005, 0.01, 1]) | st.floats(0, 1),
@@ -29,7 +30,9 @@ pages = {
         st.builds(Dense, window=windows, sinks=sinks, **pages),
         st.builds(Window, window=windows, sinks=sinks),
         st.builds(Oracle, thresholds, granularities, window=windows, sinks=sinks, **pages),
-        st.builds(Adaptive, thresholds, granularities, window=windows, sinks=sinks, **pages),
+        st.builds(
+            Adaptive, thresholds, granularities, window=windows, sinks=sinks, gaussian=gaussians, **pages
+        ),
     )
 )
 def test_text_form_reads_back(policy: Policy) -> None:
@@ -47,6 +50,7 @@ def test_text_form_reads_back(policy: Policy) -> None:
         ("adaptive:0.9,page_bits=3,page_share=0.01", Adaptive(0.9, page_bits=3, page_share=0.01)),
         ("oracle,page_bits=2,page_drop=0.1", Oracle(page_bits=2, page_share=0.005, page_drop=0.1)),
         ("dense,page_bits=4", Dense(page_bits=4)),
+        ("adaptive:0.9,gaussian=truncated", Adaptive(0.9, gaussian="truncated")),
     ],
 )
 def test_parse(spec: str, policy: Policy) -> None:
@@ -56,6 +60,7 @@ def test_parse(spec: str, policy: Policy) -> None:
 WRONG = """
 static dens dense:1 dense,granularity=head window:x window:0 adaptive:-1 adaptive:nan adaptive:0.9,windw=3
 adaptive,window=1.5 adaptive,sinks=65 oracle,granularity=x
+adaptive,gaussian=x adaptive,estimate=x adaptive,moments=x oracle,gaussian=frozen dense,moments=prompt
 window,page_bits=3 adaptive,page_bits=1 adaptive,page_bits=x adaptive,page_share=2 adaptive,page_drop=-1
 """
 
@@ -64,6 +69,73 @@ window,page_bits=3 adaptive,page_bits=1 adaptive,page_bits=x adaptive,page_share
 def test_parse_refuses(spec: str) -> None:
     with pytest.raises(ArgumentError):
         parse(spec)
+
+
+@pytest.mark.parametrize("option", ["estimate=regression", "estimate=maximum", "moments=calibrated"])
+def test_what_needs_a_calibration_says_so(option: str) -> None:
+    with pytest.raises(ArgumentError, match=r"needs a calibration for this model, and there is none"):
+        parse(f"adaptive:0.9,{option}")
+
+
+def calibration(rng: np.random.Generator, moments: str = "prompt") -> Calibration:
+    """For the tiny model: 2 layers of 8 heads on 2 key/value heads of 32."""
+    root = rng.standard_normal((2, 2, 32, 32)).astype(np.float32)
+    covariances = root @ root.swapaxes(-1, -2)
+    return Calibration(
+        rng.standard_normal((2, 8, 3)), rng.standard_normal((2, 2, 32)), covariances, (16, 500), moments
+    )
+
+
+def test_calibrations_are_part_of_the_value(rng: np.random.Generator) -> None:
+    one, other = calibration(rng), calibration(rng)
+    copy = Calibration(one.coefficients, one.means, one.covariances, one.positions)
+    assert Adaptive(estimate="maximum", calibration=one) == Adaptive(estimate="maximum", calibration=copy)
+    assert hash(Adaptive(calibration=one)) == hash(Adaptive(calibration=copy))
+    assert Adaptive(calibration=one) != Adaptive(calibration=other)
+    with pytest.raises(ArgumentError, match="fitted with moments 'prompt', not 'calibrated'"):
+        Adaptive(estimate="regression", moments="calibrated", calibration=one)
+
+
+def test_the_library_gets_what_an_estimate_reads(rng: np.random.Generator) -> None:
+    prompt, other = calibration(rng), calibration(rng, "calibrated")
+    asked = ("coefficients", "means", "covariances")
+    for options, expected in (
+        ({"calibration": prompt}, ()),
+        ({"calibration": prompt, "estimate": "maximum"}, asked[:1]),
+        ({"calibration": prompt, "moments": "calibrated"}, asked[1:]),
+        ({"calibration": other, "moments": "calibrated", "estimate": "regression"}, asked),
+    ):
+        native = Adaptive(gaussian="frozen", **options).native(2, 8)
+        assert tuple(name for name in asked if name in native) == expected
+        assert native["gaussian"] == 1
+
+
+def test_calibrations_of_other_models_are_refused(tiny: LLM, rng: np.random.Generator) -> None:
+    fits = calibration(rng)
+    session = tiny.session(attention=Adaptive(estimate="maximum", calibration=fits))
+    before = session.attention
+    for wrong, options in (
+        (
+            Calibration(np.zeros((3, 8, 3)), np.zeros((3, 2, 32)), np.zeros((3, 2, 32, 32)), (0, 1)),
+            {"estimate": "maximum"},
+        ),
+        (
+            Calibration(np.zeros((2, 8, 3)), np.zeros((2, 2, 16)), np.zeros((2, 2, 16, 16)), (0, 1)),
+            {"moments": "calibrated"},
+        ),
+        (
+            Calibration(np.zeros((2, 8, 3)), np.zeros((2, 1, 32)), np.zeros((2, 1, 32, 32)), (0, 1)),
+            {"moments": "calibrated"},
+        ),
+    ):
+        with pytest.raises(ArgumentError, match="but the model has"):
+            session.attention = Adaptive(calibration=wrong, **options)  # type: ignore[arg-type]
+    lopsided = fits.covariances.copy()
+    lopsided[1, 0, 3, 5] += 10
+    skewed = Calibration(fits.coefficients, fits.means, lopsided, fits.positions)
+    with pytest.raises(ArgumentError, match="layer 1, key/value head 0: not symmetric"):
+        session.attention = Adaptive(moments="calibrated", calibration=skewed)
+    assert session.attention == before
 
 
 def test_thresholds_per_layer_and_head(rng: np.random.Generator) -> None:

@@ -22,7 +22,7 @@ from test_pages import paged
 from tiny_models import write_tiny
 
 CHUNKS = (1, 7, 64, 512)
-MASSES = ("local_mass", "estimate", "true_mass", "read_mass")
+MASSES = ("local_mass", "estimate", "true_mass", "read_mass", "mean_score", "deviation")
 
 
 def audits(seed: int, n: int) -> NDArray[np.bool_]:
@@ -59,6 +59,10 @@ def test_reference(
         assert np.isnan(record["estimate"][~bulk]).all()
     else:
         assert np.isnan(record["estimate"]).all()
+    for name in ("mean_score", "deviation"):
+        seen = bulk if policy.kind == "adaptive" else np.zeros_like(bulk)
+        assert np.allclose(record[name][seen], getattr(theirs, name)[seen], atol=tolerance, rtol=1e-3), name
+        assert np.isnan(record[name][~seen]).all()
     known = bulk & audit
     assert np.allclose(record["true_mass"][known], theirs.bulk_mass_true[known], atol=tolerance, rtol=0)
     assert np.isnan(record["true_mass"][~known]).all()

@@ -5,6 +5,8 @@
 #include "ops.h"
 #include "threads.h"
 
+enum { MAX_DIM = 512 }; /* of a head */
+
 /* One span of one work item, and its first row in the partial results. */
 typedef struct span_unit {
   int32_t item, span, row;

@@ -15,17 +15,22 @@ static void blank_rows(const attention_batch *b, bool all_known, const uint8_t *
     }
 }
 
+static void copy_rows(const attention_batch *b, bool known, const float *values, float *out) {
+  if (!out) return;
+  memcpy(out, values, (size_t)b->n * (size_t)b->n_heads * sizeof *out);
+  blank_rows(b, known, NULL, out);
+}
+
 void cpu_record(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy,
                 const pyllm_record *out) {
   size_t rows = (size_t)b->n * (size_t)b->n_heads;
   if (out->local_mass) memcpy(out->local_mass, b->local_mass, rows * sizeof(float));
   if (out->is_long) memcpy(out->is_long, b->is_long, rows);
   if (out->read_mass) cpu_masses(b, b->state, out->read_mass);
-  if (out->estimate) {
-    bool estimated = policy->policy == PYLLM_ADAPTIVE || policy->policy == PYLLM_ORACLE;
-    memcpy(out->estimate, b->bulk_mass, rows * sizeof(float));
-    blank_rows(b, estimated, NULL, out->estimate);
-  }
+  bool adaptive = policy->policy == PYLLM_ADAPTIVE;
+  copy_rows(b, adaptive || policy->policy == PYLLM_ORACLE, b->bulk_mass, out->estimate);
+  copy_rows(b, adaptive, b->mean_score, out->mean_score);
+  copy_rows(b, adaptive, b->deviation, out->deviation);
   if (out->true_mass) {
     if (out->audit) cpu_true_bulk_mass(be, b, cache, out->audit, out->true_mass);
     blank_rows(b, false, out->audit, out->true_mass);

@@ -127,6 +127,11 @@ typedef struct pyllm_session_params {
 
 enum pyllm_policy { PYLLM_DENSE = 0, PYLLM_WINDOW = 1, PYLLM_STATIC = 2, PYLLM_ORACLE = 3, PYLLM_ADAPTIVE = 4 };
 enum pyllm_granularity { PYLLM_HEAD = 0, PYLLM_GROUP = 1 };
+/* G(s^2, N), what adaptive adds for the variance s^2 of scores: s^2 / 2 as of infinitely many Gaussian keys, or less
+ * as of N of them: frozen at its largest draw, or truncated there. */
+enum pyllm_gaussian { PYLLM_LOGNORMAL = 0, PYLLM_FROZEN = 1, PYLLM_TRUNCATED = 2 };
+/* The bulk mass is ln N + c q.mu plus G; or plus a regression b0 + b1 s^2 + b2 s per head; or the larger of both. */
+enum pyllm_estimate { PYLLM_GAUSSIAN = 0, PYLLM_REGRESSION = 1, PYLLM_MAXIMUM = 2 };
 
 /* How attention decides what to read, for tokens evaluated from now on. Arrays are copied. */
 typedef struct pyllm_attention {
@@ -135,6 +140,11 @@ typedef struct pyllm_attention {
   int32_t n_window;        /* tokens of the local window, >= 1 */
   const float *thresholds; /* (n_layers, n_heads): a head is local iff sigmoid(L - M) >= threshold; oracle, adaptive */
   const uint8_t *static_local; /* (n_layers, n_heads): 1 where a head is always local; static */
+  int32_t gaussian, estimate;  /* enum pyllm_gaussian, enum pyllm_estimate; adaptive */
+  const float *coefficients;   /* (n_layers, n_heads, 3): b0, b1, b2; regression and maximum */
+  /* (n_layers, n_kv_heads, head_dim), (n_layers, n_kv_heads, head_dim, head_dim): mean and covariance (ddof 0) of keys
+   * after RoPE, from other text; both NULL: those of the bulk itself. */
+  const float *means, *covariances;
   /* What a long head reads: with page_bits 0 the whole bulk; with 2, 3 or 4, that many bits of its keys are sketched,
    * and it reads the strips of 16 tokens whose estimated share of attention exceeds page_share for some long head of
    * its group. page_share is halved for a head until the shares it leaves out sum to at most page_drop (>= 1: no
@@ -148,12 +158,14 @@ typedef struct pyllm_attention {
  * and logits are the same with a record and without. */
 typedef struct pyllm_record {
   const uint8_t *audit; /* (n) 1: also compute this token's true bulk masses, from all its bulk keys; NULL: none */
-  /* (n_layers, n, n_heads) logsumexp of the scores over ... */
+  /* (n_layers, n, n_heads); masses are the logsumexp of the scores over ... */
   float *local_mass; /* sinks and window: L */
   float *estimate;  /* the bulk, as the policy takes it: adaptive's estimate, oracle's truth; NaN where there is none */
   float *true_mass; /* the bulk: M; NaN where the token is not audited or has no bulk */
   float *read_mass; /* all that was read: sinks, window and what a long head read of the bulk */
-  uint8_t *is_long; /* (n_layers, n, n_heads) 1 where the head is long; 0 without a bulk */
+  float *mean_score; /* mean c q.mu of the bulk's scores, by the moments that adaptive takes; NaN where there is none */
+  float *deviation;  /* their standard deviation s, likewise */
+  uint8_t *is_long;  /* (n_layers, n, n_heads) 1 where the head is long; 0 without a bulk */
 } pyllm_record;
 
 typedef struct pyllm_session_memory {

@@ -44,14 +44,16 @@ bool attention_new(attention_batch *b, const attention_shape *s) {
   b->mass_state = malloc(rows * sizeof *b->mass_state);
   b->local_mass = malloc(rows * sizeof *b->local_mass);
   b->bulk_mass = malloc(rows * sizeof *b->bulk_mass);
+  b->mean_score = malloc(rows * sizeof *b->mean_score);
+  b->deviation = malloc(rows * sizeof *b->deviation);
   b->is_long = malloc(rows);
   b->wanted = malloc(reads * (size_t)b->max_strips);
   b->reads = malloc(reads * sizeof *b->reads);
   b->out = aligned_alloc(64, rows * (size_t)s->head_dim * sizeof *b->out);
   bool lists = list_new(&b->local, s);
   lists &= list_new(&b->bulk, s);
-  return lists && b->tiles && b->state && b->mass_state && b->local_mass && b->bulk_mass && b->is_long && b->wanted &&
-         b->reads && b->out;
+  return lists && b->tiles && b->state && b->mass_state && b->local_mass && b->bulk_mass && b->mean_score &&
+         b->deviation && b->is_long && b->wanted && b->reads && b->out;
 }
 
 void attention_free(attention_batch *b) {
@@ -60,6 +62,8 @@ void attention_free(attention_batch *b) {
   free(b->mass_state);
   free(b->local_mass);
   free(b->bulk_mass);
+  free(b->mean_score);
+  free(b->deviation);
   free(b->is_long);
   free(b->wanted);
   free(b->reads);
@@ -72,7 +76,7 @@ uint64_t attention_bytes(const attention_shape *s) {
   uint64_t rows = (uint64_t)s->n_batch * (uint64_t)s->n_heads;
   uint64_t items = (uint64_t)most_items(s->n_batch, s->n_heads, s->n_kv_heads);
   uint64_t reads = (uint64_t)most_tiles(s->n_batch) * (uint64_t)s->n_kv_heads;
-  return rows * (2 * sizeof(softmax_state) + 2 * sizeof(float) + 1 + 2 * sizeof(int32_t) + (uint64_t)s->head_dim * 4) +
+  return rows * (2 * sizeof(softmax_state) + 4 * sizeof(float) + 1 + 2 * sizeof(int32_t) + (uint64_t)s->head_dim * 4) +
          reads * ((uint64_t)most_strips(s) + sizeof(tile_read)) +
          2 * (items * sizeof(work_item) + (uint64_t)most_ranges(s) * sizeof(key_range));
 }

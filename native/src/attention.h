@@ -13,6 +13,7 @@
 #define PYLLM_SRC_ATTENTION_H
 #include "geometry.h"
 #include "kernels.h"
+#include "policy.h"
 #include <stdbool.h>
 
 enum {
@@ -46,15 +47,6 @@ typedef struct tile_read {
   int32_t n_scored; /* queries that read the sketch */
 } tile_read;
 
-/* How attention decides, resolved to arrays: owned copy of what the caller set. */
-typedef struct attention_policy {
-  int32_t policy, granularity, n_window;
-  float *thresholds;     /* (n_layers, n_heads) */
-  uint8_t *static_local; /* (n_layers, n_heads) */
-  int32_t page_bits;     /* 0: long heads read the whole bulk */
-  float page_share, page_drop;
-} attention_policy;
-
 /* One batch on its way through one layer's attention. */
 typedef struct attention_batch {
   int32_t n_heads, n_kv_heads, head_dim, n_sink;
@@ -70,6 +62,8 @@ typedef struct attention_batch {
   float *out;                /* (n, n_heads, head_dim) weighted values under state */
   float *local_mass;         /* (n, n_heads) L */
   float *bulk_mass;          /* (n, n_heads) estimated or true M; meaningful where a bulk exists and the policy asks */
+  float *mean_score;         /* (n, n_heads) c q.mu; where a bulk exists, adaptive only */
+  float *deviation;          /* (n, n_heads) s, likewise */
   uint8_t *is_long;          /* (n, n_heads) */
   softmax_state *mass_state; /* (n, n_heads) scratch of the oracle */
   uint8_t *wanted;           /* (n_tiles, n_kv_heads, max_strips) strips of the bulk that some scored query wants */

@@ -126,6 +126,9 @@ struct ops {
 /* The CPU's table. */
 extern const ops cpu_ops;
 
+/* out: scale * cov (head_dim, head_dim), symmetric, as key_moments.strips has it. */
+void covariance_strips(const float *cov, int32_t head_dim, float scale, float *out);
+
 /* Folds pages into one head's moments until it holds exactly n_pages; starts over where it holds more.
  * blocks: the head's KV blocks. */
 void moments_fold(const struct kernels *k, key_moments *m, const uint16_t *blocks, int32_t head_dim, int32_t n_pages);

@@ -10,5 +10,7 @@ pyllm_record record_rows(const batch_record *record, int32_t layer, int32_t n_he
                         .estimate = at(r->estimate, row),
                         .true_mass = at(r->true_mass, row),
                         .read_mass = at(r->read_mass, row),
+                        .mean_score = at(r->mean_score, row),
+                        .deviation = at(r->deviation, row),
                         .is_long = r->is_long ? r->is_long + row : NULL};
 }

@@ -161,8 +161,7 @@ void pyllm_session_close(pyllm_session *s) {
   s->model->backend.ops->scratch_free(s->attention.backend_scratch);
   attention_free(&s->attention);
   free_buffers(&s->model->backend, &s->buffers);
-  free(s->policy.thresholds);
-  free(s->policy.static_local);
+  policy_free(&s->policy);
   free(s->layers);
   free(s->stats);
   free(s->tokens);
@@ -178,34 +177,6 @@ int32_t session_enter(pyllm_session *s, pyllm_error *err) {
 int32_t session_leave(pyllm_session *s, int32_t status) {
   atomic_flag_clear(&s->busy);
   return status;
-}
-
-/* A copy of n items, or NULL: of nothing, or when memory is refused. */
-static void *copy_of(const void *source, size_t bytes) {
-  void *copy = source ? malloc(bytes) : NULL;
-  return copy ? memcpy(copy, source, bytes) : NULL;
-}
-
-static int32_t check_attention(const pyllm_attention *a, int32_t n_layer_heads, pyllm_error *err) {
-  if (a->policy < PYLLM_DENSE || a->policy > PYLLM_ADAPTIVE)
-    return fail(err, PYLLM_ERR_ARGUMENT, "attention policy %d is unknown", a->policy);
-  if (a->granularity != PYLLM_HEAD && a->granularity != PYLLM_GROUP)
-    return fail(err, PYLLM_ERR_ARGUMENT, "attention granularity %d is unknown", a->granularity);
-  if (a->n_window < 1) return fail(err, PYLLM_ERR_ARGUMENT, "attention window is %d, expected at least 1", a->n_window);
-  if (a->page_bits != 0 && (a->page_bits < 2 || a->page_bits > 4))
-    return fail(err, PYLLM_ERR_ARGUMENT, "a key sketch of %d bits: 0 (none), 2, 3 and 4 are possible", a->page_bits);
-  if (!(a->page_share >= 0) || !(a->page_drop >= 0))
-    return fail(err, PYLLM_ERR_ARGUMENT, "page_share is %g and page_drop %g, expected at least 0",
-                (double)a->page_share, (double)a->page_drop);
-  bool needs_thresholds = a->policy == PYLLM_ORACLE || a->policy == PYLLM_ADAPTIVE;
-  if (needs_thresholds && !a->thresholds)
-    return fail(err, PYLLM_ERR_ARGUMENT, "this attention policy needs thresholds");
-  if (a->policy == PYLLM_STATIC && !a->static_local)
-    return fail(err, PYLLM_ERR_ARGUMENT, "static attention needs its head labels");
-  for (int32_t i = 0; needs_thresholds && i < n_layer_heads; i++)
-    if (!(a->thresholds[i] == a->thresholds[i]))
-      return fail(err, PYLLM_ERR_ARGUMENT, "attention threshold %d is NaN", i);
-  return PYLLM_OK;
 }
 
 /* Gives every layer room for sketches of `bits`, empty; what there is stays where it has as many bits. */
@@ -228,20 +199,16 @@ static int32_t resize_sketches(pyllm_session *s, int32_t bits, pyllm_error *err)
 }
 
 static int32_t replace_policy(pyllm_session *s, const pyllm_attention *a, pyllm_error *err) {
-  size_t n = (size_t)s->model->config.n_layers * (size_t)s->model->config.n_heads;
-  int32_t status = check_attention(a, (int32_t)n, err);
-  if (!status && a->page_bits) status = resize_sketches(s, a->page_bits, err);
+  const config *c = &s->model->config;
+  policy_shape shape = {c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim};
+  attention_policy p;
+  int32_t status = policy_new(a, &shape, &p, err);
   if (status) return status;
-  attention_policy p = {
-      a->policy,    a->granularity, a->n_window, copy_of(a->thresholds, n * sizeof(float)), copy_of(a->static_local, n),
-      a->page_bits, a->page_share,  a->page_drop};
-  if ((a->thresholds && !p.thresholds) || (a->static_local && !p.static_local)) {
-    free(p.thresholds);
-    free(p.static_local);
-    return fail(err, PYLLM_ERR_MEMORY, "memory for an attention policy of %zu heads was refused", n);
+  if (a->page_bits && (status = resize_sketches(s, a->page_bits, err))) {
+    policy_free(&p);
+    return status;
   }
-  free(s->policy.thresholds);
-  free(s->policy.static_local);
+  policy_free(&s->policy);
   s->policy = p;
   return PYLLM_OK;
 }

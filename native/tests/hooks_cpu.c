@@ -1,6 +1,7 @@
 /* Hooks into the CPU backend: whole stages on the caller's arrays. */
 #include "cpu.h"
 #include "error.h"
+#include "estimate.h"
 #include "hooks.h"
 #include "record.h"
 #include <stdlib.h>
@@ -50,6 +51,13 @@ int32_t hook_moments(const char *isa, const float *k, int32_t n_pages, int32_t h
   return PYLLM_OK;
 }
 
+int32_t hook_bulk_estimate(int32_t gaussian, int32_t estimate, const float *coefficients, int32_t n_keys,
+                           const float *mean_score, const float *variance, int32_t n, float *out) {
+  attention_policy p = {.gaussian = gaussian, .estimate = estimate, .coefficients = (float *)coefficients};
+  for (int32_t i = 0; i < n; i++) out[i] = bulk_estimate(&p, 0, n_keys, mean_score[i], variance[i]);
+  return PYLLM_OK;
+}
+
 typedef struct attention_run {
   backend be;
   attention_batch batch;
@@ -84,6 +92,7 @@ static void close_run(attention_run *run, const hook_attention_shape *s) {
   free(run->cache.sketches);
   free(run->cache.kv);
   attention_free(&run->batch);
+  policy_free(&run->policy);
   run->be.ops->scratch_free(run->batch.backend_scratch);
   pool_free(run->be.pool);
 }
@@ -113,11 +122,14 @@ int32_t hook_attention(const char *isa, int32_t n_threads, const hook_attention_
                        const pyllm_attention *attention, const float *q, const float *k, const float *v, float *out,
                        uint8_t *is_long, float *local_mass, float *bulk_mass, pyllm_layer_stats *stats,
                        const pyllm_record *record, pyllm_error *err) {
-  attention_run run = {.policy = {attention->policy, attention->granularity, attention->n_window,
-                                  (float *)attention->thresholds, (uint8_t *)attention->static_local,
-                                  attention->page_bits, attention->page_share, attention->page_drop}};
-  int32_t status = open_backend(isa, n_threads, &run.be, err);
-  if (status) return status;
+  attention_run run = {0};
+  policy_shape shape = {1, s->n_heads, s->n_kv_heads, s->head_dim};
+  int32_t status = policy_new(attention, &shape, &run.policy, err);
+  if (!status) status = open_backend(isa, n_threads, &run.be, err);
+  if (status) {
+    policy_free(&run.policy);
+    return status;
+  }
   *stats = (pyllm_layer_stats){0};
   if (!open_run(&run, s)) status = fail(err, PYLLM_ERR_MEMORY, "memory refused");
   uint64_t sketch_bytes = attention->page_bits ? run.be.ops->sketch_bytes(attention->page_bits, s->head_dim) : 0;

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .moments import Moments, bulk_mass
+from .moments import Moments, bulk_mass, score_moments
 from .sketch import BITS, READ_PAGE, Sketch, page_bytes, read_pages, sketch
 
 PAGE = 64
@@ -37,7 +37,9 @@ class Policy:
 
     thresholds: τ, a number, (n_heads) or (n_layers, n_heads); rounded to float32, as the library takes them.
     static_local: bool, shaped likewise, True where a head is always local; needed by kind "static" only.
-    form: which G turns a variance into a mass, see `moments.log_mean_exp`.
+    gaussian, estimate: the forms of `moments.log_mean_exp` and `moments.bulk_mass`.
+    coefficients: (n_layers, n_heads, 3) of estimates by regression; float32, as the library takes them.
+    means, covariances: (n_layers, G, d), (n_layers, G, d, d) of other text's keys, in place of the bulk's.
     page_bits: of the key sketch that tells a long head what to read: 2, 3, 4; 0 reads the whole bulk.
     page_share, page_drop: a head wants the read pages whose share exceeds page_share, or less until those it
     does not want hold at most page_drop (1: no bound); rounded to float32, as the library takes them.
@@ -49,7 +51,11 @@ class Policy:
     granularity: str = "head"
     thresholds: npt.ArrayLike = 0.9
     static_local: npt.ArrayLike | None = None
-    form: str = "lognormal"
+    gaussian: str = "lognormal"
+    estimate: str = "gaussian"
+    coefficients: npt.NDArray[np.float32] | None = None
+    means: npt.NDArray[np.float32] | None = None
+    covariances: npt.NDArray[np.float32] | None = None
     page_bits: int = 0
     page_share: float = 0.005
     page_drop: float = 1.0
@@ -77,6 +83,7 @@ class Decisions:
 
     has_bulk: (T) bool. local: (T, H) bool, True where nothing of the bulk was read.
     local_mass, bulk_mass_estimate, bulk_mass_true: (T, H) float64, natural logs: L, M̂, M.
+    mean_score, deviation: (T, H) float64, c·q·μ and σ that M̂ is made of; NaN where the bulk is empty.
     reads: (T, G, R) bool, the read pages of the bulk of the last query that the long heads of a group read.
     scored: (T, G) bool, True where the query's long heads scored the sketch; False everywhere without it.
     """
@@ -86,6 +93,8 @@ class Decisions:
     local_mass: npt.NDArray[np.float64]
     bulk_mass_estimate: npt.NDArray[np.float64]
     bulk_mass_true: npt.NDArray[np.float64]
+    mean_score: npt.NDArray[np.float64]
+    deviation: npt.NDArray[np.float64]
     reads: npt.NDArray[np.bool_]
     scored: npt.NDArray[np.bool_]
 
@@ -180,6 +189,7 @@ def attend(
     has_bulk = np.zeros(n_queries, bool)
     local = np.ones((n_queries, n_heads), bool)
     masses = np.full((3, n_queries, n_heads), -np.inf)
+    mean_score, deviation = np.full((2, n_queries, n_heads), np.nan)
     reads = np.zeros((n_queries, n_kv_heads, n_read_pages(n_positions - 1, policy)), bool)
     scored = np.zeros((n_queries, n_kv_heads), bool)
     moments = [Moments.empty(head_dim) for _ in range(n_kv_heads)]
@@ -192,7 +202,9 @@ def attend(
         in_bulk, in_local = position_masks(start, stop, policy.n_sink, end)
 
         masses[0, rows] = by_query(log_sum_exp(scores, in_local))
-        masses[1, rows] = by_query(estimated_masses(tile, moments, scale, policy.form))
+        known = calibrated(moments, policy, layer)
+        masses[1, rows] = by_query(estimated_masses(tile, known, scale, policy, layer))
+        mean_score[rows], deviation[rows] = map(by_query, score_moments_of(tile, known, scale))
         masses[2, rows] = by_query(log_sum_exp(scores, in_bulk))
         n_read = n_read_pages(start, policy)
         has_bulk[rows] = n_read > 0
@@ -205,7 +217,9 @@ def attend(
         attended = softmax(scores, visible) @ values[:, None, :stop]
         output[rows] = attended.transpose(2, 0, 1, 3).reshape(stop - start, n_heads, head_dim)
 
-    decisions = Decisions(has_bulk, local, masses[0], masses[1], masses[2], reads, scored)
+    decisions = Decisions(
+        has_bulk, local, masses[0], masses[1], masses[2], mean_score, deviation, reads, scored
+    )
     return AttentionResult(output, decisions, count(decisions, first, head_dim, policy), moments)
 
 
@@ -227,12 +241,38 @@ def position_masks(
 
 
 def estimated_masses(
-    tile: npt.NDArray[np.float64], moments: list[Moments], scale: float, form: str
+    tile: npt.NDArray[np.float64], moments: list[Moments], scale: float, policy: Policy, layer: int
 ) -> npt.NDArray[np.float64]:
     """M̂ (G, H/G, n) of queries (G, H/G, n, d)."""
+    n_kv_heads, group = tile.shape[:2]
+    b = np.zeros((n_kv_heads * group, 3)) if policy.coefficients is None else policy.coefficients[layer]
+    b = b.reshape(n_kv_heads, group, 3)
     return np.array(
-        [[bulk_mass(q, m, scale, form) for q in heads] for heads, m in zip(tile, moments, strict=True)]
+        [
+            [bulk_mass(tile[g, h], m, scale, policy.gaussian, policy.estimate, b[g, h]) for h in range(group)]
+            for g, m in enumerate(moments)
+        ]
     )
+
+
+def calibrated(moments: list[Moments], policy: Policy, layer: int) -> list[Moments]:
+    """What the policy takes the bulks' keys to be like."""
+    if policy.means is None or policy.covariances is None:
+        return moments
+    models = zip(moments, policy.means[layer], policy.covariances[layer], strict=True)
+    return [m.like(mean.astype(np.float64), cov.astype(np.float64)) for m, mean, cov in models]
+
+
+def score_moments_of(
+    tile: npt.NDArray[np.float64], moments: list[Moments], scale: float
+) -> npt.NDArray[np.float64]:
+    """(2, G, H/G, n) mean and deviation of scores, NaN where the bulk is empty."""
+    found = np.full((2, *tile.shape[:3]), np.nan)
+    for g, m in enumerate(moments):
+        for h in range(tile.shape[1] if m.n else 0):
+            mean, variance = score_moments(tile[g, h], m, scale)
+            found[:, g, h] = mean, np.sqrt(variance)
+    return found
 
 
 def select(

@@ -15,6 +15,7 @@ import numpy.typing as npt
 Array = npt.NDArray[np.float64]
 
 FORMS = ("lognormal", "frozen", "truncated")
+ESTIMATES = ("gaussian", "regression", "maximum")
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,55 @@ class Moments:
         """Σ (head_dim, head_dim) with ddof 0; requires n >= 1."""
         return self.m2 / self.n
 
+    def like(self, mean: Array, covariance: Array) -> Moments:
+        """As many keys as these, with another text's mean and covariance: calibrated moments."""
+        return Moments(self.n, mean, covariance * self.n)
 
-def bulk_mass(queries: Array, moments: Moments, scale: float, form: str = "lognormal") -> Array:
-    """M̂ (n) of queries (n, head_dim): ln N + c·q·μ + G(σ², N) with σ² = c²·qᵀΣq; −inf for an empty bulk."""
+
+def score_moments(queries: Array, moments: Moments, scale: float) -> tuple[Array, Array]:
+    """Mean c·q·μ and variance σ² = c²·qᵀΣq, both (n), of the scores of queries (n, head_dim)."""
+    variance = scale**2 * np.einsum("nd,de,ne->n", queries, moments.covariance, queries)
+    return scale * (queries @ moments.mean), np.maximum(variance, 0.0)
+
+
+def bulk_mass(
+    queries: Array,
+    moments: Moments,
+    scale: float,
+    form: str = "lognormal",
+    estimate: str = "gaussian",
+    coefficients: Array | None = None,
+) -> Array:
+    """M̂ (n) of queries (n, head_dim); −inf for an empty bulk.
+
+    "gaussian": ln N + c·q·μ + G(σ², N). "regression": ln N + c·q·μ + b0 + b1 σ² + b2 σ, with coefficients (3)
+    fitted to a head on other text. "maximum": the larger of both.
+    """
     if moments.n == 0:
         return np.full(len(queries), -np.inf)
-    variance = scale**2 * np.einsum("nd,de,ne->n", queries, moments.covariance, queries)
-    mean = scale * (queries @ moments.mean)
-    return math.log(moments.n) + mean + log_mean_exp(np.maximum(variance, 0.0), moments.n, form)
+    return estimated_mass(*score_moments(queries, moments, scale), moments.n, form, estimate, coefficients)
+
+
+def estimated_mass(
+    mean: Array,
+    variance: Array,
+    n: int,
+    form: str = "lognormal",
+    estimate: str = "gaussian",
+    coefficients: Array | None = None,
+) -> Array:
+    """`bulk_mass` of n >= 1 keys whose scores have this mean and variance, both (any shape)."""
+    location = math.log(n) + mean
+    gaussian = location + log_mean_exp(variance, n, form)
+    if estimate == "gaussian":
+        return gaussian
+    b = np.asarray(coefficients, np.float64)
+    regression = location + b[0] + b[1] * variance + b[2] * np.sqrt(variance)
+    if estimate == "regression":
+        return np.asarray(regression)
+    if estimate == "maximum":
+        return np.asarray(np.maximum(gaussian, regression))
+    raise ValueError(f"estimate is {estimate!r}, expected one of {ESTIMATES}")
 
 
 def log_mean_exp(variance: Array, n: int, form: str) -> Array:

@@ -1,0 +1,116 @@
+#include "policy.h"
+#include "error.h"
+#include "ops.h"
+#include <math.h>
+#include <stdlib.h>
+#include <string.h>
+
+static int32_t check_numbers(const pyllm_attention *a, pyllm_error *err) {
+  if (a->policy < PYLLM_DENSE || a->policy > PYLLM_ADAPTIVE)
+    return fail(err, PYLLM_ERR_ARGUMENT, "attention policy %d is unknown", a->policy);
+  if (a->granularity != PYLLM_HEAD && a->granularity != PYLLM_GROUP)
+    return fail(err, PYLLM_ERR_ARGUMENT, "attention granularity %d is unknown", a->granularity);
+  if (a->gaussian < PYLLM_LOGNORMAL || a->gaussian > PYLLM_TRUNCATED)
+    return fail(err, PYLLM_ERR_ARGUMENT, "Gaussian form %d is unknown", a->gaussian);
+  if (a->estimate < PYLLM_GAUSSIAN || a->estimate > PYLLM_MAXIMUM)
+    return fail(err, PYLLM_ERR_ARGUMENT, "estimate %d is unknown", a->estimate);
+  if (a->n_window < 1) return fail(err, PYLLM_ERR_ARGUMENT, "attention window is %d, expected at least 1", a->n_window);
+  if (a->page_bits != 0 && (a->page_bits < 2 || a->page_bits > 4))
+    return fail(err, PYLLM_ERR_ARGUMENT, "a key sketch of %d bits: 0 (none), 2, 3 and 4 are possible", a->page_bits);
+  if (!(a->page_share >= 0) || !(a->page_drop >= 0))
+    return fail(err, PYLLM_ERR_ARGUMENT, "page_share is %g and page_drop %g, expected at least 0",
+                (double)a->page_share, (double)a->page_drop);
+  return PYLLM_OK;
+}
+
+static int32_t check_presence(const pyllm_attention *a, pyllm_error *err) {
+  if ((a->policy == PYLLM_ORACLE || a->policy == PYLLM_ADAPTIVE) && !a->thresholds)
+    return fail(err, PYLLM_ERR_ARGUMENT, "this attention policy needs thresholds");
+  if (a->policy == PYLLM_STATIC && !a->static_local)
+    return fail(err, PYLLM_ERR_ARGUMENT, "static attention needs its head labels");
+  if (a->estimate != PYLLM_GAUSSIAN && !a->coefficients)
+    return fail(err, PYLLM_ERR_ARGUMENT, "an estimate by regression needs its coefficients");
+  if (!a->means != !a->covariances)
+    return fail(err, PYLLM_ERR_ARGUMENT, "calibrated moments need means and covariances");
+  return PYLLM_OK;
+}
+
+static int32_t check_finite(const char *name, const float *values, size_t n, pyllm_error *err) {
+  for (size_t i = 0; values && i < n; i++)
+    if (!isfinite(values[i])) return fail(err, PYLLM_ERR_ARGUMENT, "%s %zu is not finite", name, i);
+  return PYLLM_OK;
+}
+
+/* cov (d, d): a covariance up to rounding, as far as its diagonal and symmetry tell. */
+static bool is_covariance(const float *cov, int32_t d) {
+  float largest = 0;
+  for (int32_t i = 0; i < d; i++) {
+    if (cov[i * d + i] < 0) return false;
+    largest = fmaxf(largest, cov[i * d + i]);
+  }
+  for (int32_t i = 0; i < d; i++)
+    for (int32_t j = 0; j < i; j++)
+      if (fabsf(cov[i * d + j] - cov[j * d + i]) > 1e-4f * largest) return false;
+  return true;
+}
+
+static int32_t check_arrays(const pyllm_attention *a, const policy_shape *s, pyllm_error *err) {
+  size_t heads = (size_t)s->n_layers * (size_t)s->n_heads, kv_heads = (size_t)s->n_layers * (size_t)s->n_kv_heads;
+  size_t d = (size_t)s->head_dim;
+  for (size_t i = 0; a->thresholds && i < heads; i++)
+    if (isnan(a->thresholds[i])) return fail(err, PYLLM_ERR_ARGUMENT, "attention threshold %zu is NaN", i);
+  int32_t status = check_finite("regression coefficient", a->coefficients, heads * 3, err);
+  if (!status) status = check_finite("calibrated mean", a->means, kv_heads * d, err);
+  if (!status) status = check_finite("calibrated covariance", a->covariances, kv_heads * d * d, err);
+  for (size_t i = 0; !status && a->covariances && i < kv_heads; i++)
+    if (!is_covariance(a->covariances + i * d * d, s->head_dim))
+      status = fail(err, PYLLM_ERR_ARGUMENT, "calibrated covariance of layer %zu, key/value head %zu: not symmetric",
+                    i / (size_t)s->n_kv_heads, i % (size_t)s->n_kv_heads);
+  return status;
+}
+
+/* A copy of `bytes`, or NULL of nothing; sets *refused when memory is. */
+static void *copy_of(const void *source, size_t bytes, bool *refused) {
+  void *copy = source ? malloc(bytes) : NULL;
+  *refused |= source && !copy;
+  return copy ? memcpy(copy, source, bytes) : NULL;
+}
+
+int32_t policy_new(const pyllm_attention *a, const policy_shape *s, attention_policy *out, pyllm_error *err) {
+  int32_t status = check_numbers(a, err);
+  if (!status) status = check_presence(a, err);
+  if (!status) status = check_arrays(a, s, err);
+  if (status) return status;
+  size_t heads = (size_t)s->n_layers * (size_t)s->n_heads, kv_heads = (size_t)s->n_layers * (size_t)s->n_kv_heads;
+  size_t d = (size_t)s->head_dim;
+  bool refused = false;
+  attention_policy p = {.policy = a->policy,
+                        .granularity = a->granularity,
+                        .n_window = a->n_window,
+                        .thresholds = copy_of(a->thresholds, heads * sizeof(float), &refused),
+                        .static_local = copy_of(a->static_local, heads, &refused),
+                        .gaussian = a->gaussian,
+                        .estimate = a->estimate,
+                        .coefficients = copy_of(a->coefficients, heads * 3 * sizeof(float), &refused),
+                        .means = copy_of(a->means, kv_heads * d * sizeof(float), &refused),
+                        .covariance_strips = copy_of(a->covariances, kv_heads * d * d * sizeof(float), &refused),
+                        .page_bits = a->page_bits,
+                        .page_share = a->page_share,
+                        .page_drop = a->page_drop};
+  if (refused) {
+    policy_free(&p);
+    return fail(err, PYLLM_ERR_MEMORY, "memory for an attention policy of %zu heads was refused", heads);
+  }
+  for (size_t i = 0; p.covariance_strips && i < kv_heads; i++)
+    covariance_strips(a->covariances + i * d * d, s->head_dim, 1.0f, p.covariance_strips + i * d * d);
+  *out = p;
+  return PYLLM_OK;
+}
+
+void policy_free(attention_policy *p) {
+  free(p->thresholds);
+  free(p->static_local);
+  free(p->coefficients);
+  free(p->means);
+  free(p->covariance_strips);
+}

@@ -1,0 +1,26 @@
+/* How attention decides, checked and resolved to arrays: an owned copy of what the caller set. */
+#ifndef PYLLM_SRC_POLICY_H
+#define PYLLM_SRC_POLICY_H
+#include "pyllm.h"
+
+typedef struct policy_shape {
+  int32_t n_layers, n_heads, n_kv_heads, head_dim;
+} policy_shape;
+
+typedef struct attention_policy {
+  int32_t policy, granularity, n_window;
+  float *thresholds;     /* (n_layers, n_heads) */
+  uint8_t *static_local; /* (n_layers, n_heads) */
+  int32_t gaussian, estimate;
+  float *coefficients;      /* (n_layers, n_heads, 3) */
+  float *means;             /* (n_layers, n_kv_heads, head_dim); NULL: the moments are the prompt's */
+  float *covariance_strips; /* (n_layers, n_kv_heads, head_dim * head_dim) as key_moments.strips */
+  int32_t page_bits;        /* 0: long heads read the whole bulk */
+  float page_share, page_drop;
+} attention_policy;
+
+/* Fails with one sentence for what no policy can be; out is owned by the caller. */
+int32_t policy_new(const pyllm_attention *a, const policy_shape *shape, attention_policy *out, pyllm_error *err);
+void policy_free(attention_policy *p);
+
+#endif

@@ -1,0 +1,137 @@
+"""Fits what the adaptive rule can know of a model beforehand, from one dense reading of other text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm.attention import Adaptive
+from pyllm.calibration import MOMENTS, Calibration
+from pyllm.errors import ArgumentError
+from pyllm.llm import LLM
+from pyllm.record import Record
+from pyllm.session import Progress, Session
+
+PAGE = 64
+EVERYTHING = 2.0  # a threshold that no share reaches: every head is long, and attention dense to the last bit
+
+Ids = NDArray[np.int32]
+
+
+def fit(
+    llm: LLM,
+    texts: Sequence[Ids],
+    *,
+    window: int,
+    sinks: int,
+    moments: str = "prompt",
+    progress: Progress | None = None,
+) -> Calibration:
+    """Moments of the bulk keys of these texts, and for every head b0, b1, b2 by least squares:
+
+        M − ln N − c·q·μ  ≈  b0 + b1 s² + b2 s
+
+    over all queries that have a bulk, with μ and s of the moments that the estimate will take: "prompt",
+    those of the query's own bulk, or "calibrated", those that are fitted. Texts are read once for "prompt",
+    twice for "calibrated". texts: token ids (n,). progress: called with (tokens done, in all).
+    Raises ArgumentError where no text is long enough for a bulk.
+    """
+    if moments not in MOMENTS:
+        raise ArgumentError(f"moments: expected one of {MOMENTS}, got {moments!r}")
+    policy = Adaptive(EVERYTHING, "head", window=window, sinks=sinks)
+    readings = _Readings(llm, texts, progress, 1 + (moments == "calibrated"))
+    known = readings.read(policy)
+    if moments == "calibrated":
+        known = readings.read(replace(policy, moments=moments, calibration=known))
+    return known
+
+
+class _Readings:
+    """Dense readings of the same texts."""
+
+    def __init__(self, llm: LLM, texts: Sequence[Ids], progress: Progress | None, n: int) -> None:
+        self.llm, self.texts, self.progress = llm, texts, progress
+        self.done, self.total = 0, n * sum(len(text) for text in texts)
+
+    def read(self, policy: Adaptive) -> Calibration:
+        """Fitted with the policy's moments."""
+        squares, keys = _LeastSquares(self.llm), _KeyMoments(self.llm)
+        for text in self.texts:
+            session = self.llm.session(n_ctx=len(text), attention=policy)
+            for first in range(0, len(text), self.llm.n_batch):
+                batch = text[first : first + self.llm.n_batch]
+                record = session.new_record(len(batch), audit=True)
+                session.eval(batch, record=record)
+                squares.add(record, _bulk_sizes(first, len(batch), policy))
+                self.done += len(batch)
+                if self.progress:
+                    self.progress(self.done, self.total)
+            keys.add(session, _bulk_sizes(len(text) - 1, 1, policy)[0] // PAGE)
+        if not keys.n:
+            raise ArgumentError(
+                f"fit: no text is long enough: with a window of {policy.window} and {policy.sinks} sinks a "
+                f"query has a bulk only from {policy.window + policy.sinks + PAGE} tokens on"
+            )
+        positions = policy.sinks, policy.sinks + keys.longest
+        return Calibration(squares.solve(), keys.mean, keys.covariance, positions, policy.moments)
+
+
+class _LeastSquares:
+    """Of every head at once: (n_layers, n_heads, 3, 3) and (n_layers, n_heads, 3) normal equations."""
+
+    def __init__(self, llm: LLM) -> None:
+        shape = llm.info.n_layers, llm.info.n_heads
+        self.gram, self.target = np.zeros((*shape, 3, 3)), np.zeros((*shape, 3))
+
+    def add(self, record: Record, n_keys: NDArray[np.int64]) -> None:
+        """n_keys: (n) in the bulk of each token."""
+        some = n_keys > 0
+        s = record.deviation[:, some].astype(np.float64).swapaxes(1, 2)  # (n_layers, n_heads, n)
+        y = (record.true_mass - record.mean_score)[:, some].astype(np.float64).swapaxes(1, 2)
+        x = np.stack([np.ones_like(s), s * s, s])
+        self.gram += np.einsum("alhn,blhn->lhab", x, x)
+        self.target += np.einsum("alhn,lhn->lha", x, y - np.log(n_keys[some]))
+
+    def solve(self) -> NDArray[np.float64]:
+        """(n_layers, n_heads, 3), the shortest solution where s hardly varies."""
+        # Columns scaled to one size: s² may be a thousand times s.
+        size = np.sqrt(np.diagonal(self.gram, axis1=2, axis2=3)) + 1e-30
+        scaled = self.gram / (size[..., :, None] * size[..., None, :])
+        inverse = np.linalg.pinv(scaled, rcond=1e-7, hermitian=True)
+        solved: NDArray[np.float64] = np.einsum("lhab,lhb->lha", inverse, self.target / size) / size
+        return solved
+
+
+class _KeyMoments:
+    """Mean and covariance of the bulk keys of all texts."""
+
+    def __init__(self, llm: LLM) -> None:
+        self.shape = llm.info.n_layers, llm.info.n_kv_heads
+        d = llm.info.head_dim
+        self.n, self.longest = 0, 0
+        self.mean, self.covariance = np.zeros((*self.shape, d)), np.zeros((*self.shape, d, d))
+
+    def add(self, session: Session, n_pages: int) -> None:
+        """The first n_pages of the session's bulk; merged as in `reference.moments`, with covariances."""
+        if not n_pages:
+            return
+        n, d = n_pages * PAGE, self.mean.shape[-1]
+        n_layers, n_kv_heads = self.shape
+        found = [session.key_moments(i, g, n_pages) for i in range(n_layers) for g in range(n_kv_heads)]
+        mean = np.reshape([m for m, _ in found], (*self.shape, d)).astype(np.float64)
+        cov = np.reshape([c for _, c in found], (*self.shape, d, d)).astype(np.float64)
+        share, apart = n / (self.n + n), mean - self.mean
+        between = share * (1 - share) * apart[..., :, None] * apart[..., None, :]
+        self.covariance = (1 - share) * self.covariance + share * cov + between
+        self.mean = self.mean + share * apart
+        self.n, self.longest = self.n + n, max(self.longest, n)
+
+
+def _bulk_sizes(position: int, n: int, policy: Adaptive) -> NDArray[np.int64]:
+    """(n) keys in the bulks of the queries at position, position + 1, ..."""
+    older = np.arange(position, position + n) + 1 - policy.window - policy.sinks
+    sizes: NDArray[np.int64] = np.maximum(older, 0) // PAGE * PAGE
+    return sizes
