@@ -14,7 +14,7 @@ from native import lib
 from pyllm.reference import attention as reference
 from pyllm.reference import moments
 from test_attention import SEEDS, assert_same, random_inputs, run, shapes
-from test_linear import ISAS, floats
+from test_linear import ISAS, floats, products
 
 forms = st.sampled_from(moments.FORMS)
 kinds = st.sampled_from(moments.ESTIMATES)
@@ -143,7 +143,7 @@ def test_attention(
     )
     audit = np.zeros(n, bool)
     ours = run(x, policy, isa, chunk=min(chunk, n), audit=audit)
-    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk).decisions
+    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk, products=products(isa)).decisions
     bulk = theirs.has_bulk
     for name, expected in (("mean_score", theirs.mean_score), ("deviation", theirs.deviation)):
         scale = 1 + np.abs(expected[bulk]).max(initial=0)
