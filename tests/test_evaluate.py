@@ -13,10 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from pyllm import LLM, Adaptive, ArgumentError, Dense, FormatError, Oracle, Static, Window
+from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, FormatError, Oracle, Static, Window
 from pyllm.cli import main
 from pyllm.evaluate import texts, tradeoff
-from pyllm.evaluate.candidates import ROWS, Candidate, Choice, candidates, top_share
+from pyllm.evaluate.candidates import ROWS, Candidate, Choice, Fitted, candidates, top_share
 from pyllm.evaluate.metrics import BLOCK, Reference, Scores, mean_interval, perplexity
 from pyllm.evaluate.results import Results
 from pyllm.evaluate.static_labels import first_with_bulk, local_shares
@@ -114,19 +114,44 @@ def test_top_share(n_layers: int, n_heads: int, share: float, seed: int) -> None
         assert values[labels].min() >= values[~labels].max()
 
 
-def test_rows_of_a_choice() -> None:
+def calibration(rng: np.random.Generator, moments: str) -> Calibration:
+    """For the tiny model."""
+    covariances = np.broadcast_to(np.eye(32), (2, 2, 32, 32))
+    return Calibration(
+        rng.normal(size=(2, 8, 3)), rng.normal(size=(2, 2, 32)), covariances, (4, 300), moments
+    )
+
+
+def test_rows_of_a_choice(rng: np.random.Generator) -> None:
     local = np.array([[0.9, 0.8, 0.1, 0.7], [0.6, 0.5, 0.4, 0.3]])
     choice = Choice(WINDOW, SINKS, tuple(ROWS), (0.5, 0.9), (0.5,), (0.01,), (2, 4))
     geometry = {"window": WINDOW, "sinks": SINKS}
     settings = [(granularity, threshold) for granularity in ("head", "group") for threshold in (0.5, 0.9)]
-    assert candidates(choice, local, n_kv_heads=2) == [
+    prompt, other = (calibration(rng, moments) for moments in ("prompt", "calibrated"))
+    fitted = Fitted(2, local, {"prompt": prompt, "calibrated": other})
+    assert candidates(choice, fitted) == [
         Candidate("dense", Dense(**geometry)),
         Candidate("window", Window(**geometry)),
         Candidate("static head", Static([[1, 1, 0, 1], [1, 0, 0, 0]], **geometry), 0.5),
         # The third head of the first layer is hardly ever local, and neither is therefore its group.
         Candidate("static group", Static([[1, 1, 0, 0], [1, 1, 0, 0]], **geometry), 0.5),
         *(Candidate(f"oracle {g}", Oracle(t, g, window=WINDOW, sinks=SINKS), t) for g, t in settings),
-        *(Candidate(f"adaptive {g}", Adaptive(t, g, window=WINDOW, sinks=SINKS), t) for g, t in settings),
+        *(
+            Candidate(f"{name} {g}", Adaptive(t, g, window=WINDOW, sinks=SINKS, **options), t)
+            for name, options in (
+                ("adaptive", {}),
+                ("frozen", {"gaussian": "frozen"}),
+                ("truncated", {"gaussian": "truncated"}),
+                ("regression", {"estimate": "regression", "calibration": prompt}),
+                ("maximum", {"estimate": "maximum", "calibration": prompt}),
+                ("calibrated", {"moments": "calibrated", "calibration": other}),
+                (
+                    "calibrated-maximum",
+                    {"moments": "calibrated", "estimate": "maximum", "calibration": other},
+                ),
+            )
+            for g, t in settings
+        ),
         *(
             Candidate(f"pages {bits}-bit", Dense(**geometry, page_bits=bits, page_share=0.01), 0.01)
             for bits in (2, 4)
@@ -249,6 +274,7 @@ def test_from_end_to_end(
 ) -> None:
     outputs = [tmp_path / f"out.{kind}" for kind in ("json", "csv", "png")]
     asked = ["--thresholds", "0.6,0.9", "--shares", "0.5"]
+    asked += ["--policies", "dense,window,static,oracle,adaptive,pages,adaptive+pages"]
     asked += [str(x) for kind, path in zip(("json", "csv", "plot"), outputs, strict=True)
               for x in (f"--{kind}", path)]  # fmt: skip
     asked += ["--page-shares", "0.01", "--decode", str(BLOCK)]

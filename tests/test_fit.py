@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pyllm import LLM, Adaptive, ArgumentError, Calibration, Record
+from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, Record
 from pyllm.evaluate.fit import fit
 from tiny_models import write_tiny
 
@@ -73,7 +73,7 @@ def test_moments_of_all_texts(llm: LLM, rng: np.random.Generator) -> None:
     assert found.positions == (SINKS, SINKS + 3 * 64)
     n, mean, square = 0, np.zeros(32), np.zeros((32, 32))
     for text, pages in zip(tokens, (2, 3, 0), strict=True):
-        session = llm.session()
+        session = llm.session(attention=Dense(window=WINDOW, sinks=SINKS))
         session.eval(text)
         if pages:
             m, cov = (x.astype(np.float64) for x in session.key_moments(1, 1, pages))

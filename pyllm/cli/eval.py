@@ -141,6 +141,10 @@ def run(args: argparse.Namespace) -> int:
     print(report.LEGEND)
     if worst := domains.worst(rows):
         print(*domains.sentences(worst), domains.LEGEND, sep="\n")
+    for headline, tables in report.classifier_tables(evaluation.classifiers()):
+        print(f"\n{headline}", *map(render, tables), sep="\n")
+    if evaluation.classifiers():
+        print(report.CLASSIFIER_LEGEND)
     if left:
         print(f"{left} rows are left for the next run", file=sys.stderr)
     return 0

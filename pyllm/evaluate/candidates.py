@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import GRANULARITIES, Adaptive, Dense, Oracle, Policy, Static, Window
+from pyllm.calibration import Calibration
 from pyllm.errors import ArgumentError
 
 THRESHOLDS = (0.6, 0.8, 0.9, 0.95)
@@ -66,45 +67,69 @@ class Choice:
         return {"window": self.window, "sinks": self.sinks}
 
 
-# local (n_layers, n_heads): how often the oracle called each head local, on other text
-Rows = Callable[[Choice, "NDArray[np.float64] | None", int], Iterator[Candidate]]
+@dataclass(frozen=True)
+class Fitted:
+    """What is known of the model, from other text than the evaluated one.
 
-
-def candidates(
-    choice: Choice, local: NDArray[np.float64] | None = None, n_kv_heads: int = 1
-) -> list[Candidate]:
-    """Every row, in the order of the table.
-
-    local: (n_layers, n_heads), the share of queries for which the oracle called a head local, on other text;
-    needed for "static" only. Raises ArgumentError where there is none.
+    local: (n_layers, n_heads), the share of queries for which the oracle called a head local; static rows
+    need it. calibrations: by the moments they were fitted with; the forms in `CALIBRATED` need them.
     """
-    rows = [row for name in choice.policies for row in ROWS[name](choice, local, n_kv_heads)]
+
+    n_kv_heads: int = 1
+    local: NDArray[np.float64] | None = None
+    calibrations: Mapping[str, Calibration] = field(default_factory=dict)
+
+
+Rows = Callable[[Choice, Fitted], Iterator[Candidate]]
+
+# The adaptive rule's estimates, by the name of their rows.
+FORMS: dict[str, dict[str, Any]] = {
+    "adaptive": {},
+    "frozen": {"gaussian": "frozen"},
+    "truncated": {"gaussian": "truncated"},
+    "regression": {"estimate": "regression"},
+    "maximum": {"estimate": "maximum"},
+    "calibrated": {"moments": "calibrated"},
+    "calibrated-maximum": {"moments": "calibrated", "estimate": "maximum"},
+}
+# Those that need a calibration, and the moments it is fitted with.
+CALIBRATED = {
+    name: options.get("moments", "prompt")
+    for name, options in FORMS.items()
+    if "estimate" in options or "moments" in options
+}
+
+
+def candidates(choice: Choice, fitted: Fitted | None = None) -> list[Candidate]:
+    """Every row, in the order of the table. Raises ArgumentError where there is none."""
+    rows = [row for name in choice.policies for row in ROWS[name](choice, fitted or Fitted())]
     if not rows:
         raise ArgumentError("nothing to evaluate: no policy, threshold or share was given")
     return rows
 
 
-def _dense(choice: Choice, local: NDArray[np.float64] | None, n_kv_heads: int) -> Iterator[Candidate]:
+def _dense(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
     yield Candidate("dense", Dense(**choice.geometry))
 
 
-def _window(choice: Choice, local: NDArray[np.float64] | None, n_kv_heads: int) -> Iterator[Candidate]:
+def _window(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
     yield Candidate("window", Window(**choice.geometry))
 
 
-def _pages(choice: Choice, local: NDArray[np.float64] | None, n_kv_heads: int) -> Iterator[Candidate]:
+def _pages(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
     for bits, share in itertools.product(choice.page_bits, choice.page_shares):
         policy = Dense(**choice.geometry, page_bits=bits, page_share=share)
         yield Candidate(f"pages {bits}-bit", policy, share)
 
 
-def _gated_pages(choice: Choice, local: NDArray[np.float64] | None, n_kv_heads: int) -> Iterator[Candidate]:
+def _gated_pages(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
     for bits, share in itertools.product(choice.page_bits, choice.page_shares):
         policy = Adaptive(GATE, "group", **choice.geometry, page_bits=bits, page_share=share)
         yield Candidate(f"adaptive+pages {bits}-bit", policy, share)
 
 
-def _static(choice: Choice, local: NDArray[np.float64] | None, n_kv_heads: int) -> Iterator[Candidate]:
+def _static(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
+    local, n_kv_heads = fitted.local, fitted.n_kv_heads
     if local is None:
         raise ValueError("static rows need the share of queries for which each head is local")
     n_layers, n_heads = local.shape
@@ -118,12 +143,24 @@ def _static(choice: Choice, local: NDArray[np.float64] | None, n_kv_heads: int) 
         yield Candidate("static group", Static(labels, **choice.geometry), share)
 
 
-def _thresholded(kind: type[Oracle] | type[Adaptive]) -> Rows:
-    def rows(choice: Choice, local: NDArray[np.float64] | None, n_kv_heads: int) -> Iterator[Candidate]:
-        for granularity in GRANULARITIES:
-            for threshold in choice.thresholds:
-                policy = kind(threshold, granularity, **choice.geometry)
-                yield Candidate(f"{kind.name} {granularity}", policy, threshold)
+def _oracle(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
+    for granularity, threshold in itertools.product(GRANULARITIES, choice.thresholds):
+        policy = Oracle(threshold, granularity, **choice.geometry)
+        yield Candidate(f"oracle {granularity}", policy, threshold)
+
+
+def adaptive(name: str, choice: Choice, fitted: Fitted) -> Adaptive:
+    """The rule with a form of its estimate."""
+    calibration = fitted.calibrations[CALIBRATED[name]] if name in CALIBRATED else None
+    return Adaptive(**choice.geometry, **FORMS[name], calibration=calibration)
+
+
+def _adaptive(name: str) -> Rows:
+    def rows(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
+        policy = adaptive(name, choice, fitted)
+        for granularity, threshold in itertools.product(GRANULARITIES, choice.thresholds):
+            with_threshold = replace(policy, threshold=threshold, granularity=granularity)
+            yield Candidate(f"{name} {granularity}", with_threshold, threshold)
 
     return rows
 
@@ -132,8 +169,8 @@ ROWS: dict[str, Rows] = {
     "dense": _dense,
     "window": _window,
     "static": _static,
-    "oracle": _thresholded(Oracle),
-    "adaptive": _thresholded(Adaptive),
+    "oracle": _oracle,
+    **{name: _adaptive(name) for name in FORMS},
     "pages": _pages,
     "adaptive+pages": _gated_pages,
 }

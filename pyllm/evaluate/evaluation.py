@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
 from pyllm.evaluate import texts, tradeoff
-from pyllm.evaluate.candidates import Candidate, Choice, candidates
+from pyllm.evaluate.candidates import CALIBRATED, FORMS, Candidate, Choice, Fitted, adaptive, candidates
+from pyllm.evaluate.classifier import Classifier, classify
+from pyllm.evaluate.fit import fit
 from pyllm.evaluate.results import Results, Row
 from pyllm.evaluate.static_labels import local_shares
 from pyllm.evaluate.texts import Text
@@ -37,9 +40,8 @@ class Evaluation:
     def run(self, limit: int | None, progress: Progress) -> int:
         """Evaluates what is missing, at most limit rows, keeping each group as soon as it is finished;
         returns how many rows are left."""
-        self._label_heads(progress)
-        shares, n_kv_heads = self.results.local_shares, self.llm.info.n_kv_heads
-        self.candidates = candidates(self.choice, shares, n_kv_heads)
+        fitted = self._fit(progress)
+        self.candidates = candidates(self.choice, fitted)
         wanted = [(text, candidate) for text in self.texts for candidate in self.candidates]
         missing = [(text, candidate) for text, candidate in wanted if not self._find(text, candidate)]
         now = missing if limit is None else missing[:limit]
@@ -57,6 +59,8 @@ class Evaluation:
                 self.llm, text, group, n_decode=self.n_decode, seed=self.seed, on_tokens=on_tokens
             )
             self._keep()
+        if len(missing) == len(now):
+            self._classify(fitted, progress)
         return len(missing) - len(now)
 
     def finished(self) -> list[Row]:
@@ -67,18 +71,47 @@ class Evaluation:
     def _find(self, text: Text, candidate: Candidate) -> Row | None:
         return self.results.find(text.name, candidate.line, candidate.setting)
 
-    def _label_heads(self, progress: Progress) -> None:
-        """Static labels come from texts that are not evaluated."""
-        if "static" not in self.choice.policies or self.results.local_shares is not None:
-            return
-        fitted = [
-            texts.excerpt(self.llm, name, text, self.n_ctx, self.seed)
-            for name, text in texts.builtin(fitted=True).items()
-        ]
-        self.results.local_shares = local_shares(
-            self.llm, fitted, self.choice.window, self.choice.sinks, progress
+    def _fit(self, progress: Progress) -> Fitted:
+        """What the choice needs to know of the model, from texts that are not evaluated."""
+        wants_labels = "static" in self.choice.policies and self.results.local_shares is None
+        moments = dict.fromkeys(CALIBRATED[name] for name in self.choice.policies if name in CALIBRATED)
+        other = (
+            [
+                texts.excerpt(self.llm, name, text, self.n_ctx, self.seed)
+                for name, text in texts.builtin(fitted=True).items()
+            ]
+            if wants_labels or moments
+            else []
         )
-        self._keep()
+        if wants_labels:
+            self.results.local_shares = local_shares(
+                self.llm, other, self.choice.window, self.choice.sinks, progress
+            )
+            self._keep()
+        tokens, geometry = [text.tokens for text in other], self.choice.geometry
+        calibrations = {
+            kind: fit(self.llm, tokens, **geometry, moments=kind, progress=progress) for kind in moments
+        }
+        return Fitted(self.llm.info.n_kv_heads, self.results.local_shares, calibrations)
+
+    def _classify(self, fitted: Fitted, progress: Progress) -> None:
+        """Adds the records of the estimates that the choice asks for."""
+        names = [name for name in self.choice.policies if name in FORMS]
+        for text, name in itertools.product(self.texts, names):
+            known = {c.threshold for c in self.results.classifiers if (c.text, c.line) == (text.name, name)}
+            missing = [threshold for threshold in self.choice.thresholds if threshold not in known]
+            if missing:
+                policy = adaptive(name, self.choice, fitted)
+                self.results.classifiers += classify(self.llm, text, name, policy, missing, progress)
+                self._keep()
+
+    def classifiers(self) -> list[Classifier]:
+        """Of the estimates that are wanted, in the order of the table."""
+        found = {c.key: c for c in self.results.classifiers}
+        keys = itertools.product(
+            [text.name for text in self.texts], self.choice.policies, self.choice.thresholds
+        )
+        return [found[key] for key in keys if key in found]
 
     def _groups(self, missing: Sequence[tuple[Text, Candidate]]) -> list[tuple[Text, list[Candidate]]]:
         """Candidates of one text, as many as are evaluated at once."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rich.table import Table
 
 from pyllm.errors import UnsupportedError
+from pyllm.evaluate.classifier import Classifier, Quality
 from pyllm.evaluate.metrics import BLOCK
 from pyllm.evaluate.results import Row
 
@@ -17,12 +18,20 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MARKERS = "osD^vP*X"
+DEFAULT_THRESHOLD = 0.9
+COLUMNS = 4  # of a table by layers, so that it fits a terminal
 FLOOR = 1e-5  # nats; what is below, dense attention itself among it, stands at the plot's lower edge
 
 
 LEGEND = (
     "KL to dense attention in nats with its 95 % interval; ppl: perplexity. In %: top-1, tokens whose "
     "likeliest next token is dense attention's; heads local; bulk work; bulk bytes read; time beside dense's."
+)
+CLASSIFIER_LEGEND = (
+    "Estimates against the truth, head by head on dense attention's queries. Recall: of the heads that are "
+    "long by the oracle at the same threshold, those called long, in %; precision: of those called long, "
+    "those that are; error: of the bulk's estimated mass in nats, its mean and quantiles. Per layer: recall, "
+    "precision, mean error."
 )
 
 
@@ -36,6 +45,38 @@ def by_text(rows: Iterable[Row]) -> list[tuple[str, list[Table]]]:
         tables = [_table(rows_of_text), *([_decode_table(decoded)] if decoded else [])]
         found.append((_headline(rows_of_text[0]), tables))
     return found
+
+
+def classifier_tables(records: Iterable[Classifier]) -> list[tuple[str, list[Table]]]:
+    """Per text a table of all layers together, and tables of every layer at the threshold nearest to 0.9."""
+    found = []
+    for text, group in itertools.groupby(records, lambda record: record.text):
+        of_text = list(group)
+        threshold = min((record.threshold for record in of_text), key=lambda t: abs(t - DEFAULT_THRESHOLD))
+        shown = [record for record in of_text if record.threshold == threshold]
+        columns = [shown[i : i + COLUMNS] for i in range(0, len(shown), COLUMNS)]
+        tables = [_quality_table(of_text), *map(_layer_table, columns)]
+        found.append((f"{text}: long heads found", tables))
+    return found
+
+
+def _quality_table(records: Iterable[Classifier]) -> Table:
+    columns = ("recall", "precision", "error", "5 %", "95 %")
+    cells = ([f"{r.line} {r.threshold:g}", *_quality(r.total)] for r in records)
+    return _columns("estimate", columns, cells)
+
+
+def _layer_table(records: Sequence[Classifier]) -> Table:
+    """Recall, precision and mean error, one estimate beside the other."""
+    names = [record.line for record in records]
+    rows = zip(*(record.layers for record in records), strict=True)
+    cells = ([str(i), *(" ".join(_quality(q)[:3]) for q in row)] for i, row in enumerate(rows))
+    return _columns(f"layer, at {records[0].threshold:g}", names, cells)
+
+
+def _quality(quality: Quality) -> list[str]:
+    errors = (quality.error, quality.error_low, quality.error_high)
+    return [_percent(quality.recall), _percent(quality.precision), *(f"{error:+.2f}" for error in errors)]
 
 
 def _headline(row: Row) -> str:

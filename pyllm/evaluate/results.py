@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from pyllm import atomic_file
 from pyllm.errors import FileError, FormatError
 from pyllm.evaluate import domains
+from pyllm.evaluate.classifier import Classifier
 
 FORMAT = "pyllm eval 1"
 
@@ -69,12 +70,14 @@ class Results:
     """What the JSON file holds, beside what follows from it: per policy the text where it is worst.
 
     settings: all that a row depends on besides its policy: the model's sha256, the texts', sizes, seed.
-    local_shares: (n_layers, n_heads) or None, what static labels were chosen by.
+    local_shares: (n_layers, n_heads) or None, what static labels were chosen by. classifiers: the records of
+    the adaptive rule's estimates.
     """
 
     settings: dict[str, Any]
     local_shares: NDArray[np.float64] | None = None
     rows: list[Row] = field(default_factory=list)
+    classifiers: list[Classifier] = field(default_factory=list)
 
     def find(self, text: str, line: str, setting: float | None) -> Row | None:
         return next((row for row in self.rows if row.key == (text, line, setting)), None)
@@ -103,7 +106,9 @@ class Results:
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']!r}")
             shares = None if found["local_shares"] is None else np.array(found["local_shares"], np.float64)
-            return cls(dict(found["settings"]), shares, [Row(**row) for row in found["rows"]])
+            rows = [Row(**row) for row in found["rows"]]
+            classifiers = [Classifier.read(record) for record in found.get("classifiers", [])]
+            return cls(dict(found["settings"]), shares, rows, classifiers)
         except (ValueError, KeyError, TypeError) as error:
             raise FormatError(f"{path}: not the results of an evaluation ({error!r})") from None
 
@@ -115,6 +120,7 @@ class Results:
             "local_shares": None if self.local_shares is None else self.local_shares.tolist(),
             "worst_text": {worst.policy: worst.text for worst in domains.worst(self.rows)},
             "rows": [dataclasses.asdict(row) for row in self.rows],
+            "classifiers": [dataclasses.asdict(record) for record in self.classifiers],
         }
         write(path, json.dumps(content, indent=1).encode() + b"\n")
 
