@@ -19,6 +19,7 @@ from pyllm.errors import (
 )
 from pyllm.guard import Guard
 from pyllm.llm import LLM
+from pyllm.profile import Profile
 from pyllm.record import Record
 from pyllm.session import Session
 
@@ -39,6 +40,7 @@ __all__ = [
     "InsufficientMemoryError",
     "NumericError",
     "Oracle",
+    "Profile",
     "PyllmError",
     "Record",
     "Session",

@@ -17,6 +17,8 @@ GRANULARITIES = ("head", "group")
 PAGE_BITS = (0, 2, 3, 4)
 GAUSSIANS = ("lognormal", "frozen", "truncated")
 ESTIMATES = ("gaussian", "regression", "maximum")
+# Names of the policies that `pyllm calibrate` finds for a model, the first the closest to dense attention.
+PRESETS = ("conservative", "balanced", "aggressive")
 
 
 @dataclass(frozen=True)
@@ -233,15 +235,23 @@ SYNTAX = (
     "dense, window[:TOKENS], adaptive[:THRESHOLD] or oracle[:THRESHOLD], "
     "then any of ,window=N ,sinks=N ,granularity=head|group ,page_bits=0|2|3|4 ,page_share=X ,page_drop=X, "
     "for adaptive ,gaussian=lognormal|frozen|truncated ,estimate=gaussian|regression|maximum "
-    ",moments=prompt|calibrated"
+    ",moments=prompt|calibrated; "
+    "or, for a model with a profile, conservative, balanced or aggressive[:PROFILE]"
 )
+
+
+def is_preset(spec: str) -> bool:
+    """Whether a text names a preset, and perhaps behind a colon the profile that it is of."""
+    return spec.strip().partition(":")[0] in PRESETS
 
 
 def parse(spec: str) -> Policy:
     """The policy a command line names: "dense", "window:512", "adaptive:0.9,page_bits=3,page_share=0.01".
 
-    Raises ArgumentError with the syntax when it names none.
+    Raises ArgumentError with the syntax when it names none, and for presets, which `LLM.policy` finds.
     """
+    if is_preset(spec):
+        raise ArgumentError(f"attention {spec!r}: a preset, which stands for a policy only with a model")
     head, *options = spec.strip().split(",")
     name, _, value = head.partition(":")
     policy = PARSED.get(name)

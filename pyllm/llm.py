@@ -7,12 +7,13 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
+from pathlib import Path
 from typing import Any, Literal, overload
 
 from rich.filesize import decimal
 
 from pyllm import _native
-from pyllm.attention import Adaptive, Policy
+from pyllm.attention import Adaptive, Policy, is_preset, parse
 from pyllm.completion import Completion
 from pyllm.cpus import available_cpus
 from pyllm.errors import ArgumentError, FormatError, InsufficientMemoryError, TemplateError, UnsupportedError
@@ -20,6 +21,7 @@ from pyllm.generation import Generation, Request, Sampling
 from pyllm.guard import Guard
 from pyllm.memory import available_memory
 from pyllm.models import resolve
+from pyllm.profile import Profile, beside, find
 from pyllm.session import Ids, Progress, Session
 from pyllm.template import ChatTemplate
 from pyllm.tokenizer import Tokenizer
@@ -33,8 +35,10 @@ class LLM:
 
     model: a known name, a path or a file name in the models directory. n_ctx: tokens of context, by default
     what the model was trained on. n_batch: tokens evaluated at once in prefill. n_threads: by default the
-    CPUs this process may use. device: "auto" or "cpu". attention: for all its sessions, by default
-    Adaptive(0.9) in groups. isa: one of `pyllm.cpus.ISAS`, by default $PYLLM_ISA or the best of this
+    CPUs this process may use. device: "auto" or "cpu". attention: for all its sessions, a policy, its text
+    form ("dense", "adaptive:0.8") or a preset of the model's profile ("conservative", "balanced",
+    "aggressive", "balanced:FILE" of another profile); by default "balanced" where there is a profile, or
+    else Adaptive(0.9) in groups. isa: one of `pyllm.cpus.ISAS`, by default $PYLLM_ISA or the best of this
     processor. seed: makes the sequence of answers drawn without a seed of their own repeatable. guard: what
     watches over attention in all its sessions, by default nothing.
 
@@ -51,7 +55,7 @@ class LLM:
         n_batch: int = 512,
         n_threads: int | None = None,
         device: str = "auto",
-        attention: Policy | None = None,
+        attention: Policy | str | None = None,
         isa: str | None = None,
         seed: int | None = None,
         guard: Guard | None = None,
@@ -68,10 +72,9 @@ class LLM:
         self.info = self._model.info
         self.n_ctx = self._context(n_ctx)
         self.n_batch = _whole("n_batch", n_batch, 1, 4096)
-        self.attention = Adaptive() if attention is None else attention
+        self.attention = self.policy(attention)
         self.guard = guard
         self._seeds = random.Random(seed)
-        self._check_attention()
 
     def _open_tokenizer(self) -> Tokenizer:
         try:
@@ -93,10 +96,44 @@ class LLM:
             raise ArgumentError(f"n_ctx: {n_ctx} tokens, but the model was trained on at most {trained}")
         return trained if n_ctx is None else n_ctx
 
-    def _check_attention(self) -> None:
-        if not isinstance(self.attention, Policy):
-            raise ArgumentError(f"attention: expected a policy such as Adaptive(0.9), got {self.attention!r}")
-        self.attention.native(self.info.n_layers, self.info.n_heads)
+    @property
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that tell models apart: a profile belongs to one of them."""
+        return self._file.fingerprint
+
+    @cached_property
+    def profile(self) -> Profile | None:
+        """What `pyllm calibrate` found out about this model: the profile beside its file, or the one that
+        pyllm ships for it, or None. Raises FileError and FormatError as `Profile.load` does."""
+        path = find(self.paths, self.fingerprint)
+        return Profile.load(path, self.fingerprint) if path else None
+
+    def policy(self, attention: Policy | str | None) -> Policy:
+        """The policy that `attention` stands for with this model, as the constructor takes it.
+
+        Raises ArgumentError for what is none, does not fit the model, or is a preset of a model that has no
+        profile, FileError and FormatError for a profile that cannot be used.
+        """
+        if attention is None:
+            policy: Policy = self.profile.presets["balanced"].policy if self.profile else Adaptive()
+        elif isinstance(attention, str):
+            policy = self._preset(attention) if is_preset(attention) else parse(attention)
+        else:
+            policy = attention
+        if not isinstance(policy, Policy):
+            raise ArgumentError(f"attention: expected a policy such as Adaptive(0.9), got {policy!r}")
+        policy.native(self.info.n_layers, self.info.n_heads)
+        return policy
+
+    def _preset(self, spec: str) -> Policy:
+        name, _, path = spec.strip().partition(":")
+        profile = Profile.load(Path(path), self.fingerprint) if path else self.profile
+        if profile is None:
+            raise ArgumentError(
+                f"attention {name!r}: {self.paths[0]} has no profile; pyllm calibrate {self.paths[0]} makes "
+                f"{beside(self.paths)}"
+            )
+        return profile.presets[name].policy
 
     def tensors(self) -> list[_native.Tensor]:
         """The file's tensor directory: name, type, shape, size of each."""
@@ -134,7 +171,11 @@ class LLM:
     # ---- sessions ----
 
     def session(
-        self, *, n_ctx: int | None = None, attention: Policy | None = None, guard: Guard | None = None
+        self,
+        *,
+        n_ctx: int | None = None,
+        attention: Policy | str | None = None,
+        guard: Guard | None = None,
     ) -> Session:
         """A new, empty session; by default with the model's context, attention and guard.
 
@@ -145,9 +186,10 @@ class LLM:
             self._model,
             n_ctx=self.n_ctx if n_ctx is None else self._context(n_ctx),
             n_batch=self.n_batch,
-            attention=attention or self.attention,
+            attention=self.attention if attention is None else self.policy(attention),
+            policy=self.policy,
             guard=guard or self.guard,
-            identity={"model": self.name, "fingerprint": self._file.fingerprint},
+            identity={"model": self.name, "fingerprint": self.fingerprint},
         )
 
     def session_memory(self, n_ctx: int) -> int:

@@ -31,8 +31,9 @@ Progress = Callable[[int, int], None]
 class Session:
     """Made by `LLM.session()`. Safe to use from several threads: a second one waits for the first.
 
-    n_ctx: tokens it can hold. `revision` changes with the contents, so that whoever goes on where they left
-    off can tell that nobody else was there meanwhile. identity: of the model, for the guard's log.
+    n_ctx: tokens it can hold. policy: finds the policy that a text stands for. `revision` changes with the
+    contents, so that whoever goes on where they left off can tell that nobody else was there meanwhile.
+    identity: of the model, for the guard's log.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Session:
         n_ctx: int,
         n_batch: int,
         attention: Policy,
+        policy: Callable[[Policy | str], Policy],
         guard: Guard | None = None,
         identity: Mapping[str, Any] | None = None,
     ) -> None:
@@ -52,6 +54,7 @@ class Session:
         self.lock = threading.RLock()
         self.revision = 0
         self._model = model
+        self._policy = policy
         self._require_memory()
         self._native = _native.NativeSession(model, n_ctx, n_batch, self.sinks)
         self._evaluated: Counter[str] = Counter()
@@ -268,14 +271,13 @@ class Session:
 
     @property
     def attention(self) -> Policy:
-        """The policy for tokens evaluated from now on; its sinks must be the session's, unless it is
-        Dense."""
+        """The policy for tokens evaluated from now on; set as a policy, its text form or a preset's name. Its
+        sinks must be the session's, unless it is Dense."""
         return self._attention
 
     @attention.setter
-    def attention(self, policy: Policy) -> None:
-        if not isinstance(policy, Policy):
-            raise ArgumentError(f"attention: expected a policy such as Adaptive(0.9), got {policy!r}")
+    def attention(self, attention: Policy | str) -> None:
+        policy = self._policy(attention)
         if policy.sinks != self.sinks and not isinstance(policy, Dense):
             raise ArgumentError(
                 f"attention: {policy.sinks} sinks, but the session was opened with {self.sinks}"

@@ -138,7 +138,17 @@ def test_sinks_are_the_sessions(tiny: LLM) -> None:
         session.attention = Adaptive()
     session.attention = Dense()
     with pytest.raises(ArgumentError, match="policy"):
-        session.attention = "dense"  # type: ignore[assignment]
+        session.attention = 0.9  # type: ignore[assignment]
+
+
+def test_attention_by_its_text_form(tiny: LLM) -> None:
+    session = tiny.session(attention="window:64")
+    assert session.attention == Window(window=64)
+    session.attention = "adaptive:0.5"
+    assert session.attention == Adaptive(0.5)
+    with pytest.raises(ArgumentError, match="expected dense"):
+        session.attention = "sideways"
+    assert session.attention == Adaptive(0.5)
 
 
 # ---- files ----

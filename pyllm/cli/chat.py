@@ -10,7 +10,6 @@ from contextlib import closing
 
 from rich.table import Table
 
-from pyllm import attention
 from pyllm.cli import options
 from pyllm.cli.conversation import Conversation, Document
 from pyllm.cli.terminal import (
@@ -101,7 +100,10 @@ class Repl:
             "/doc": (self.doc, "FILE: talk about another document; none: about none; alone: which one it is"),
             "/reset": (self.reset, "forget questions and answers, keep the document"),
             "/stats": (self.stats, "speed, and what attention read in every layer"),
-            "/attention": (self.attention, "POLICY: for what is read from now on; alone: which one it is"),
+            "/attention": (
+                self.attention,
+                "POLICY or preset: for what is read from now on; alone: which one it is",
+            ),
             "/exit": (self.exit, "leave, as Ctrl-D does; Ctrl-C stops reading or answering"),
         }
 
@@ -188,7 +190,7 @@ class Repl:
 
     def attention(self, argument: str) -> None:
         if argument:
-            self.conversation.session.attention = attention.parse(argument)
+            self.conversation.session.attention = argument
         self.line(f"{self.conversation.session.attention}")
 
     def stats(self, argument: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pyllm.attention import Dense
 from pyllm.cli import eval_tasks, options
 from pyllm.cli.terminal import prefill_bar, render
 from pyllm.cpus import ISAS
@@ -100,7 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate nothing: show --json files of several models or texts side by side",
     )
     eval_tasks.add_arguments(parser)
-    parser.set_defaults(device="auto", attention=None)
+    # Sessions have policies of their own here; a broken profile must not keep the model from being opened.
+    parser.set_defaults(device="auto", attention=Dense())
 
 
 def run(args: argparse.Namespace) -> int:

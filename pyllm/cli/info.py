@@ -12,6 +12,7 @@ from pyllm.cli import options
 from pyllm.cli.terminal import render
 from pyllm.llm import LLM
 from pyllm.memory import available_memory
+from pyllm.profile import find
 
 HELP = "Show a model's architecture, size, tokenizer and the memory it takes."
 
@@ -53,6 +54,7 @@ def rows(llm: LLM) -> list[tuple[str, str]]:
         ("session", f"{decimal(needed)} for a context of {llm.n_ctx:,} tokens"),
         ("available", "unknown" if available is None else decimal(available)),
         ("processor", f"{info.isa}, {info.n_threads} threads"),
+        ("profile", str(find(llm.paths, llm.fingerprint) or "no: pyllm calibrate makes one")),
         ("attention", str(llm.attention)),
     ]
 

@@ -26,7 +26,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     group.add_argument("--isa", choices=ISAS, help="default: the best there is")
     group.add_argument(
-        "--attention", type=policy, metavar="POLICY", help=f"{attention.SYNTAX} (default: adaptive:0.9)"
+        "--attention",
+        type=policy_or_preset,
+        metavar="POLICY",
+        help=f"{attention.SYNTAX} (default: balanced, or without a profile adaptive:0.9)",
     )
 
 
@@ -41,6 +44,11 @@ def policy(text: str) -> attention.Policy:
 def words(text: str) -> tuple[str, ...]:
     """What stands between commas, for argparse."""
     return tuple(word.strip() for word in text.split(",") if word.strip())
+
+
+def policy_or_preset(text: str) -> attention.Policy | str:
+    """An attention policy, or the name of a preset as it is, for argparse."""
+    return text if attention.is_preset(text) else policy(text)
 
 
 def open_llm(args: argparse.Namespace) -> LLM:

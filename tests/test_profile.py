@@ -1,0 +1,268 @@
+"""Profiles: what is written is read back, what is broken or another model's is refused, and presets are
+policies that LLM, sessions and commands take by name."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import shutil
+import zipfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from pyllm import LLM, Adaptive, ArgumentError, Dense, FileError, FormatError, Oracle, Window
+from pyllm.attention import PRESETS, Policy
+from pyllm.cli import main
+from pyllm.profile import DESCRIPTION, Measured, Preset, Profile, beside
+
+SHAPE = (2, 8)  # of the tiny model
+MEASURED = Measured(3000, 0.004, 0.003, 0.005, 97.5, 20.0, 200, 0.002, 0.001, 0.006, 12.0)
+POLICIES = {
+    "conservative": Dense(page_bits=4, page_share=0.002),
+    "balanced": Adaptive([0.95, 2.0], page_bits=3, page_share=0.007),
+    "aggressive": Window(window=512),
+}
+
+
+def profile_of(fingerprint: str, policies: dict[str, Policy] = POLICIES) -> Profile:
+    presets = {name: Preset(policy, 0.01, MEASURED) for name, policy in policies.items()}
+    shares = np.linspace(0, 1, 16, dtype=np.float32).reshape(SHAPE)
+    return Profile(fingerprint, "tiny", {"texts": {"a": "ff"}, "seed": 0}, presets, shares)
+
+
+@pytest.fixture
+def model(tiny_model: Path, tmp_path: Path) -> Path:
+    """The tiny model in a folder of its own, where a profile may lie beside it."""
+    return Path(shutil.copy(tiny_model, tmp_path / "m.gguf"))
+
+
+@pytest.fixture
+def profile(model: Path) -> Profile:
+    """Saved beside the model."""
+    made = profile_of(LLM(model, attention=Dense()).fingerprint)
+    made.save(beside([model]))
+    return made
+
+
+# ---- the file ----
+
+pages: dict[str, Any] = {
+    "page_bits": st.sampled_from([0, 2, 3, 4]),
+    "page_share": st.floats(0, 1),
+    "page_drop": st.floats(0, 5),
+    "window": st.integers(1, 2**31 - 1),
+    "sinks": st.integers(0, 64),
+}
+thresholds = st.floats(0, 2) | hnp.arrays(
+    np.float64, st.sampled_from([SHAPE, SHAPE[:1]]), elements=st.floats(0, 2)
+)
+policies = st.one_of(
+    st.builds(Dense, **pages),
+    st.builds(Window, window=pages["window"], sinks=pages["sinks"]),
+    *(
+        st.builds(kind, thresholds, st.sampled_from(["head", "group"]), **pages)
+        for kind in (Oracle, Adaptive)
+    ),
+)
+numbers = st.floats(0, 1e6)
+presets = st.builds(Preset, policies, numbers, st.builds(Measured, *[numbers] * 11))
+
+
+@settings(deadline=None)
+@given(
+    presets=st.fixed_dictionaries(dict.fromkeys(PRESETS, presets)),
+    shares=hnp.arrays(np.float32, SHAPE, elements=st.floats(0, 1, width=32)),
+    name=st.text(),
+    made=st.dictionaries(st.text(), st.text() | st.integers() | st.lists(st.floats(allow_nan=False))),
+)
+def test_round_trip(
+    presets: dict[str, Preset],
+    shares: np.ndarray,
+    name: str,
+    made: dict[str, Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    path = tmp_path_factory.mktemp("profiles") / "p"
+    saved = Profile("0123456789abcdef", name, made, presets, shares)
+    saved.save(path)
+    loaded = Profile.load(path, "0123456789abcdef")
+    assert (loaded.fingerprint, loaded.model, loaded.made) == (saved.fingerprint, name, made)
+    assert loaded.presets == presets
+    np.testing.assert_array_equal(loaded.local_shares, shares)
+    first = path.read_bytes()
+    loaded.save(path)
+    assert path.read_bytes() == first
+
+
+def test_loss_and_cost() -> None:
+    assert MEASURED.loss == 0.006
+    assert replace(MEASURED, kl_high=0.007).loss == 0.007
+    assert MEASURED.cost == 16
+
+
+def test_another_models_is_refused(profile: Profile, model: Path) -> None:
+    with pytest.raises(
+        FormatError, match=rf"m\.profile: .*another model, tiny \({profile.fingerprint}, not 00"
+    ):
+        Profile.load(beside([model]), "00")
+
+
+def edited(path: Path, edit: Callable[[dict[str, Any]], object], drop: str = "") -> None:
+    """Rewrites the description of a profile, and leaves a member out."""
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist() if name != drop}
+    description = json.loads(members[DESCRIPTION])
+    edit(description)
+    members[DESCRIPTION] = json.dumps(description).encode()
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
+def at(path: str, value: Any) -> Callable[[dict[str, Any]], object]:
+    """Sets the value behind a path of keys; None takes it away."""
+
+    def edit(found: dict[str, Any]) -> None:
+        *folders, last = path.split("/")
+        for folder in folders:
+            found = found[folder]
+        found.pop(last) if value is None else found.__setitem__(last, value)
+
+    return edit
+
+
+EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "other format": (at("format", "zip"), "not of the format"),
+    "version": (at("version", 2), "version 2, but this pyllm reads 1"),
+    "no version": (at("version", None), "version None"),
+    "no presets": (at("presets", None), "presets"),
+    "a list of presets": (at("presets", [1]), "not a profile"),
+    "a preset less": (at("presets/balanced", None), "no preset balanced"),
+    "no such policy": (at("presets/balanced/policy/name", "static"), "static"),
+    "a policy's field": (at("presets/balanced/policy/windw", 3), "windw"),
+    "its range": (at("presets/balanced/policy/page_bits", 7), "page_bits: expected"),
+    "its shape": (at("presets/balanced/policy/threshold", [0.5] * 3), r"shape \(3,\)"),
+    "a measure less": (at("presets/balanced/measured/kl", None), "'kl'"),
+    "no number": (at("presets/balanced/measured/kl", "x"), "kl: expected a number, got 'x'"),
+    "no budget": (at("presets/balanced/budget", [1]), "budget: expected a number"),
+    "made of nothing": (at("made", 3), "not a profile"),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_contents_that_contradict_themselves(profile: Profile, model: Path, edit: str) -> None:
+    change, message = EDITS[edit]
+    edited(beside([model]), change)
+    with pytest.raises(FormatError, match=rf"m\.profile: .*{message}"):
+        Profile.load(beside([model]))
+
+
+def test_members_that_are_missing_or_wrong(profile: Profile, model: Path, tmp_path: Path) -> None:
+    path = beside([model])
+    edited(path, lambda found: None, drop="local_shares.npy")
+    with pytest.raises(FormatError, match="local_shares"):
+        Profile.load(path)
+    wrong = [np.zeros(3, np.float32), np.zeros(SHAPE, int), np.full(SHAPE, np.nan), np.array([[None]])]
+    for shares in wrong:
+        data = io.BytesIO()
+        np.save(data, shares, allow_pickle=True)
+        profile.save(path)
+        edited(path, lambda found: None, drop="local_shares.npy")
+        with zipfile.ZipFile(path, "a") as archive:
+            archive.writestr("local_shares.npy", data.getvalue())
+        with pytest.raises(FormatError, match=r"m\.profile"):
+            Profile.load(path)
+
+
+def test_damaged_files(profile: Profile, model: Path, rng: np.random.Generator) -> None:
+    """Every truncation and every changed byte is found, or changes nothing that is read."""
+    path = beside([model])
+    good = path.read_bytes()
+    with zipfile.ZipFile(path) as archive:
+        description = json.loads(archive.read(DESCRIPTION))
+    for size in (0, 1, 30, len(good) // 2, *rng.integers(0, len(good) - 1, 20)):
+        path.write_bytes(good[:size])
+        with pytest.raises(FormatError, match=r"m\.profile: not a profile, or a damaged one: "):
+            Profile.load(path)
+    for place in rng.integers(0, len(good), 200):
+        broken = bytearray(good)
+        broken[place] ^= int(rng.integers(1, 256))
+        path.write_bytes(broken)
+        with contextlib.suppress(FormatError, FileError):
+            loaded = Profile.load(path)
+            assert loaded.presets == profile.presets
+            assert loaded.made == description["made"]
+            np.testing.assert_array_equal(loaded.local_shares, profile.local_shares)
+
+
+def test_files_that_cannot_be_read_or_written(profile: Profile, tmp_path: Path) -> None:
+    for path in (tmp_path / "nowhere", tmp_path):
+        with pytest.raises(FileError, match=f"{path.name}: the profile cannot be read"):
+            Profile.load(path)
+    with pytest.raises(FileError, match="cannot be written"):
+        profile.save(tmp_path / "nowhere" / "p")
+
+
+# ---- presets ----
+
+
+def test_presets_are_policies_by_name(profile: Profile, model: Path) -> None:
+    for name, policy in POLICIES.items():
+        assert LLM(model, attention=name).attention == policy
+    llm = LLM(model)
+    assert llm.attention == POLICIES["balanced"]
+    session = llm.session(attention="aggressive")
+    assert session.attention == POLICIES["aggressive"]
+    session.attention = "conservative"
+    assert session.attention == POLICIES["conservative"]
+
+
+def test_a_profile_can_be_named(profile: Profile, model: Path, tmp_path: Path) -> None:
+    beside([model]).rename(tmp_path / "of, mine")
+    llm = LLM(model, attention=f"balanced:{tmp_path / 'of, mine'}")
+    assert llm.attention == POLICIES["balanced"]
+    assert llm.profile is None
+    with pytest.raises(FileError, match="nothing"):
+        llm.session(attention=f"balanced:{tmp_path / 'nothing'}")
+
+
+def test_without_a_profile(model: Path) -> None:
+    llm = LLM(model)
+    assert llm.attention == Adaptive(0.9, "group")
+    with pytest.raises(ArgumentError, match=r"'balanced': .*m\.gguf has no profile; pyllm calibrate .*makes"):
+        llm.session(attention="balanced")
+
+
+def test_another_models_profile_is_never_used(model: Path) -> None:
+    profile_of("00").save(beside([model]))
+    for attention in (None, "balanced"):
+        with pytest.raises(FormatError, match="another model"):
+            LLM(model, attention=attention)
+    assert LLM(model, attention="dense").attention == Dense()
+
+
+def test_commands_take_presets(profile: Profile, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, policy in POLICIES.items():
+        assert main(["info", "-m", str(model), "--attention", name]) == 0
+        shown = capsys.readouterr().out.replace("\n", "")
+        assert str(policy) in shown
+        assert "m.profile" in shown
+    assert main(["generate", "-m", str(model), "--attention", "balanced", "--max-tokens", "3", "the"]) == 0
+    capsys.readouterr()
+    beside([model]).write_bytes(b"PK")
+    assert main(["info", "-m", str(model)]) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "m.profile: not a profile, or a damaged one: File is not a zip file" in error
+    beside([model]).unlink()
+    assert main(["info", "-m", str(model), "--attention", "balanced"]) == 1
+    assert "has no profile" in capsys.readouterr().err
