@@ -59,10 +59,14 @@ def excerpt(llm: LLM, name: str, text: str, n_tokens: int, seed: int) -> Text:
     room = CHARACTERS_PER_TOKEN * n_tokens
     start = random.Random(seed).randrange(max(1, len(text) - room))
     start = text.rfind("\n", 0, start) + 1
+    ids = [*bos(llm), *llm.tokenize(text[start : start + room], parse_special=False)]
+    return Text(name, np.array(ids[:n_tokens], np.int32))
+
+
+def bos(llm: LLM) -> list[int]:
+    """What a text of this model begins with: its BOS token, or nothing."""
     tokenizer = llm.tokenizer
-    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
-    ids = llm.tokenize(text[start : start + room], parse_special=False)
-    return Text(name, np.array([*bos, *ids][:n_tokens], np.int32))
+    return [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
 
 
 def _reference(half: int) -> str:

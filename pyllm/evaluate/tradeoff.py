@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.attention import Dense
+from pyllm.attention import Dense, Policy
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.candidates import Candidate
 from pyllm.evaluate.metrics import Reference, Scores, mean_interval, perplexity
@@ -53,17 +53,31 @@ def evaluate(
     seed: int,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[Row]:
-    """A row per candidate, whose window and sinks are all the same.
+    """A row per candidate, whose window and sinks are all the same; as `side_by_side`."""
+    policies = [candidate.policy for candidate in candidates]
+    dense, runs = side_by_side(llm, text, policies, n_decode=n_decode, on_tokens=on_tokens)
+    return [_row(text, candidate, run, dense, seed) for candidate, run in zip(candidates, runs, strict=True)]
+
+
+def side_by_side(
+    llm: LLM,
+    text: Text,
+    policies: Sequence[Policy],
+    *,
+    n_decode: int,
+    on_tokens: Callable[[int], None] | None = None,
+) -> tuple[Run, list[Run]]:
+    """Dense attention and each policy, whose window and sinks are all the same, over a text.
 
     Every token but the last, which is only foretold, is evaluated under each policy, the last n_decode of
     them one by one. Those that have a bulk count for quality. on_tokens: called with how many tokens were
     evaluated since.
     """
-    window, sinks = candidates[0].policy.window, candidates[0].policy.sinks
+    window, sinks = policies[0].window, policies[0].sinks
     require_bulk(text, window, sinks, n_decode)
     inputs, targets = text.tokens[:-1], text.tokens[1:]
-    dense = _Run(llm.session(n_ctx=len(inputs), attention=Dense(window=window, sinks=sinks)))
-    runs = [_Run(llm.session(n_ctx=len(inputs), attention=candidate.policy)) for candidate in candidates]
+    dense = Run(llm.session(n_ctx=len(inputs), attention=Dense(window=window, sinks=sinks)))
+    runs = [Run(llm.session(n_ctx=len(inputs), attention=policy)) for policy in policies]
     n_prefill = len(inputs) - n_decode
     for first, stop in _steps(n_prefill, len(inputs), llm.n_batch):
         decode = first >= n_prefill
@@ -75,11 +89,11 @@ def evaluate(
             run.scores[decode].append(reference.compare(run.eval(inputs[first:stop], skipped, decode)))
         if on_tokens:
             on_tokens((stop - first) * (1 + len(runs)))
-    return [_row(text, candidate, run, dense, seed) for candidate, run in zip(candidates, runs, strict=True)]
+    return dense, runs
 
 
 @dataclass
-class _Run:
+class Run:
     """One session on its way through the text; [0] is prefill, [1] decode."""
 
     session: Session
@@ -123,7 +137,7 @@ def _steps(n_prefill: int, n: int, n_batch: int) -> Iterator[tuple[int, int]]:
         yield first, first + 1
 
 
-def _row(text: Text, candidate: Candidate, run: _Run, dense: _Run, seed: int) -> Row:
+def _row(text: Text, candidate: Candidate, run: Run, dense: Run, seed: int) -> Row:
     scores, decoded = (Scores.joined(parts) for parts in run.scores)
     interval = mean_interval(scores.kl, seed)
     return Row(

@@ -1,0 +1,208 @@
+"""A model's profile, made from texts: fitted on one part, searched on a second, reported on a third."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm.attention import PRESETS, Adaptive, Policy
+from pyllm.errors import ArgumentError
+from pyllm.evaluate import tradeoff
+from pyllm.evaluate.metrics import BLOCK, Scores, mean_interval
+from pyllm.evaluate.parts import deal
+from pyllm.evaluate.search import Search, Trial
+from pyllm.evaluate.static_labels import first_with_bulk, local_shares
+from pyllm.evaluate.texts import Text, bos
+from pyllm.llm import LLM
+from pyllm.profile import Measured, Preset, Profile
+from pyllm.session import Progress
+from pyllm.stats import LayerStats
+
+PARTS = ("fit", "tune", "report")
+BUDGETS = dict(zip(PRESETS, (0.4, 1.0, 4.0), strict=True))  # of the balanced one
+GATE_THRESHOLDS = (0.9, 0.95)
+SEED = 0  # of the intervals' bootstrap
+
+
+@dataclass(frozen=True)
+class Plan:
+    """budget_kl: nats that the balanced preset may lose. n_ctx: tokens of a text, limit: of each of the three
+    parts at most. n_decode: of each text's tokens, how many are evaluated one by one."""
+
+    budget_kl: float = 0.005
+    n_ctx: int = 4096
+    limit: int = 8192
+    n_decode: int = 256
+    window: int = 1024
+    sinks: int = 16
+
+    def __post_init__(self) -> None:
+        for name in ("n_ctx", "limit"):
+            if getattr(self, name) < 1:
+                raise ArgumentError(f"{name}: expected at least 1 token, got {getattr(self, name)}")
+        if self.n_decode <= BLOCK:
+            raise ArgumentError(f"n_decode: expected more than {BLOCK} tokens, got {self.n_decode}")
+        if not 0 < self.budget_kl < math.inf:
+            raise ArgumentError(f"budget: expected nats above 0, got {self.budget_kl}")
+        Policy(**self.geometry)  # refuses what is out of range
+
+    @property
+    def geometry(self) -> dict[str, int]:
+        return {"window": self.window, "sinks": self.sinks}
+
+    @property
+    def budgets(self) -> dict[str, float]:
+        return {name: part * self.budget_kl for name, part in BUDGETS.items()}
+
+    @property
+    def least(self) -> int:
+        """Tokens of a text that is of use: some of its prefill's queries have a bulk."""
+        return first_with_bulk(self.window, self.sinks) + BLOCK + 1 + self.n_decode + 1
+
+
+def calibrate(llm: LLM, documents: Mapping[str, str], plan: Plan, progress: Progress) -> Profile:
+    """documents: text by name. progress: called with (tokens done, in all), the latter being a guess.
+
+    Raises ArgumentError where the documents are too short, or a budget cannot be met.
+    """
+    ids = {name: llm.tokenize(text, parse_special=False) for name, text in documents.items()}
+    sizes = {"n_ctx": plan.n_ctx, "limit": plan.limit, "least": plan.least}
+    parts = dict(zip(PARTS, deal(ids, bos(llm), len(PARTS), **sizes), strict=True))
+    _require_enough(parts, plan)
+    work = Work(progress)
+    search = Search(
+        measure=lambda policies: measure(llm, parts["tune"], policies, plan.n_decode, work),
+        # Of single bands only the order and the rough size matter, for the search measures what it makes of
+        # them: one text will do, without decode.
+        measure_band=lambda policies: measure(llm, parts["tune"][:1], policies, 0, work),
+        n_layers=llm.info.n_layers,
+        gates=[Adaptive(threshold, "group", **plan.geometry) for threshold in GATE_THRESHOLDS],
+        geometry=plan.geometry,
+    )
+    n_fit, n_tune, n_report = (sum(len(text.tokens) for text in texts) for texts in parts.values())
+    n_bands = len(parts["tune"][0].tokens) * len(search.bands)
+    work.total = n_fit + n_tune * search.planned + n_bands + n_report * len(BUDGETS)
+    shares = local_shares(llm, parts["fit"], plan.window, plan.sinks, lambda done, _: work.at(done))
+    work.add(n_fit)
+    found = search.run(plan.budgets)
+    policies = [trial.policy for trial in found.values()]
+    reported = measure(llm, parts["report"], policies, plan.n_decode, work)
+    work.finish()
+    return Profile(
+        fingerprint=llm.fingerprint,
+        model=llm.name,
+        made=_made(llm, plan, parts, found),
+        presets={
+            name: Preset(trial.policy, plan.budgets[name], measured)
+            for (name, trial), measured in zip(found.items(), reported, strict=True)
+        },
+        local_shares=shares.astype(np.float32),
+    )
+
+
+@dataclass
+class Work:
+    """How far it is, for a progress bar. total: tokens, an upper bound."""
+
+    progress: Progress
+    total: int = 0
+    done: int = 0
+
+    def add(self, n: int) -> None:
+        self.done += n
+        self.at(0)
+
+    def at(self, more: int) -> None:
+        """`more` tokens than were added."""
+        self.progress(self.done + more, max(self.total, self.done + more))
+
+    def finish(self) -> None:
+        self.progress(self.done, self.done)
+
+
+def measure(
+    llm: LLM, texts: Sequence[Text], policies: Sequence[Policy], n_decode: int, work: Work
+) -> list[Measured]:
+    """Each policy over all the texts. Where n_decode is 0, prefill's figures stand for those of decode."""
+    found: list[Measured] = []
+    size = tradeoff.at_once(llm, max(len(text.tokens) for text in texts))
+    for first in range(0, len(policies), size):
+        group = policies[first : first + size]
+        parts = [_outcomes(llm, text, group, n_decode, work) for text in texts]
+        found += [_measured([part[at] for part in parts]) for at in range(len(group))]
+    return found
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of a policy on a text: scores, and (8,) counts as `LayerStats.of` takes them, of prefill and decode."""
+
+    scores: tuple[Scores, Scores]
+    counts: tuple[NDArray[np.uint64], NDArray[np.uint64]]
+
+
+def _outcomes(llm: LLM, text: Text, policies: Sequence[Policy], n_decode: int, work: Work) -> list[_Outcome]:
+    """Without the sessions, whose memory the next text needs."""
+    _, runs = tradeoff.side_by_side(llm, text, policies, n_decode=n_decode)
+    work.add(len(text.tokens) * len(policies))
+    return [
+        _Outcome(
+            (Scores.joined(run.scores[0]), Scores.joined(run.scores[1])),
+            (run.prefill.layer_counts.sum(axis=0), run.decode.layer_counts.sum(axis=0)),
+        )
+        for run in runs
+    ]
+
+
+def _measured(outcomes: Sequence[_Outcome]) -> Measured:
+    prefill, decode = (Scores.joined(outcome.scores[kind] for outcome in outcomes) for kind in (0, 1))
+    prefilled, decoded = (
+        LayerStats.of(np.sum([outcome.counts[kind] for outcome in outcomes], axis=0)) for kind in (0, 1)
+    )
+    if not len(decode):
+        decode, decoded = prefill, prefilled
+    interval, decode_interval = (mean_interval(scores.kl, SEED) for scores in (prefill, decode))
+    if not interval or not decode_interval or prefilled.bulk_work is None or decoded.bulk_read is None:
+        raise ValueError(f"{len(prefill)} and {len(decode)} tokens with a bulk are too few")
+    return Measured(
+        tokens=len(prefill),
+        kl=float(prefill.kl.mean()),
+        kl_low=interval[0],
+        kl_high=interval[1],
+        top1=100 * float(prefill.agrees.mean()),
+        bulk_work=prefilled.bulk_work,
+        decode_tokens=len(decode),
+        decode_kl=float(decode.kl.mean()),
+        decode_kl_low=decode_interval[0],
+        decode_kl_high=decode_interval[1],
+        bulk_read=decoded.bulk_read,
+    )
+
+
+def _require_enough(parts: Mapping[str, Sequence[Text]], plan: Plan) -> None:
+    missing = [name for name, texts in parts.items() if not texts]
+    if missing:
+        raise ArgumentError(
+            f"the texts are too short to {', '.join(missing)} with: with a window of {plan.window} each of "
+            f"{len(PARTS)} parts needs {plan.least} tokens; take more text, a larger limit and context, or a "
+            "smaller window"
+        )
+
+
+def _made(
+    llm: LLM, plan: Plan, parts: Mapping[str, Sequence[Text]], found: Mapping[str, Trial]
+) -> dict[str, Any]:
+    """All that the profile depends on besides the model, and what the search saw. Without a date, so that the
+    same command makes the same file."""
+    return {
+        "plan": asdict(plan),
+        "batch": llm.n_batch,
+        "isa": llm.info.isa,
+        "texts": {name: {text.name: text.sha256 for text in texts} for name, texts in parts.items()},
+        "tuned": {name: asdict(trial.measured) for name, trial in found.items()},
+    }

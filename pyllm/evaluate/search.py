@@ -1,0 +1,177 @@
+"""The cheapest policy within a budget: page shares first, then a gate in the layers where it loses least.
+
+Nothing here runs a model: the search asks a function that measures policies, many at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from pyllm.attention import Adaptive, Dense, Policy
+from pyllm.errors import ArgumentError
+from pyllm.evaluate.curves import Bands, Curve
+from pyllm.profile import Measured
+
+PAGE_BITS = (2, 3, 4)
+PAGE_SHARES = (0.003, 0.01, 0.03)
+REFINEMENTS = 2  # times that a page share is moved towards the budget
+BANDS = 10  # of neighbouring layers at most, which have a gate together or none
+ATTEMPTS = 2  # at a gate, each with fewer layers
+PARTS_OF_PAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of a budget; a gate may have the rest
+NEAR = 0.9  # of a budget: what loses that much needs no refinement
+AIM = 0.97  # of a budget: what is predicted to lie on it would be over it every other time
+NEVER_LOCAL = 2.0  # a threshold that no share reaches
+NEGLIGIBLE = 1e-6  # nats; what float noise may lose
+
+# Policies in, what each loses and costs out, in the same order.
+Measure = Callable[[Sequence[Policy]], Sequence[Measured]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A policy that was measured."""
+
+    policy: Policy
+    measured: Measured
+
+    @property
+    def loss(self) -> float:
+        return max(self.measured.loss, NEGLIGIBLE)
+
+    @property
+    def cost(self) -> float:
+        return self.measured.cost
+
+
+@dataclass
+class Search:
+    """measure: on the tuning text. measure_band: the same, perhaps on less of it, for a gate in one band of
+    layers at a time. gates: head tiers that may stand before the page tier, with one threshold for all heads.
+    geometry: `window` and `sinks` of all policies."""
+
+    measure: Measure
+    measure_band: Measure
+    n_layers: int
+    gates: Sequence[Adaptive]
+    geometry: Mapping[str, int]
+    trials: list[Trial] = field(default_factory=list)
+
+    @property
+    def bands(self) -> list[list[int]]:
+        """The layers of each."""
+        return [band.tolist() for band in np.array_split(np.arange(self.n_layers), BANDS) if band.size]
+
+    @property
+    def planned(self) -> int:
+        """How many policies are measured at most, for three budgets; those of single bands apart."""
+        return len(PAGE_BITS) * len(PAGE_SHARES) + len(self.gates) + 3 * (REFINEMENTS + ATTEMPTS)
+
+    def run(self, budgets: Mapping[str, float]) -> dict[str, Trial]:
+        """For every budget in nats the cheapest policy found whose loss is within it.
+
+        Raises ArgumentError, with the best that was reached, for a budget that no policy keeps.
+        """
+        pages = [self._pages(bits, share) for bits in PAGE_BITS for share in PAGE_SHARES]
+        self._try([*pages, *self.gates])
+        for _ in range(REFINEMENTS):
+            self._try([self._refined(budget) for budget in budgets.values() if not self._is_near(budget)])
+        self._try_gates(list(budgets.values()))
+        return {name: self._within(name, budget) for name, budget in budgets.items()}
+
+    def _try(self, policies: Sequence[Policy]) -> list[Trial]:
+        """Measures what was not measured yet; returns those of `policies` that are new."""
+        known = {trial.policy for trial in self.trials}
+        new = [policy for policy in dict.fromkeys(policies) if policy not in known]
+        found = [Trial(*pair) for pair in zip(new, self.measure(new) if new else (), strict=True)]
+        self.trials += found
+        return found
+
+    def _best(self, budget: float, trials: Sequence[Trial]) -> Trial | None:
+        return min((t for t in trials if t.loss <= budget), key=lambda t: t.cost, default=None)
+
+    def _within(self, name: str, budget: float) -> Trial:
+        best = self._best(budget, self.trials)
+        if best is None:
+            reached = min(self.trials, key=lambda t: t.loss)
+            raise ArgumentError(
+                f"the {name} budget of {budget:g} nats cannot be met: the best is {reached.policy} with up "
+                f"to {reached.loss:.2g} nats at {reached.cost:.0f} % of the cost of dense attention"
+            )
+        return best
+
+    # ---- pages ----
+
+    def _curves(self) -> list[Curve]:
+        """Of the page tier without a gate, one per number of bits."""
+        pages = [(t.policy, t) for t in self.trials if isinstance(t.policy, Dense)]
+        return [
+            Curve.of(bits, {p.page_share: (t.loss, t.cost) for p, t in pages if p.page_bits == bits})
+            for bits in PAGE_BITS
+        ]
+
+    def _is_near(self, budget: float) -> bool:
+        """Whether some pages lose nearly the budget already."""
+        pages = [trial for trial in self.trials if isinstance(trial.policy, Dense)]
+        return any(NEAR * budget <= trial.loss <= budget for trial in pages)
+
+    def _refined(self, budget: float) -> Policy:
+        """The pages that should be cheapest within the budget, by interpolation."""
+        curve = min(self._curves(), key=lambda curve: curve.cost(curve.share(AIM * budget)))
+        return self._pages(curve.bits, curve.share(AIM * budget))
+
+    def _pages(self, bits: int, share: float) -> Dense:
+        return Dense(page_bits=bits, page_share=share, **self.geometry)
+
+    # ---- gates ----
+
+    def _try_gates(self, budgets: Sequence[float]) -> None:
+        """The gate that loses least for what it saves, in those bands where it does so best."""
+        useful = [t for t in self.trials if t.policy in self.gates and t.cost < 100]
+        if not useful:
+            return
+        gate = min(useful, key=lambda t: t.loss / (100 - t.cost)).policy
+        assert isinstance(gate, Adaptive)
+        bands = self._measure_bands(gate)
+        aims = {budget: AIM * budget for budget in budgets}
+        for _ in range(ATTEMPTS):
+            plans = {budget: self._gated(gate, bands, aim) for budget, aim in aims.items()}
+            tried = {t.policy: t for t in self._try([plan for plan in plans.values() if plan])}
+            # Losses do not quite add up: where they came to more than predicted, less is aimed at.
+            aims = {
+                budget: aims[budget] * 0.9 * budget / tried[plan].loss
+                for budget, plan in plans.items()
+                if plan in tried and tried[plan].loss > budget
+            }
+
+    def _measure_bands(self, gate: Adaptive) -> Bands:
+        policies = [replace(gate, threshold=_thresholds(gate, self.n_layers, band)) for band in self.bands]
+        found = self.measure_band(policies)
+        saved = np.array([1 - measured.cost / 100 for measured in found])
+        return Bands(np.array([max(measured.loss, NEGLIGIBLE) for measured in found]), saved)
+
+    def _gated(self, gate: Adaptive, bands: Bands, budget: float) -> Policy | None:
+        """Pages behind the gate in some bands, as the measured curves and bands predict them; None where
+        no gate at all is predicted to be cheapest."""
+        plans = [
+            (*bands.chosen(budget - curve.loss(share)), curve, share)
+            for curve in self._curves()
+            for share in (curve.share(part * budget) for part in PARTS_OF_PAGES)
+        ]
+        best = min(plans, key=lambda plan: (1 - plan[1]) * plan[2].cost(plan[3]), default=None)
+        if best is None or not best[0]:
+            return None
+        chosen, _, curve, share = best
+        layers = [layer for band in chosen for layer in self.bands[band]]
+        thresholds = _thresholds(gate, self.n_layers, layers)
+        return replace(gate, threshold=thresholds, page_bits=curve.bits, page_share=share)
+
+
+def _thresholds(gate: Adaptive, n_layers: int, layers: Sequence[int]) -> NDArray[np.float64]:
+    """(n_layers,): the gate's where it stands."""
+    values = np.full(n_layers, NEVER_LOCAL)
+    values[list(layers)] = np.asarray(gate.threshold)
+    return values
