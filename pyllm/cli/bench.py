@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="POLICY",
-        help="besides dense and the default; may be repeated",
+        help="besides dense and adaptive:0.9; may be repeated",
     )
     group.add_argument(
         "--prefill", type=sizes, default=default.prefill, metavar="N,...", help=_sizes_help(default.prefill)
@@ -152,7 +152,7 @@ def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
 
 
 def _policies(further: list[Policy]) -> list[Policy]:
-    """Dense, the default and those given, each once; the sinks of those given hold for all."""
+    """Dense, the head tier and those given, each once; the sinks of those given hold for all."""
     sinks = further[0].sinks if further else Policy().sinks
     return list(dict.fromkeys([replace(Dense(), sinks=sinks), replace(Adaptive(), sinks=sinks), *further]))
 
