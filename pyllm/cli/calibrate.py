@@ -11,6 +11,7 @@ from rich.table import Table
 from pyllm.attention import Dense
 from pyllm.cli import options
 from pyllm.cli.terminal import prefill_bar, render
+from pyllm.cpus import ISAS
 from pyllm.evaluate import texts
 from pyllm.evaluate.calibrate import BUDGETS, Plan, calibrate
 from pyllm.evaluate.results import require_writable
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
-    parser.add_argument("--isa", choices=("generic", "avx2", "avx512"), help="default: the best there is")
+    parser.add_argument("--isa", choices=ISAS, help="default: the best there is")
     # An older profile, perhaps a broken one, must not keep the model from being opened.
     parser.set_defaults(device="auto", attention=Dense())
 
