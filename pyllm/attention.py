@@ -245,10 +245,16 @@ def is_preset(spec: str) -> bool:
     return spec.strip().partition(":")[0] in PRESETS
 
 
-def parse(spec: str) -> Policy:
+def needs_profile(spec: str) -> bool:
+    """Whether a text may stand for a policy only with what was found out about a model."""
+    return is_preset(spec) or "estimate=" in spec or "moments=" in spec
+
+
+def parse(spec: str, calibration: Calibration | None = None) -> Policy:
     """The policy a command line names: "dense", "window:512", "adaptive:0.9,page_bits=3,page_share=0.01".
 
-    Raises ArgumentError with the syntax when it names none, and for presets, which `LLM.policy` finds.
+    calibration: for the estimates that need one. Raises ArgumentError with the syntax when it names none, and
+    for presets, which `LLM.policy` finds.
     """
     if is_preset(spec):
         raise ArgumentError(f"attention {spec!r}: a preset, which stands for a policy only with a model")
@@ -267,6 +273,8 @@ def parse(spec: str) -> Policy:
         if key not in OPTIONS:
             raise ArgumentError(f"attention {spec!r}: unknown option {key!r}; expected {SYNTAX}")
         arguments[key] = _value(spec, text, OPTIONS[key])
+    if policy is Adaptive:
+        arguments["calibration"] = calibration
     try:
         return policy(**arguments)
     except TypeError:

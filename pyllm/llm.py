@@ -13,7 +13,7 @@ from typing import Any, Literal, overload
 from rich.filesize import decimal
 
 from pyllm import _native
-from pyllm.attention import Adaptive, Policy, is_preset, parse
+from pyllm.attention import Adaptive, Policy, is_preset, needs_profile, parse
 from pyllm.completion import Completion
 from pyllm.cpus import available_cpus
 from pyllm.errors import ArgumentError, FormatError, InsufficientMemoryError, TemplateError, UnsupportedError
@@ -111,19 +111,25 @@ class LLM:
     def policy(self, attention: Policy | str | None) -> Policy:
         """The policy that `attention` stands for with this model, as the constructor takes it.
 
-        Raises ArgumentError for what is none, does not fit the model, or is a preset of a model that has no
-        profile, FileError and FormatError for a profile that cannot be used.
+        Raises ArgumentError for what is none, does not fit the model, or needs a profile of a model that
+        has none, FileError and FormatError for a profile that cannot be used.
         """
         if attention is None:
             policy: Policy = self.profile.presets["balanced"].policy if self.profile else Adaptive()
         elif isinstance(attention, str):
-            policy = self._preset(attention) if is_preset(attention) else parse(attention)
+            policy = self._named(attention)
         else:
             policy = attention
         if not isinstance(policy, Policy):
             raise ArgumentError(f"attention: expected a policy such as Adaptive(0.9), got {policy!r}")
         policy.native(self.info.n_layers, self.info.n_heads)
         return policy
+
+    def _named(self, spec: str) -> Policy:
+        if is_preset(spec):
+            return self._preset(spec)
+        profile = self.profile if needs_profile(spec) else None
+        return parse(spec, profile.calibration if profile else None)
 
     def _preset(self, spec: str) -> Policy:
         name, _, path = spec.strip().partition(":")

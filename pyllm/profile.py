@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from pyllm import atomic_file
 from pyllm.attention import PARSED, PRESETS, Policy
+from pyllm.calibration import Calibration
 from pyllm.errors import FileError, FormatError, PyllmError
 
 FORMAT, VERSION = "pyllm profile", 1
@@ -72,6 +73,7 @@ class Profile:
 
     model: its name, for people. made: how the profile was made, as JSON holds it. presets: by name.
     local_shares: (n_layers, n_heads) float32, the share of queries for which the oracle calls the head local.
+    calibration: what estimates other than the Gaussian need, of presets among others.
     """
 
     fingerprint: str
@@ -79,6 +81,7 @@ class Profile:
     made: Mapping[str, Any]
     presets: Mapping[str, Preset]
     local_shares: NDArray[np.float32]
+    calibration: Calibration
 
     def save(self, path: Path) -> None:
         """Writes the file whole or not at all, the same bytes for the same contents. Raises FileError."""
@@ -89,9 +92,12 @@ class Profile:
             "model": self.model,
             "made": self.made,
             "presets": {name: _preset_values(preset) for name, preset in self.presets.items()},
+            "positions": self.calibration.positions,
+            "moments": self.calibration.moments,
         }
         members = {DESCRIPTION: json.dumps(description, indent=1).encode() + b"\n"}
-        members["local_shares.npy"] = _array_bytes(self.local_shares)
+        arrays = {"local_shares": self.local_shares, **_calibration_arrays(self.calibration)}
+        members |= {f"{name}.npy": _array_bytes(array) for name, array in arrays.items()}
         try:
             atomic_file.write(path, memoryview(_zipped(members)))
         except OSError as error:
@@ -108,12 +114,15 @@ class Profile:
             with zipfile.ZipFile(path) as archive:
                 description = json.loads(_member(archive, DESCRIPTION))
                 _require_version(description)
+                calibration = _calibration(archive, description)
+                presets = description["presets"].items()
                 profile = cls(
                     fingerprint=str(description["fingerprint"]),
                     model=str(description["model"]),
                     made=dict(description["made"]),
-                    presets={name: _preset(values) for name, values in description["presets"].items()},
+                    presets={name: _preset(values, calibration) for name, values in presets},
                     local_shares=_array(archive, "local_shares.npy"),
+                    calibration=calibration,
                 )
                 profile._check()
         except OSError as error:
@@ -136,6 +145,8 @@ class Profile:
         shares = self.local_shares
         if shares.ndim != 2 or not np.issubdtype(shares.dtype, np.floating):
             raise ValueError(f"local_shares: {shares.dtype} of shape {shares.shape}")
+        if self.calibration.coefficients.shape[:2] != shares.shape:
+            raise ValueError(f"a calibration of {self.calibration.coefficients.shape[:2]} layers and heads")
         for preset in self.presets.values():
             preset.policy.native(*shares.shape)
 
@@ -161,6 +172,7 @@ _BROKEN = (
     TypeError,
     ValueError,
     AttributeError,
+    IndexError,
     RuntimeError,  # zipfile's for encrypted members and unknown compression
     MemoryError,
     PyllmError,
@@ -176,6 +188,8 @@ def _require_version(description: Any) -> None:
 
 def _preset_values(preset: Preset) -> dict[str, Any]:
     policy = {f.name: getattr(preset.policy, f.name) for f in fields(preset.policy)}
+    if "calibration" in policy:  # the profile's own
+        policy["calibration"] = policy["calibration"] is not None
     return {
         "policy": {"name": preset.policy.name, **policy},
         "budget": preset.budget,
@@ -183,14 +197,39 @@ def _preset_values(preset: Preset) -> dict[str, Any]:
     }
 
 
-def _preset(values: Mapping[str, Any]) -> Preset:
+def _preset(values: Mapping[str, Any], calibration: Calibration) -> Preset:
     arguments = dict(values["policy"])
+    if "calibration" in arguments:
+        arguments["calibration"] = calibration if arguments["calibration"] else None
     policy = PARSED[arguments.pop("name")](**arguments)
     measured = Measured(**values["measured"])
     for name, number in (*asdict(measured).items(), ("budget", values["budget"])):
         if isinstance(number, bool) or not isinstance(number, (int, float)):
             raise ValueError(f"{name}: expected a number, got {number!r}")
     return Preset(policy, values["budget"], measured)
+
+
+def _calibration_arrays(calibration: Calibration) -> dict[str, NDArray[np.float32]]:
+    """Of the covariances, which are symmetric, the upper triangles."""
+    upper = np.triu_indices(calibration.covariances.shape[-1])
+    return {
+        "coefficients": calibration.coefficients,
+        "means": calibration.means,
+        "covariances": calibration.covariances[..., upper[0], upper[1]],
+    }
+
+
+def _calibration(archive: zipfile.ZipFile, description: Mapping[str, Any]) -> Calibration:
+    coefficients, means, packed = (
+        _array(archive, f"{name}.npy") for name in ("coefficients", "means", "covariances")
+    )
+    n = means.shape[-1]
+    rows, columns = np.triu_indices(n)
+    covariances = np.empty((*packed.shape[:-1], n, n), np.float32)
+    covariances[..., rows, columns] = packed
+    covariances[..., columns, rows] = packed
+    first, stop = description["positions"]
+    return Calibration(coefficients, means, covariances, (first, stop), description["moments"])
 
 
 def _array_bytes(array: NDArray[Any]) -> bytes:

@@ -19,13 +19,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pyllm import LLM, Adaptive, ArgumentError, Dense, FileError, FormatError, Oracle, Window
+from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, FileError, FormatError, Oracle, Window
 from pyllm.attention import PRESETS, Policy
+from pyllm.calibration import MOMENTS
 from pyllm.cli import main
 from pyllm.profile import DESCRIPTION, Measured, Preset, Profile, beside
 
 SHAPE = (2, 8)  # of the tiny model
 MEASURED = Measured(3000, 0.004, 0.003, 0.005, 97.5, 20.0, 200, 0.002, 0.001, 0.006, 12.0)
+CALIBRATION = Calibration(
+    np.arange(48).reshape(*SHAPE, 3), np.ones((2, 2, 32)), np.tile(np.eye(32), (2, 2, 1, 1)), (16, 600)
+)
 POLICIES = {
     "conservative": Dense(page_bits=4, page_share=0.002),
     "balanced": Adaptive([0.95, 2.0], page_bits=3, page_share=0.007),
@@ -36,7 +40,8 @@ POLICIES = {
 def profile_of(fingerprint: str, policies: dict[str, Policy] = POLICIES) -> Profile:
     presets = {name: Preset(policy, 0.01, MEASURED) for name, policy in policies.items()}
     shares = np.linspace(0, 1, 16, dtype=np.float32).reshape(SHAPE)
-    return Profile(fingerprint, "tiny", {"texts": {"a": "ff"}, "seed": 0}, presets, shares)
+    made = {"texts": {"a": "ff"}, "seed": 0}
+    return Profile(fingerprint, "tiny", made, presets, shares, CALIBRATION)
 
 
 @pytest.fixture
@@ -74,29 +79,47 @@ policies = st.one_of(
     ),
 )
 numbers = st.floats(0, 1e6)
+
+
+def random_calibration(rng: np.random.Generator, moments: str) -> Calibration:
+    roots = rng.normal(0, 100, (2, 2, 16, 16)).astype(np.float32)
+    covariances = roots + roots.swapaxes(-1, -2)  # symmetric, which is all that a file relies on
+    return Calibration(
+        rng.normal(size=(*SHAPE, 3)), rng.normal(size=(2, 2, 16)), covariances, (4, 99), moments
+    )
+
+
 presets = st.builds(Preset, policies, numbers, st.builds(Measured, *[numbers] * 11))
 
 
 @settings(deadline=None)
 @given(
     presets=st.fixed_dictionaries(dict.fromkeys(PRESETS, presets)),
+    seed=st.integers(0, 2**32 - 1),
+    moments=st.sampled_from(MOMENTS),
     shares=hnp.arrays(np.float32, SHAPE, elements=st.floats(0, 1, width=32)),
     name=st.text(),
     made=st.dictionaries(st.text(), st.text() | st.integers() | st.lists(st.floats(allow_nan=False))),
 )
 def test_round_trip(
     presets: dict[str, Preset],
+    seed: int,
+    moments: str,
     shares: np.ndarray,
     name: str,
     made: dict[str, Any],
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
     path = tmp_path_factory.mktemp("profiles") / "p"
-    saved = Profile("0123456789abcdef", name, made, presets, shares)
+    calibration = random_calibration(np.random.default_rng(seed), moments)
+    fitted = Adaptive(0.8, estimate="maximum", moments=moments, calibration=calibration)
+    presets = {**presets, "balanced": replace(presets["balanced"], policy=fitted)}
+    saved = Profile("0123456789abcdef", name, made, presets, shares, calibration)
     saved.save(path)
     loaded = Profile.load(path, "0123456789abcdef")
     assert (loaded.fingerprint, loaded.model, loaded.made) == (saved.fingerprint, name, made)
     assert loaded.presets == presets
+    assert loaded.calibration == calibration
     np.testing.assert_array_equal(loaded.local_shares, shares)
     first = path.read_bytes()
     loaded.save(path)
@@ -154,6 +177,9 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a measure less": (at("presets/balanced/measured/kl", None), "'kl'"),
     "no number": (at("presets/balanced/measured/kl", "x"), "kl: expected a number, got 'x'"),
     "no budget": (at("presets/balanced/budget", [1]), "budget: expected a number"),
+    "no positions": (at("positions", None), "positions"),
+    "no range": (at("positions", [7, 7]), "no range"),
+    "no moments": (at("moments", "x"), "moments"),
     "made of nothing": (at("made", 3), "not a profile"),
 }
 
@@ -235,6 +261,16 @@ def test_a_profile_can_be_named(profile: Profile, model: Path, tmp_path: Path) -
         llm.session(attention=f"balanced:{tmp_path / 'nothing'}")
 
 
+def test_estimates_take_the_profiles_calibration(profile: Profile, model: Path) -> None:
+    llm = LLM(model, attention="adaptive:0.8,estimate=maximum")
+    assert llm.attention == Adaptive(0.8, estimate="maximum", calibration=profile.calibration)
+    session = llm.session(attention="adaptive,moments=calibrated")
+    assert session.attention == Adaptive(moments="calibrated", calibration=profile.calibration)
+    beside([model]).unlink()
+    with pytest.raises(ArgumentError, match="needs a calibration for this model, and there is none"):
+        LLM(model, attention="adaptive:0.8,estimate=maximum")
+
+
 def test_without_a_profile(model: Path) -> None:
     llm = LLM(model)
     assert llm.attention == Adaptive(0.9, "group")
@@ -264,5 +300,10 @@ def test_commands_take_presets(profile: Profile, model: Path, capsys: pytest.Cap
     assert error.count("\n") == 1
     assert "m.profile: not a profile, or a damaged one: File is not a zip file" in error
     beside([model]).unlink()
-    assert main(["info", "-m", str(model), "--attention", "balanced"]) == 1
-    assert "has no profile" in capsys.readouterr().err
+    for attention, message in (
+        ("balanced", "has no profile"),
+        ("adaptive,estimate=regression", "there is none"),
+        ("adaptive,estimate=x", "expected one of"),
+    ):
+        assert main(["info", "-m", str(model), "--attention", attention]) == 1
+        assert message in capsys.readouterr().err

@@ -47,8 +47,8 @@ def words(text: str) -> tuple[str, ...]:
 
 
 def policy_or_preset(text: str) -> attention.Policy | str:
-    """An attention policy, or the name of a preset as it is, for argparse."""
-    return text if attention.is_preset(text) else policy(text)
+    """An attention policy, or what needs the model's profile as it is, for argparse."""
+    return text if attention.needs_profile(text) else policy(text)
 
 
 def open_llm(args: argparse.Namespace) -> LLM:

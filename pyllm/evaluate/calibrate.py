@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import PRESETS, Adaptive, Policy
+from pyllm.calibration import Calibration
 from pyllm.errors import ArgumentError
-from pyllm.evaluate import tradeoff
+from pyllm.evaluate import search, tradeoff
+from pyllm.evaluate.fit import fit
 from pyllm.evaluate.metrics import BLOCK, Scores, mean_interval
 from pyllm.evaluate.parts import deal
-from pyllm.evaluate.search import Search, Trial
 from pyllm.evaluate.static_labels import first_with_bulk, local_shares
 from pyllm.evaluate.texts import Text, bos
 from pyllm.llm import LLM
@@ -52,7 +53,7 @@ class Plan:
         Policy(**self.geometry)  # refuses what is out of range
 
     @property
-    def geometry(self) -> dict[str, int]:
+    def geometry(self) -> dict[str, Any]:
         return {"window": self.window, "sinks": self.sinks}
 
     @property
@@ -70,26 +71,10 @@ def calibrate(llm: LLM, documents: Mapping[str, str], plan: Plan, progress: Prog
 
     Raises ArgumentError where the documents are too short, or a budget cannot be met.
     """
-    ids = {name: llm.tokenize(text, parse_special=False) for name, text in documents.items()}
-    sizes = {"n_ctx": plan.n_ctx, "limit": plan.limit, "least": plan.least}
-    parts = dict(zip(PARTS, deal(ids, bos(llm), len(PARTS), **sizes), strict=True))
-    _require_enough(parts, plan)
-    work = Work(progress)
-    search = Search(
-        measure=lambda policies: measure(llm, parts["tune"], policies, plan.n_decode, work),
-        # Of single bands only the order and the rough size matter, for the search measures what it makes of
-        # them: one text will do, without decode.
-        measure_band=lambda policies: measure(llm, parts["tune"][:1], policies, 0, work),
-        n_layers=llm.info.n_layers,
-        gates=[Adaptive(threshold, "group", **plan.geometry) for threshold in GATE_THRESHOLDS],
-        geometry=plan.geometry,
-    )
-    n_fit, n_tune, n_report = (sum(len(text.tokens) for text in texts) for texts in parts.values())
-    n_bands = len(parts["tune"][0].tokens) * len(search.bands)
-    work.total = n_fit + n_tune * search.planned + n_bands + n_report * len(BUDGETS)
-    shares = local_shares(llm, parts["fit"], plan.window, plan.sinks, lambda done, _: work.at(done))
-    work.add(n_fit)
-    found = search.run(plan.budgets)
+    parts = _parts(llm, documents, plan)
+    work = Work(progress, _tokens(parts, llm.info.n_layers))
+    shares, calibration = _fitted(llm, parts["fit"], plan, work)
+    found = _search(llm, parts["tune"], plan, calibration, work).run(plan.budgets)
     policies = [trial.policy for trial in found.values()]
     reported = measure(llm, parts["report"], policies, plan.n_decode, work)
     work.finish()
@@ -102,7 +87,62 @@ def calibrate(llm: LLM, documents: Mapping[str, str], plan: Plan, progress: Prog
             for (name, trial), measured in zip(found.items(), reported, strict=True)
         },
         local_shares=shares.astype(np.float32),
+        calibration=calibration,
     )
+
+
+def _parts(llm: LLM, documents: Mapping[str, str], plan: Plan) -> dict[str, list[Text]]:
+    ids = {name: llm.tokenize(text, parse_special=False) for name, text in documents.items()}
+    sizes = {"n_ctx": plan.n_ctx, "limit": plan.limit, "least": plan.least}
+    dealt = deal(ids, bos(llm), len(PARTS), **sizes)
+    if not all(dealt):
+        raise ArgumentError(
+            f"the texts are too short: with a window of {plan.window}, each of {len(PARTS)} parts needs "
+            f"{plan.least} tokens; take more text, a larger limit and context, or a smaller window"
+        )
+    return dict(zip(PARTS, dealt, strict=True))
+
+
+def _tokens(parts: Mapping[str, Sequence[Text]], n_layers: int) -> int:
+    """To read at most."""
+    fit, tune, report = (sum(len(text.tokens) for text in texts) for texts in parts.values())
+    n_tuned = search.most(2 * len(GATE_THRESHOLDS), len(BUDGETS))
+    n_bands = len(search.bands(n_layers))
+    return 2 * fit + tune * n_tuned + len(parts["tune"][0].tokens) * n_bands + report * len(BUDGETS)
+
+
+def _fitted(
+    llm: LLM, texts: Sequence[Text], plan: Plan, work: Work
+) -> tuple[NDArray[np.float64], Calibration]:
+    """What is learnt from the first part: how often each head is local, and the calibration."""
+    n = sum(len(text.tokens) for text in texts)
+    shares = local_shares(llm, list(texts), **plan.geometry, progress=lambda done, _: work.at(done))
+    work.add(n)
+    ids = [text.tokens for text in texts]
+    calibration = fit(llm, ids, **plan.geometry, progress=lambda done, _: work.at(done))
+    work.add(n)
+    return shares, calibration
+
+
+def _search(
+    llm: LLM, texts: Sequence[Text], plan: Plan, calibration: Calibration, work: Work
+) -> search.Search:
+    return search.Search(
+        measure=lambda policies: measure(llm, texts, policies, plan.n_decode, work),
+        # Of single bands only the order and the rough size matter, for the search measures what it makes of
+        # them: one text will do, without decode.
+        measure_band=lambda policies: measure(llm, texts[:1], policies, 0, work),
+        n_layers=llm.info.n_layers,
+        gates=_gates(plan, calibration),
+        geometry=plan.geometry,
+    )
+
+
+def _gates(plan: Plan, calibration: Calibration) -> list[Adaptive]:
+    """By the paper's estimate, and by the larger one of it and of the heads' regressions."""
+    paper = Adaptive(granularity="group", **plan.geometry)
+    fitted = replace(paper, estimate="maximum", calibration=calibration)
+    return [replace(gate, threshold=value) for gate in (paper, fitted) for value in GATE_THRESHOLDS]
 
 
 @dataclass
@@ -110,7 +150,7 @@ class Work:
     """How far it is, for a progress bar. total: tokens, an upper bound."""
 
     progress: Progress
-    total: int = 0
+    total: int
     done: int = 0
 
     def add(self, n: int) -> None:
@@ -184,18 +224,8 @@ def _measured(outcomes: Sequence[_Outcome]) -> Measured:
     )
 
 
-def _require_enough(parts: Mapping[str, Sequence[Text]], plan: Plan) -> None:
-    missing = [name for name, texts in parts.items() if not texts]
-    if missing:
-        raise ArgumentError(
-            f"the texts are too short to {', '.join(missing)} with: with a window of {plan.window} each of "
-            f"{len(PARTS)} parts needs {plan.least} tokens; take more text, a larger limit and context, or a "
-            "smaller window"
-        )
-
-
 def _made(
-    llm: LLM, plan: Plan, parts: Mapping[str, Sequence[Text]], found: Mapping[str, Trial]
+    llm: LLM, plan: Plan, parts: Mapping[str, Sequence[Text]], found: Mapping[str, search.Trial]
 ) -> dict[str, Any]:
     """All that the profile depends on besides the model, and what the search saw. Without a date, so that the
     same command makes the same file."""

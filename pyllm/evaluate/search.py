@@ -60,16 +60,6 @@ class Search:
     geometry: Mapping[str, int]
     trials: list[Trial] = field(default_factory=list)
 
-    @property
-    def bands(self) -> list[list[int]]:
-        """The layers of each."""
-        return [band.tolist() for band in np.array_split(np.arange(self.n_layers), BANDS) if band.size]
-
-    @property
-    def planned(self) -> int:
-        """How many policies are measured at most, for three budgets; those of single bands apart."""
-        return len(PAGE_BITS) * len(PAGE_SHARES) + len(self.gates) + 3 * (REFINEMENTS + ATTEMPTS)
-
     def run(self, budgets: Mapping[str, float]) -> dict[str, Trial]:
         """For every budget in nats the cheapest policy found whose loss is within it.
 
@@ -135,10 +125,10 @@ class Search:
             return
         gate = min(useful, key=lambda t: t.loss / (100 - t.cost)).policy
         assert isinstance(gate, Adaptive)
-        bands = self._measure_bands(gate)
+        measured = self._measure_bands(gate)
         aims = {budget: AIM * budget for budget in budgets}
         for _ in range(ATTEMPTS):
-            plans = {budget: self._gated(gate, bands, aim) for budget, aim in aims.items()}
+            plans = {budget: self._gated(gate, measured, aim) for budget, aim in aims.items()}
             tried = {t.policy: t for t in self._try([plan for plan in plans.values() if plan])}
             # Losses do not quite add up: where they came to more than predicted, less is aimed at.
             aims = {
@@ -148,16 +138,18 @@ class Search:
             }
 
     def _measure_bands(self, gate: Adaptive) -> Bands:
-        policies = [replace(gate, threshold=_thresholds(gate, self.n_layers, band)) for band in self.bands]
+        policies = [
+            replace(gate, threshold=_thresholds(gate, self.n_layers, band)) for band in bands(self.n_layers)
+        ]
         found = self.measure_band(policies)
         saved = np.array([1 - measured.cost / 100 for measured in found])
         return Bands(np.array([max(measured.loss, NEGLIGIBLE) for measured in found]), saved)
 
-    def _gated(self, gate: Adaptive, bands: Bands, budget: float) -> Policy | None:
+    def _gated(self, gate: Adaptive, measured: Bands, budget: float) -> Policy | None:
         """Pages behind the gate in some bands, as the measured curves and bands predict them; None where
         no gate at all is predicted to be cheapest."""
         plans = [
-            (*bands.chosen(budget - curve.loss(share)), curve, share)
+            (*measured.chosen(budget - curve.loss(share)), curve, share)
             for curve in self._curves()
             for share in (curve.share(part * budget) for part in PARTS_OF_PAGES)
         ]
@@ -165,9 +157,19 @@ class Search:
         if best is None or not best[0]:
             return None
         chosen, _, curve, share = best
-        layers = [layer for band in chosen for layer in self.bands[band]]
+        layers = [layer for band in chosen for layer in bands(self.n_layers)[band]]
         thresholds = _thresholds(gate, self.n_layers, layers)
         return replace(gate, threshold=thresholds, page_bits=curve.bits, page_share=share)
+
+
+def bands(n_layers: int) -> list[list[int]]:
+    """The layers of each."""
+    return [band.tolist() for band in np.array_split(np.arange(n_layers), BANDS) if band.size]
+
+
+def most(n_gates: int, n_budgets: int) -> int:
+    """How many policies a search measures at most, those of single bands apart."""
+    return len(PAGE_BITS) * len(PAGE_SHARES) + n_gates + n_budgets * (REFINEMENTS + ATTEMPTS)
 
 
 def _thresholds(gate: Adaptive, n_layers: int, layers: Sequence[int]) -> NDArray[np.float64]:
