@@ -90,7 +90,7 @@ def test_short_documents_are_joined() -> None:
     b=st.floats(0.3, 3),
     c=st.floats(0.1, 5),
     d=st.floats(0.1, 1),
-    share=st.floats(1e-5, 0.9),
+    share=st.floats(1e-4, 0.9),
 )
 def test_curves_of_powers_are_exact(a: float, b: float, c: float, d: float, share: float) -> None:
     points = {x: (a * x**b, c * x**-d) for x in (0.002, 0.01, 0.03, 0.05)}
@@ -101,6 +101,21 @@ def test_curves_of_powers_are_exact(a: float, b: float, c: float, d: float, shar
     for x, (loss, cost) in points.items():
         assert curve.loss(x) == pytest.approx(loss)
         assert curve.cost(x) == pytest.approx(cost)
+
+
+@given(
+    st.dictionaries(
+        st.integers(1, 500).map(lambda n: n / 1000),
+        st.tuples(st.floats(1e-6, 10), st.floats(1e-3, 100)),
+        min_size=2,
+    ),
+    st.floats(1e-9, 1e9),
+)
+def test_curves_of_anything_give_shares(points: dict[float, tuple[float, float]], loss: float) -> None:
+    curve = Curve.of(3, points)
+    share = curve.share(loss)
+    assert 0 < share <= 1
+    assert curve.cost(share) >= 0
 
 
 def test_curves_of_noise_rise_and_fall() -> None:

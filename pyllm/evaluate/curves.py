@@ -9,6 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+HUGE = 50.0  # a logarithm, of more than anybody pays or loses: steep lines go on to more than floats hold
+BELOW = 5.0  # logarithms of shares that a curve goes on below the smallest measured one
+
 
 @dataclass(frozen=True)
 class Bands:
@@ -51,17 +54,20 @@ class Curve:
         return cls(bits, np.log(shares), np.log(loss), np.log(cost))
 
     def loss(self, share: float) -> float:
-        return math.exp(_line(math.log(share), self.log_share, self.log_loss))
+        return self._at(share, self.log_loss)
 
     def cost(self, share: float) -> float:
-        return math.exp(_line(math.log(share), self.log_share, self.log_cost))
+        return self._at(share, self.log_cost)
+
+    def _at(self, share: float, log_y: NDArray[np.float64]) -> float:
+        return math.exp(min(_line(math.log(share), self.log_share, log_y), HUGE))
 
     def share(self, loss: float) -> float:
-        """The largest that loses no more, of three digits."""
+        """The largest that loses no more, at most 1 and not far below what was measured; of three digits."""
         # Where the loss stands still for a while, its line has no inverse: a little slope gives it one.
         rising = self.log_loss + 1e-6 * np.arange(len(self.log_loss))
         log_share = _line(math.log(loss), rising, self.log_share)
-        return min(1.0, float(f"{math.exp(log_share):.3g}"))
+        return float(f"{math.exp(min(max(log_share, self.log_share[0] - BELOW), 0.0)):.3g}")
 
 
 def _line(x: float, xs: NDArray[np.float64], ys: NDArray[np.float64]) -> float:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from pyllm.attention import Adaptive, Dense, Policy
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.curves import Bands, Curve
+from pyllm.evaluate.static_labels import NEVER_LOCAL
 from pyllm.profile import Measured
 
 PAGE_BITS = (2, 3, 4)
@@ -24,7 +25,6 @@ ATTEMPTS = 2  # at a gate, each with fewer layers
 PARTS_OF_PAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of a budget; a gate may have the rest
 NEAR = 0.9  # of a budget: what loses that much needs no refinement
 AIM = 0.97  # of a budget: what is predicted to lie on it would be over it every other time
-NEVER_LOCAL = 2.0  # a threshold that no share reaches
 NEGLIGIBLE = 1e-6  # nats; what float noise may lose
 
 # Policies in, what each loses and costs out, in the same order.
@@ -80,11 +80,9 @@ class Search:
         self.trials += found
         return found
 
-    def _best(self, budget: float, trials: Sequence[Trial]) -> Trial | None:
-        return min((t for t in trials if t.loss <= budget), key=lambda t: t.cost, default=None)
-
     def _within(self, name: str, budget: float) -> Trial:
-        best = self._best(budget, self.trials)
+        within = (trial for trial in self.trials if trial.loss <= budget)
+        best = min(within, key=lambda trial: trial.cost, default=None)
         if best is None:
             reached = min(self.trials, key=lambda t: t.loss)
             raise ArgumentError(
