@@ -427,6 +427,7 @@ BAD = [
     (["--length", "900"], "task niah_single: a length of 900 tokens is too short"),
     (["--length", "99999"], "4096"),
     (["--attention", "adaptive:0.9,window=1800"], "window of 1800"),
+    (["--attention", "balanced"], "has no profile; pyllm calibrate"),
     (["--text", "x.txt"], "--text"),
     (["--plot", "x.png"], "--plot"),
     (["--limit", "0"], "--limit"),

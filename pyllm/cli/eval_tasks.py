@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--attention",
         nargs="+",
-        type=options.policy,
+        type=options.policy_or_preset,
         dest="attentions",
         metavar="POLICY",
         help="as of other commands (default: adaptive:0.9 with --window and --sinks)",
@@ -44,8 +44,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("text", "plot"):
         if getattr(args, name):
             raise ArgumentError(f"--{name} is for texts, not for --tasks")
-    policies = with_dense(args.attentions or [Adaptive(window=args.window, sinks=args.sinks)])
     llm = options.open_llm(args)
+    asked = args.attentions or [Adaptive(window=args.window, sinks=args.sinks)]
+    policies = with_dense([llm.policy(attention) for attention in asked])
     require_bulk(policies, llm.n_ctx)
     samples = Samples(llm, llm.n_ctx, args.seed, plain=args.plain)
     settings: dict[str, Any] = {
