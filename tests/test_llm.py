@@ -290,7 +290,8 @@ def test_wrong_prompts(tiny_model: Path) -> None:
         ({"n_batch": 5000}, ArgumentError, "n_batch"),
         ({"n_threads": 0}, ArgumentError, "n_threads"),
         ({"isa": "sse9"}, PyllmError, "sse9"),
-        ({"attention": "dense"}, ArgumentError, "attention"),
+        ({"attention": "sideways"}, ArgumentError, "expected dense"),
+        ({"attention": 0.9}, ArgumentError, "attention: expected a policy"),
         ({"attention": Adaptive([0.5] * 3)}, ArgumentError, "threshold"),
     ],
 )
