@@ -128,7 +128,7 @@ def run(args: argparse.Namespace) -> int:
         chosen.append(dialogue.excerpt(llm, n_ctx + 1, args.seed))
     for text in chosen:
         tradeoff.require_bulk(text, choice.window, choice.sinks, args.decode)
-    settings = _settings(args, llm, n_ctx, chosen)
+    settings = evaluation_settings(args, llm, n_ctx, chosen)
     results = Results.open(args.json, settings) if args.json else Results(settings)
     evaluation = Evaluation(llm, choice, chosen, results, args.json, args.decode, args.seed, n_ctx)
     with prefill_bar() as tick:
@@ -183,7 +183,9 @@ def check_outputs(args: argparse.Namespace) -> None:
         report.require_matplotlib()
 
 
-def _settings(args: argparse.Namespace, llm: LLM, n_ctx: int, chosen: Sequence[Text]) -> dict[str, Any]:
+def evaluation_settings(
+    args: argparse.Namespace, llm: LLM, n_ctx: int, chosen: Sequence[Text]
+) -> dict[str, Any]:
     """All that a row depends on besides its policy: results of other settings are not mixed with these."""
     return {
         "model": llm.name,

@@ -1,0 +1,1 @@
+"""A trial of adaptive attention on somebody's own documents, and its report."""
