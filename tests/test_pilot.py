@@ -17,16 +17,20 @@ from hypothesis import strategies as st
 
 from folders import prose, write_documents, write_unreadable
 from pyllm import LLM, Adaptive, ArgumentError, Dense, Oracle, Window
+from pyllm.attention import PRESETS
 from pyllm.cli import main
 from pyllm.evaluate.results import Row
 from pyllm.evaluate.texts import Text
+from pyllm.pilot.calibration import others
 from pyllm.pilot.choice import cost, loss, pool, recommend
 from pyllm.pilot.figures import spread
 from pyllm.pilot.heads import PROMISE, Heads, observe
-from pyllm.pilot.pilot import by_kind, halves
+from pyllm.pilot.pilot import by_kind, halves, spelled
 from pyllm.pilot.sample import cut_at, draw
+from pyllm.profile import Profile
 from pyllm.survey.folder import Document, Folder
 from pyllm.survey.folder import survey as survey_folder
+from test_profile import profile_of
 
 WINDOW, SINKS = 64, 4
 SVG = "{http://www.w3.org/2000/svg}"
@@ -93,6 +97,15 @@ def test_samples_that_cannot_be_drawn(documents: Folder, tiny: LLM) -> None:
     ):
         with pytest.raises(ArgumentError, match=text):
             draw(tiny, documents, **(fixed | changed))
+
+
+def test_presets_see_other_documents_than_those_reported_on(documents: Folder) -> None:
+    held_out = [f"{i:02}.txt" for i in range(3, 12)]
+    found = others(documents, held_out, 10**6, seed=0)
+    assert found == {f"{i:02}.txt": "x" * (40 + 40 * i) + "\n" for i in range(3)}
+    assert len(others(documents, held_out, 100, seed=0)) < 3
+    orders = {tuple(others(documents, [], 10**6, seed)) for seed in range(5)}
+    assert len(orders) == 5
 
 
 def test_halves() -> None:
@@ -237,12 +250,14 @@ def test_heads_that_are_drawn_span_all_rates() -> None:
 
 # ---- the report ----
 
+NOT_MARKUP = "<b>&amp;.txt"
+
 
 def mixed_folder(folder: Path) -> Path:
     root = folder / "<docs>"
     write_documents(root, 400)
     write_unreadable(root)
-    (root / "b" / "more.txt").write_text(prose(300, 7))
+    (root / "b" / NOT_MARKUP).write_text(prose(300, 7))
     return root
 
 
@@ -315,9 +330,8 @@ class Made:
 def made(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Made:
     folder = tmp_path_factory.mktemp("pilot")
     root, output, kept = mixed_folder(folder), folder / "report.html", folder / "rows.json"
-    line = command(
-        tiny_model, root, output, "--json", kept, "--limit", "3000", "--budget-kl", "0.5", "--seed", "5"
-    )
+    asked = ("--json", kept, "--limit", "3000", "--budget-kl", "0.5", "--seed", "5", "--no-calibrate")
+    line = command(tiny_model, root, output, *asked)
     assert main(line) == 0
     page = BeautifulSoup(output.read_text("utf-8"), "html.parser")
     rows = [Row(**values) for values in json.loads(kept.read_text())["rows"]]
@@ -373,6 +387,8 @@ def test_the_recommended_policy_and_where_it_is_worst(made: Made) -> None:
     assert len(of_best) > 2
     assert list(table(made.page, "documents")) == [one.text for one in of_best]
     assert of_best[0].text in text_of(made.page, "worst")
+    assert f"b/{NOT_MARKUP}" in {one.text for one in of_best}
+    assert not made.page.find_all("b")
     kl = pool([one for one in of_best if one.text in names[1::2]]).kl
     assert table(made.page, "kpis")["Quality kept: KL"][0].startswith(f"{kl:.4f} nats")
 
@@ -406,6 +422,55 @@ def test_a_budget_that_cannot_be_met(
     assert "Stay with dense attention: pyllm chat --attention dense" in text
     assert "No other policy kept to the budget of 1e-09 nats" in text
     assert "one document only" in text
+    assert "No presets: the texts are too short" in text
+    assert not output.with_suffix(".profile").exists()
+
+
+@pytest.mark.slow
+def test_presets_are_searched_kept_and_taken_again(mixed: Path, tiny_model: Path, tmp_path: Path) -> None:
+    for i in range(3):
+        (mixed / f"{i}.txt").write_text(prose(400, 20 + i))
+    output, kept = tmp_path / "report.html", tmp_path / "rows.json"
+    asked = ("--budget-kl", "0.9", "--limit", "3000", "--json", kept)
+    assert main(command(tiny_model, mixed, output, *asked)) == 0
+    path = output.with_suffix(".profile")
+    Profile.load(path, LLM(tiny_model, attention=Dense()).fingerprint)
+    page = BeautifulSoup(output.read_text(), "html.parser")
+    assert f"kept in {path}" in text_of(page, "calibration")
+    assert list(table(page, "policies"))[-3:] == list(PRESETS)
+
+    # A later run takes them as they are, and finds all rows finished.
+    data, finished = path.read_bytes(), kept.read_bytes()
+    assert main(command(tiny_model, mixed, output, *asked, "--profile", path)) == 0
+    assert (path.read_bytes(), kept.read_bytes()) == (data, finished)
+    again = BeautifulSoup(output.read_text(), "html.parser")
+    assert "of an earlier calibration" in text_of(again, "calibration")
+    assert table(again, "policies") == table(page, "policies")
+
+
+def test_profiles_that_do_not_fit(
+    mixed: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "other.profile"
+    profile_of(LLM(tiny_model, attention=Dense()).fingerprint).save(path)
+    asked = (tmp_path / "report.html", "--profile", path)
+    assert main(command(tiny_model, mixed, *asked)) == 1
+    assert (
+        "preset conservative has window and sinks (1024, 16), but this pilot (64, 4)"
+        in capsys.readouterr().err
+    )
+    profile_of("0" * 16).save(path)
+    assert main(command(tiny_model, mixed, *asked)) == 1
+    assert "a profile of another model" in capsys.readouterr().err
+    path.unlink()
+    assert main(command(tiny_model, mixed, *asked)) == 1
+    assert "the profile cannot be read" in capsys.readouterr().err
+
+
+def test_presets_are_named_with_their_profile() -> None:
+    policy = Adaptive(0.5, window=WINDOW)
+    assert spelled("balanced", policy, Path("a b.profile")) == "balanced:a b.profile"
+    assert spelled("adaptive group", policy, Path("x")) == "adaptive:0.5,window=64"
 
 
 BAD = [
@@ -452,28 +517,15 @@ def test_an_empty_folder(tiny_model: Path, tmp_path: Path, capsys: pytest.Captur
 
 
 def test_rows_of_another_sample_are_not_mixed(
-    mixed: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    made: Made, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.txt").write_text(prose(500, 11))
     kept = tmp_path / "rows.json"
-    asked = (tmp_path / "report.html", "--json", kept, "--limit", "200")
-    assert main(command(tiny_model, mixed, *asked)) == 0
-    (mixed / "a.txt").write_text(prose(500, 11))
-    for path in mixed.rglob("*"):
-        if path.is_file() and path.name != "a.txt":
-            path.unlink()
-    assert main(command(tiny_model, mixed, *asked)) == 1
+    kept.write_bytes(made.kept.read_bytes())
+    asked = ("--json", kept, "--limit", "3000", "--seed", "5", "--no-calibrate")
+    assert main(command(tiny_model, tmp_path / "docs", tmp_path / "report.html", *asked)) == 1
     assert f"{kept}: these results were made with texts" in capsys.readouterr().err
-
-
-def test_documents_are_not_markup(tiny: LLM, tiny_model: Path, tmp_path: Path) -> None:
-    root = tmp_path / "docs"
-    root.mkdir()
-    (root / "<b>&amp;.txt").write_text(prose(300))
-    output = tmp_path / "report.html"
-    assert main(command(tiny_model, root, output)) == 0
-    page = BeautifulSoup(output.read_text(), "html.parser")
-    assert list(table(page, "documents")) == ["<b>&amp;.txt"]
-    assert not page.find_all("b")
 
 
 def test_a_document_is_what_the_survey_counted(documents: Folder) -> None:

@@ -6,6 +6,8 @@ import csv
 import json
 import os
 import re
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,17 @@ from matplotlib.image import imread
 
 from folders import prose, write_documents, write_unreadable
 from pyllm import LLM, ArgumentError, Dense, DocumentError, FileError, FormatError, documents
+from pyllm.attention import PRESETS
 from pyllm.cli import main
 from pyllm.documents import LARGEST
+from pyllm.profile import beside
 from pyllm.reference.attention import bulk_end
 from pyllm.survey import folder
 from pyllm.survey.model_file import ModelFile
 from pyllm.survey.projection import bulk_pairs, bulk_tokens, project
-from pyllm.survey.shares import BOUNDS, Share, assumed, combined, measured
+from pyllm.survey.shares import BOUNDS, Share, assumed, combined, measured, presets
 from pyllm.survey.speed import Speed, measure_speed
+from test_profile import POLICIES, profile_of
 from tiny_models import write_tiny
 
 WINDOW, SINKS = 64, 4
@@ -290,6 +295,26 @@ def test_rows_of_something_else(rows: Path, tiny_model: Path, tmp_path: Path) ->
         measured(rows, model, WINDOW, SINKS)
     with pytest.raises(FileError, match="nosuch"):
         measured(tmp_path / "nosuch", model, WINDOW, SINKS)
+
+
+def test_presets_of_a_profile_beside_the_model(
+    tiny_model: Path, mixed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copy(tiny_model, tmp_path / "m.gguf"))
+    assert presets(ModelFile.open(model), 1024, 16) == []
+    policies = {name: replace(policy, window=WINDOW, sinks=SINKS) for name, policy in POLICIES.items()}
+    profile_of(ModelFile.open(model).fingerprint, policies).save(beside([model]))
+    found = presets(ModelFile.open(model), WINDOW, SINKS)
+    assert [share.name for share in found] == list(PRESETS)
+    assert {(share.read, share.work, share.kl) for share in found} == {(0.12, 0.2, 0.004)}
+    assert presets(ModelFile.open(model), 1024, 16) == []
+    assert main(command(model, mixed)) == 0
+    shown = capsys.readouterr().out
+    assert "balanced" in shown
+    assert "m.profile" in shown
+    beside([model]).write_text("broken")
+    assert main(command(model, mixed)) == 1
+    assert "not a profile" in capsys.readouterr().err
 
 
 # ---- the command ----

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import platform
 import shlex
 from importlib.metadata import version
 from pathlib import Path
 
+from pyllm.attention import Dense
 from pyllm.cli import options
 from pyllm.cli.eval import evaluation_settings
 from pyllm.cli.survey import add_length_options, context, survey
 from pyllm.cli.terminal import prefill_bar
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import report
-from pyllm.evaluate.candidates import Choice
+from pyllm.evaluate.calibrate import Plan
+from pyllm.evaluate.candidates import Candidate, Choice
 from pyllm.evaluate.evaluation import Evaluation
 from pyllm.evaluate.results import Results, require_writable, write
 from pyllm.evaluate.static_labels import first_with_bulk
 from pyllm.llm import LLM
 from pyllm.pilot import page, pilot
+from pyllm.pilot.calibration import DECODED, search_presets
 from pyllm.pilot.sample import draw
-from pyllm.survey.folder import shown
+from pyllm.profile import Profile
+from pyllm.survey.folder import Folder, shown
 from pyllm.survey.model_file import ModelFile
 from pyllm.survey.shares import combined
 
@@ -56,9 +61,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="keeps finished rows; a later run goes on from them"
     )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--profile",
+        type=Path,
+        metavar="FILE",
+        help="presets of an earlier run (default: search them, and keep them beside the report)",
+    )
+    group.add_argument("--no-calibrate", action="store_true", help="do not search presets")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
     parser.add_argument("--isa", choices=("generic", "avx2", "avx512"), help="default: the best there is")
-    parser.set_defaults(device="auto", attention=None)
+    # A profile beside the model, perhaps a broken one, must not keep it from being opened.
+    parser.set_defaults(device="auto", attention=Dense())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,14 +84,50 @@ def run(args: argparse.Namespace) -> int:
     llm = options.open_llm(args)
     least = first_with_bulk(args.window, args.sinks) + 1 + args.decode + 1
     texts = draw(llm, found.folder, n_ctx=n_ctx, limit=args.limit, least=least, seed=args.seed)
+    path = args.profile or args.output.with_suffix(".profile")
+    presets, calibration = _presets(args, llm, found.folder, pilot.halves(texts)[1], n_ctx, path)
     made_with = evaluation_settings(args, llm, n_ctx, texts)
+    made_with["presets"] = {
+        one.name: hashlib.sha256(repr(one.policy).encode()).hexdigest() for one in presets
+    }
     results = Results.open(args.json, made_with) if args.json else Results(made_with)
-    evaluation = Evaluation(llm, choice, texts, results, args.json, args.decode, args.seed, n_ctx)
-    result = pilot.run(evaluation, found, args.budget_kl, prefill_bar)
-    write(args.output, page.render(result, _made(args, llm, model)))
+    evaluation = Evaluation(llm, choice, texts, results, args.json, args.decode, args.seed, n_ctx, presets)
+    result = pilot.run(evaluation, found, args.budget_kl, prefill_bar, path)
+    write(args.output, page.render(result, calibration, _made(args, llm, model)))
     kept = "" if result.recommendation.kept else "no policy keeps to the budget; the nearest: "
     print(f"{kept}{result.row.name}, KL {result.row.kl:.4f} on {result.row.text}; report in {args.output}")
     return 0
+
+
+def _presets(
+    args: argparse.Namespace, llm: LLM, folder: Folder, held_out: list[str], n_ctx: int, path: Path
+) -> tuple[list[Candidate], str]:
+    """Presets as candidates, and a sentence on where they come from."""
+    if args.no_calibrate:
+        return [], "No presets were searched, as it was asked."
+    plan = Plan(args.budget_kl, n_ctx, max(1, args.limit // 2), DECODED, args.window, args.sinks)
+    if args.profile:
+        profile, source = Profile.load(path, llm.fingerprint), "of an earlier calibration"
+        _require_geometry(path, profile, args)
+    else:
+        try:
+            with prefill_bar("calibrating") as tick:
+                profile = search_presets(llm, folder, held_out, plan, args.seed, tick)
+        except ArgumentError as error:
+            return [], f"No presets: {error}."
+        profile.save(path)
+        source = "searched on other documents of the folder than those reported on"
+    presets = [Candidate(name, preset.policy) for name, preset in profile.presets.items()]
+    return presets, f"The presets {', '.join(profile.presets)} are {source}; they are kept in {shown(path)}."
+
+
+def _require_geometry(path: Path, profile: Profile, args: argparse.Namespace) -> None:
+    for name, preset in profile.presets.items():
+        found, wanted = (preset.policy.window, preset.policy.sinks), (args.window, args.sinks)
+        if found != wanted:
+            raise ArgumentError(
+                f"{path}: preset {name} has window and sinks {found}, but this pilot {wanted}: give the same"
+            )
 
 
 def _check(args: argparse.Namespace) -> None:

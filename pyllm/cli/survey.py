@@ -17,7 +17,7 @@ from pyllm.survey import folder, plot, tables
 from pyllm.survey.model_file import ModelFile
 from pyllm.survey.projection import project
 from pyllm.survey.result import Survey
-from pyllm.survey.shares import Share, assumed, combined, measured
+from pyllm.survey.shares import Share, assumed, combined, measured, presets
 from pyllm.survey.speed import Speed, measure_speed
 
 HELP = "Measure a folder of documents in tokens, and project what attention policies would save on them."
@@ -64,10 +64,10 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args)
     model = ModelFile.open(args.model)
     n_ctx = context(args, model)
-    shares = [*args.assume]
+    shares = presets(model, args.window, args.sinks)
     if args.rows:
-        shares = [*measured(args.rows, model, args.window, args.sinks), *shares]
-    found = survey(args, model, n_ctx, combined(shares), args.measure)
+        shares += measured(args.rows, model, args.window, args.sinks)
+    found = survey(args, model, n_ctx, combined([*shares, *args.assume]), args.measure)
     for path, content in ((args.json, found.as_json), (args.csv, found.as_csv)):
         if path:
             write(path, content())

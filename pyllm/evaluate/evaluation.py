@@ -19,7 +19,8 @@ from pyllm.session import Progress
 
 class Evaluation:
     """Of a choice of policies on some texts. results: what is finished already, kept at path if there is one.
-    n_ctx: tokens of a text, and of those that static labels are chosen on."""
+    n_ctx: tokens of a text, and of those that static labels are chosen on. extra: rows beside the choice's.
+    """
 
     def __init__(
         self,
@@ -31,17 +32,19 @@ class Evaluation:
         n_decode: int,
         seed: int,
         n_ctx: int,
+        extra: Sequence[Candidate] = (),
     ) -> None:
         self.llm, self.choice, self.texts = llm, choice, chosen
         self.results, self.path = results, path
         self.n_decode, self.seed, self.n_ctx = n_decode, seed, n_ctx
+        self.extra = extra
         self.candidates: list[Candidate] = []
 
     def run(self, limit: int | None, progress: Progress) -> int:
         """Evaluates what is missing, at most limit rows, keeping each group as soon as it is finished;
         returns how many rows are left."""
         fitted = self._fit(progress)
-        self.candidates = candidates(self.choice, fitted)
+        self.candidates = [*candidates(self.choice, fitted), *self.extra]
         wanted = [(text, candidate) for text in self.texts for candidate in self.candidates]
         missing = [(text, candidate) for text, candidate in wanted if not self._find(text, candidate)]
         now = missing if limit is None else missing[:limit]

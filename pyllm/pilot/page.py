@@ -22,8 +22,8 @@ from pyllm.survey.projection import PAGE
 TEMPLATE = "pilot.html"
 
 
-def render(pilot: Pilot, made: Mapping[str, str]) -> bytes:
-    """made: how the report was made, as names and values for people."""
+def render(pilot: Pilot, calibration: str, made: Mapping[str, str]) -> bytes:
+    """calibration: a sentence on where presets come from. made: how the report was made, for people."""
     environment = Environment(
         loader=FileSystemLoader(Path(pyllm.__file__).parent / "data"),
         autoescape=True,
@@ -41,6 +41,7 @@ def render(pilot: Pilot, made: Mapping[str, str]) -> bytes:
         pilot=pilot,
         survey=pilot.survey,
         made=made,
+        calibration=calibration,
         kpis=kpis(pilot.row, pilot.projection, pilot.heads),
         figures={
             "lengths": figures.lengths(pilot.survey),

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
-from pyllm.attention import Policy
+from pyllm.attention import PRESETS, Policy
 from pyllm.evaluate.candidates import Candidate
 from pyllm.evaluate.evaluation import Evaluation
 from pyllm.evaluate.results import Row
@@ -14,6 +15,7 @@ from pyllm.evaluate.texts import Text
 from pyllm.pilot.choice import Recommendation, by_policy, decode_read, pool, recommend
 from pyllm.pilot.heads import Heads, observe
 from pyllm.session import Progress
+from pyllm.survey.folder import shown
 from pyllm.survey.projection import Projection, project
 from pyllm.survey.result import Survey
 from pyllm.survey.shares import Share
@@ -21,14 +23,16 @@ from pyllm.survey.shares import Share
 
 @dataclass(frozen=True)
 class Pilot:
-    """policy: the recommended one, or the nearest to it. tuned: names of the documents that it was chosen on;
-    held_out: of those it is reported on, the same where there is only one. rows: of all policies and
-    documents. documents: of that policy, the worst first; kinds: these pooled by their suffix, the worst
-    first. row: pooled over held_out. projections: of every policy onto the folder."""
+    """policy: the recommended one, or the nearest to it; attention: how a command line names it. tuned: names
+    of the documents that it was chosen on; held_out: of those it is reported on, the same where there is only
+    one. rows: of all policies and documents. documents: of that policy, the worst first; kinds: these pooled
+    by their suffix, the worst first. row: pooled over held_out. projections: of every policy onto the folder.
+    """
 
     survey: Survey
     recommendation: Recommendation
     policy: Policy
+    attention: str
     tuned: list[str]
     held_out: list[str]
     rows: list[Row]
@@ -54,9 +58,10 @@ def run(
     survey: Survey,
     budget: float,
     bar: Callable[[str], AbstractContextManager[Progress]],
+    profile: Path,
 ) -> Pilot:
     """evaluation: of the candidates, dense attention among them, on the sampled documents. budget: nats.
-    bar: shows the progress of what it is told."""
+    bar: shows the progress of what it is told. profile: the file of those candidates that are presets."""
     with bar("evaluating") as tick:
         evaluation.run(None, tick)
     rows = evaluation.finished()
@@ -72,6 +77,7 @@ def run(
         survey=survey,
         recommendation=recommendation,
         policy=policy,
+        attention=spelled(chosen.line, policy, profile),
         tuned=tuned,
         held_out=held_out,
         rows=rows,
@@ -97,6 +103,11 @@ def by_kind(documents: Sequence[Row]) -> list[Row]:
         suffix = name.rpartition(".")[2].lower() if "." in name else "without suffix"
         kinds.setdefault(suffix, []).append(row)
     return sorted((pool(rows, kind) for kind, rows in kinds.items()), key=lambda row: -row.kl)
+
+
+def spelled(line: str, policy: Policy, profile: Path) -> str:
+    """How a command line names a policy; profile: the file of those that are presets."""
+    return f"{line}:{shown(profile)}" if line in PRESETS else str(policy)
 
 
 def _policy(candidates: Sequence[Candidate], row: Row) -> Policy:

@@ -11,6 +11,7 @@ from statistics import fmean
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError, FormatError
 from pyllm.evaluate.results import Results, Row
+from pyllm.profile import Profile, find
 from pyllm.survey.model_file import ModelFile
 
 
@@ -61,6 +62,24 @@ def measured(path: Path, model: ModelFile, window: int, sinks: int) -> list[Shar
         raise FormatError(f"{path}: an evaluation without any row")
     source = f"others measured on {results.settings.get('tokens')} tokens, {path.name}"
     return [share for group in groups.values() if (share := _of_rows(group, source))]
+
+
+def presets(model: ModelFile, window: int, sinks: int) -> list[Share]:
+    """Those of the model's profile, where it has one for this window and number of sinks.
+
+    Raises FileError and FormatError for a profile that cannot be used.
+    """
+    path = find(model.paths, model.fingerprint)
+    if path is None:
+        return []
+    found = []
+    for name, preset in Profile.load(path, model.fingerprint).presets.items():
+        if (preset.policy.window, preset.policy.sinks) == (window, sinks):
+            of = preset.measured
+            found.append(
+                Share(name, of.bulk_read / 100, of.bulk_work / 100, f"presets by {path.name}", of.kl)
+            )
+    return found
 
 
 def combined(others: Sequence[Share]) -> list[Share]:
