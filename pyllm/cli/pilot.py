@@ -34,6 +34,7 @@ HELP = "Try attention policies on a sample of a folder's documents and write an 
 
 POLICIES = ("dense", "window", "adaptive", "pages", "adaptive+pages")
 THRESHOLDS = (0.8, 0.9)
+NOT_OPTIONS = ("command", "run", "folder", "device", "attention")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,28 +146,15 @@ def _check(args: argparse.Namespace) -> None:
 
 def _made(args: argparse.Namespace, llm: LLM, model: ModelFile) -> dict[str, str]:
     """How the report was made."""
-    names = (
-        "model",
-        "ctx",
-        "window",
-        "sinks",
-        "budget_kl",
-        "limit",
-        "decode",
-        "seed",
-        "batch",
-        "threads",
-        "isa",
-    )
-    given = {name: getattr(args, name) for name in names}
-    command = ["pyllm", "pilot", shown(args.folder)]
-    for name, value in given.items():
-        if value is not None:
-            command += [f"--{name.replace('_', '-')}", str(value)]
+    words = ["pyllm", "pilot", str(args.folder)]
+    for name, value in vars(args).items():
+        if name in NOT_OPTIONS or value is None or value is False:
+            continue
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return {
-        "command": shlex.join(command),
+        "command": shown(Path(shlex.join(words))),
         "model": f"{model.name}, fingerprint {model.fingerprint}",
-        "pyllm": version("pyllm"),
+        "versions": ", ".join(f"{name} {version(name)}" for name in ("pyllm", "numpy", "matplotlib")),
         "Python": platform.python_version(),
         "processor": f"{llm.info.isa}, {llm.info.n_threads} threads",
     }
