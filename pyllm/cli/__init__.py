@@ -12,7 +12,19 @@ from typing import NoReturn
 from pyllm.errors import PyllmError
 
 # Each module has `HELP`, `add_arguments(parser)` and `run(args) -> exit status`.
-COMMANDS = ("chat", "generate", "pull", "info", "eval", "calibrate", "survey", "pilot", "guard", "log", "bench")
+COMMANDS = (
+    "chat",
+    "generate",
+    "pull",
+    "info",
+    "eval",
+    "calibrate",
+    "survey",
+    "pilot",
+    "guard",
+    "log",
+    "bench",
+)
 
 FAILED, USAGE, INTERRUPTED = 1, 2, 130
 

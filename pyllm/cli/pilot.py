@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import platform
 import shlex
 from importlib.metadata import version
@@ -14,6 +13,7 @@ from pyllm.cli import options
 from pyllm.cli.eval import evaluation_settings
 from pyllm.cli.survey import add_length_options, context, survey
 from pyllm.cli.terminal import prefill_bar
+from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import report
 from pyllm.evaluate.calibrate import Plan
@@ -88,9 +88,7 @@ def run(args: argparse.Namespace) -> int:
     path = args.profile or args.output.with_suffix(".profile")
     presets, calibration = _presets(args, llm, found.folder, pilot.halves(texts)[1], n_ctx, path)
     made_with = evaluation_settings(args, llm, n_ctx, texts)
-    made_with["presets"] = {
-        one.name: hashlib.sha256(repr(one.policy).encode()).hexdigest() for one in presets
-    }
+    made_with["profile sha256"] = file_sha256(path) if presets else None
     results = Results.open(args.json, made_with) if args.json else Results(made_with)
     evaluation = Evaluation(llm, choice, texts, results, args.json, args.decode, args.seed, n_ctx, presets)
     result = pilot.run(evaluation, found, args.budget_kl, prefill_bar, path)
