@@ -309,6 +309,24 @@ def test_a_repair_that_is_stopped_leaves_what_was_verified(
     assert state(guarded) == state(whole)
 
 
+def test_a_batch_that_was_stopped_at_its_end_is_not_forgotten(
+    sharp: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded = session(sharp, BROKEN)
+    evaluate = guarded._native.eval
+
+    def finished_then_stopped(*arguments: Any) -> None:
+        evaluate(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(guarded._native, "eval", finished_then_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        guarded.eval(ids(300))
+    monkeypatch.undo()
+    assert guarded.position == 0
+    np.testing.assert_array_equal(guarded.eval(ids(300)), session(sharp, BROKEN).eval(ids(300)))
+
+
 def stopped(*_: Any) -> None:
     raise KeyboardInterrupt
 
