@@ -141,7 +141,10 @@ class Session:
         with self.lock:
             self.require_room(len(tokens))
             self.revision += 1
-            kept = self._follow_rewind(self._native.sync(tokens))
+            before = self.position
+            kept = self._native.sync(tokens)
+            if kept < before:
+                kept = self._follow_rewind(kept)
             return self._evaluate(tokens[kept:], False, progress, "prefill")
 
     def rewind(self, n_tokens: int) -> None:
@@ -149,12 +152,14 @@ class Session:
         with self.lock:
             if not 0 <= n_tokens <= self.position:
                 raise ArgumentError(f"rewind to {n_tokens}: the session holds {self.position} tokens")
-            dropped = self._native.tokens[:n_tokens]
+            if n_tokens == self.position:
+                return
+            tokens = self._native.tokens[:n_tokens]
+            self.revision += 1
             self._native.rewind(n_tokens)
             kept = self._follow_rewind(n_tokens)
             if kept < n_tokens:
-                self._evaluate(dropped[kept:], False, None, "prefill")
-            self.revision += 1
+                self._evaluate(tokens[kept:], False, None, "prefill")
 
     def _follow_rewind(self, n_tokens: int) -> int:
         """After a rewind to n_tokens: how many of them stand, the others are dropped too.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 import native
 from pyllm import LLM, Adaptive, ArgumentError, Dense, Guard, Session, _native
+from pyllm.evaluate import texts
 from pyllm.generation import Request, Sampling, TokenLogprob
 from pyllm.guard.controller import Control
 from pyllm.guard.tally import Tally
@@ -306,6 +309,24 @@ def test_a_repair_that_is_stopped_leaves_what_was_verified(
     assert state(guarded) == state(whole)
 
 
+def test_a_batch_that_was_stopped_at_its_end_is_not_forgotten(
+    sharp: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guarded = session(sharp, BROKEN)
+    evaluate = guarded._native.eval
+
+    def finished_then_stopped(*arguments: Any) -> None:
+        evaluate(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(guarded._native, "eval", finished_then_stopped)
+    with pytest.raises(KeyboardInterrupt):
+        guarded.eval(ids(300))
+    monkeypatch.undo()
+    assert guarded.position == 0
+    np.testing.assert_array_equal(guarded.eval(ids(300)), session(sharp, BROKEN).eval(ids(300)))
+
+
 def stopped(*_: Any) -> None:
     raise KeyboardInterrupt
 
@@ -361,3 +382,58 @@ def test_answers_say_what_the_guard_found(sharp: LLM) -> None:
     assert found["audits"] > 0
     assert found["repairs"] > 0
     assert found["miss_rate"] > 0
+
+
+# ---- the real model ----
+
+
+@pytest.fixture(scope="module")
+def real(default_model: Path) -> tuple[LLM, list[int]]:
+    """The default model, and Python's language reference."""
+    llm = LLM(default_model)
+    return llm, texts.excerpt(llm, "prose", texts.builtin()["prose"], 3000, 0).tokens.tolist()
+
+
+@pytest.mark.slow
+def test_heads_that_never_look_back_on_the_real_model(real: tuple[LLM, list[int]]) -> None:
+    """A third of the layers is local whatever comes: found, repaired as dense attention has it, and ended."""
+    llm, tokens = real
+    thresholds = np.full((llm.info.n_layers, llm.info.n_heads), 0.9)
+    thresholds[10:20] = 0
+    broken = Adaptive(thresholds, window=256)
+    guard = Guard(audit_rate=1 / 16, control_period=128)
+    once = llm.session(n_ctx=1024, attention=broken, guard=replace(guard, control_period=1024))
+    stretch, logits = repaired(once, tokens[:1024])
+    plain = llm.session(n_ctx=1024, attention=broken)
+    plain.eval(tokens[: stretch.first])
+    plain.attention = Dense(window=256)
+    expected = plain.eval(tokens[stretch.first : stretch.cause + 1])
+    np.testing.assert_array_equal(logits, expected)
+    assert state(once) == state(plain)
+
+    guarded = llm.session(n_ctx=2048, attention=broken, guard=replace(guard, lost_limit=0.35))
+    found = [found_in(guarded, [part]) for part in (tokens[:600], tokens[600:1536], tokens[1536:2048])]
+    early, late = (part.miss_rates()[0][10:20].mean() for part in (found[0], found[-1]))
+    assert found[0].repairs > 0
+    assert found[-1].repairs == 0
+    assert early > 0.09
+    assert late < 0.05
+
+
+@pytest.mark.slow
+def test_a_damaged_sketch_on_the_real_model(real: tuple[LLM, list[int]]) -> None:
+    llm, tokens = real
+    paged = Adaptive(1.5, window=256, page_bits=3)
+    guard = Guard(audit_rate=1 / 8, control_period=64, lost_limit=0.18)
+    guarded = llm.session(n_ctx=2048, attention=paged, guard=guard)
+    healthy = found_in(guarded, [tokens[:1000]])
+    mirror_sketch(guarded)
+    found = [
+        found_in(guarded, ([token] for token in part))
+        for part in (tokens[1000:1064], tokens[1064:1192], tokens[1192:1320])
+    ]
+    assert healthy.repairs == 0
+    assert found[0].repairs == 1
+    assert (found[0].page_miss_rate or 0) > 0.05
+    assert (found[2].page_miss_rate or 0) < 0.05
+    assert found[2].repairs == 0

@@ -202,6 +202,15 @@ def test_the_command_sums_up(tiny: LLM, tmp_path: Path, capsys: pytest.CaptureFi
     assert f"{session.stats.guard.repairs:,}" in out
 
 
+def test_a_prompt_that_goes_on_is_no_rewind(tiny: LLM, tmp_path: Path) -> None:
+    session = guarded(tiny, tmp_path / "log")
+    session.sync(ids(200))
+    session.sync([*ids(200), 1])
+    assert LogSummary.of(tmp_path / "log").rewinds == 0
+    session.sync([*ids(150), 2])
+    assert LogSummary.of(tmp_path / "log").rewinds == 1
+
+
 def test_a_log_of_nothing_is_fine(tiny: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     guarded(tiny, tmp_path / "log")
     assert main(["log", str(tmp_path / "log")]) == 0

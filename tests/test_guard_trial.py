@@ -59,6 +59,7 @@ def test_the_command(
     ("wrong", "message"),
     [
         (["--document", "100"], "--document: expected 768 tokens"),
+        (["--tokens", "0"], "--tokens: expected at least 1024"),
         (["--attention", "window"], "--attention: the controller moves adaptive"),
         (["--miss-target", "2"], "miss_target"),
     ],

@@ -64,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
             f"--document: expected {least} tokens, for some to lie behind the window, to the context's "
             f"{llm.n_ctx}, got {args.document}"
         )
+    if args.tokens < 2 * trial.PIECE:
+        raise ArgumentError(
+            f"--tokens: expected at least {2 * trial.PIECE}, for two halves, got {args.tokens}"
+        )
     tokens = _tokens(llm, args)
     courses, done = [], 0
     with prefill_bar("evaluating") as tick:

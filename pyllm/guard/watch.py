@@ -135,7 +135,12 @@ class Watch:
         self._apply(first)
         record = self._new_record(first, stop)
         before = self._native.layer_stats() if self._log else None
-        self._native.eval(tokens, rows(first, stop), record)
+        try:
+            self._native.eval(tokens, rows(first, stop), record)
+        except BaseException:
+            # Ctrl-C may come when the batch is finished already: nothing stays that was not looked at.
+            self._native.rewind(first)
+            raise
         if record is None:
             return
         if before is not None:
