@@ -17,8 +17,11 @@ int32_t cuda_fail(pyllm_error *err, cudaError_t error, const char *what) {
 int32_t use(int32_t number, pyllm_error *err) {
   int n = 0;
   cudaError_t error = cudaGetDeviceCount(&n);
+  if (error == cudaErrorInsufficientDriver)
+    return fail(err, PYLLM_ERR_DEVICE, "CUDA cannot be used: no NVIDIA driver is installed, or one older than CUDA %d",
+                CUDART_VERSION / 1000);
   if (error) return cuda_fail(err, error, "CUDA cannot be used");
-  if (number >= n) return fail(err, PYLLM_ERR_DEVICE, "device cuda:%d is not there: this machine has %d", number, n);
+  if (number >= n) return fail(err, PYLLM_ERR_DEVICE, "CUDA device %d is not there: this machine has %d", number, n);
   error = cudaSetDevice(number);
   return error ? cuda_fail(err, error, "CUDA cannot be used") : PYLLM_OK;
 }
