@@ -184,6 +184,23 @@ def _strings(data: bytes, n: int) -> Iterator[str | bytes]:
 
 
 @dataclass(frozen=True)
+class DeviceInfo:
+    """A GPU and its memory in bytes."""
+
+    name: str
+    free_bytes: int
+    total_bytes: int
+
+
+def device_info(device: str) -> DeviceInfo:
+    """device: "cuda" or "cuda:N". Raises DeviceError, with the reason, where it cannot be used."""
+    ffi, lib = library()
+    out = ffi.new("pyllm_device_info *")
+    check(lib.pyllm_device_get_info, device.encode(), out)
+    return DeviceInfo(ffi.string(out.name).decode("utf-8", "replace"), out.free_bytes, out.total_bytes)
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the file says of the model, and what opening it took. Sizes in bytes."""
 
@@ -204,12 +221,17 @@ class ModelInfo:
 
 
 class Model:
-    """Weights, read-only, shared by any number of sessions; `isa` None takes the best this processor has."""
+    """Weights, read-only, shared by any number of sessions; `isa` None takes the best this processor has.
 
-    def __init__(self, file: File, n_threads: int, isa: str | None = None) -> None:
+    device: "cpu", "cuda" or "cuda:N".
+    """
+
+    def __init__(self, file: File, n_threads: int, isa: str | None = None, device: str = "cpu") -> None:
         ffi, lib = library()
+        self.device = device
         name = ffi.NULL if isa is None else ffi.new("char[]", isa.encode())
-        params = ffi.new("pyllm_model_params *", {"n_threads": n_threads, "isa": name})
+        where = ffi.new("char[]", device.encode())
+        params = ffi.new("pyllm_model_params *", {"n_threads": n_threads, "isa": name, "device": where})
         out = ffi.new("pyllm_model **")
         check(lib.pyllm_model_open, file.handle, params, out)
         self.handle = ffi.gc(out[0], lib.pyllm_model_close)

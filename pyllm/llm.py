@@ -10,16 +10,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from rich.filesize import decimal
-
 from pyllm import _native
 from pyllm.attention import Adaptive, Policy, is_preset, needs_profile, parse
 from pyllm.completion import Completion
 from pyllm.cpus import available_cpus
-from pyllm.errors import ArgumentError, FormatError, InsufficientMemoryError, TemplateError, UnsupportedError
+from pyllm.device import choose
+from pyllm.errors import ArgumentError, FormatError, TemplateError, UnsupportedError
 from pyllm.generation import Generation, Request, Sampling
 from pyllm.guard import Guard
-from pyllm.memory import available_memory
 from pyllm.models import resolve
 from pyllm.profile import Profile, beside, find
 from pyllm.session import Ids, Progress, Session
@@ -35,10 +33,11 @@ class LLM:
 
     model: a known name, a path or a file name in the models directory. n_ctx: tokens of context, by default
     what the model was trained on. n_batch: tokens evaluated at once in prefill. n_threads: by default the
-    CPUs this process may use. device: "auto" or "cpu". attention: for all its sessions, a policy, its text
-    form ("dense", "adaptive:0.8") or a preset of the model's profile ("conservative", "balanced",
-    "aggressive", "balanced:FILE" of another profile); by default "balanced" where there is a profile, or
-    else Adaptive(0.9) in groups. isa: one of `pyllm.cpus.ISAS`, by default $PYLLM_ISA or the best of this
+    CPUs this process may use. device: "auto", "cpu", "cuda" or "cuda:N"; `device` then tells. attention: for
+    all its sessions, a policy, its text form ("dense", "adaptive:0.8") or a preset of the model's profile
+    ("conservative", "balanced", "aggressive", "balanced:FILE" of another profile); by default "balanced"
+    where there is a profile, or else Adaptive(0.9) in groups. isa: one of `pyllm.cpus.ISAS`, by default
+    $PYLLM_ISA or the best of this
     processor. seed: makes the sequence of answers drawn without a seed of their own repeatable. guard: what
     watches over attention in all its sessions, by default nothing.
 
@@ -60,15 +59,16 @@ class LLM:
         seed: int | None = None,
         guard: Guard | None = None,
     ) -> None:
-        _require_device(device)
         self.paths = resolve(model)
         self.name = self.paths[0].stem
         self._file = _native.File(self.paths)
         self.metadata = self._file.values()
         self.tokenizer = self._open_tokenizer()
-        self._require_memory()
+        self.device = choose(device, self._file)
         threads = available_cpus() if n_threads is None else _whole("n_threads", n_threads, 1, 256)
-        self._model = _native.Model(self._file, threads, isa or os.environ.get("PYLLM_ISA") or None)
+        self._model = _native.Model(
+            self._file, threads, isa or os.environ.get("PYLLM_ISA") or None, self.device
+        )
         self.info = self._model.info
         self.n_ctx = self._context(n_ctx)
         self.n_batch = _whole("n_batch", n_batch, 1, 4096)
@@ -81,14 +81,6 @@ class LLM:
             return Tokenizer(self.metadata)
         except (FormatError, UnsupportedError) as error:
             raise type(error)(f"{self.paths[0]}: {error}") from None
-
-    def _require_memory(self) -> None:
-        needed, available = _native.Model.memory(self._file), available_memory()
-        if available is not None and needed > available:
-            raise InsufficientMemoryError(
-                f"{self.paths[0]}: the model needs {decimal(needed)} of memory, but only "
-                f"{decimal(available)} is available"
-            )
 
     def _context(self, n_ctx: int | None) -> int:
         trained = self.info.n_ctx_train
@@ -307,13 +299,6 @@ class LLM:
         generation = kind(session, self.tokenizer, ids, request, continuing=not chat)
         session.require_room(generation.n_prompt)
         return Completion(generation, self.name, chat)
-
-
-def _require_device(device: str) -> None:
-    if device == "cuda":
-        raise UnsupportedError("device 'cuda': this version of pyllm runs on the CPU only")
-    if device not in ("auto", "cpu"):
-        raise ArgumentError(f"device: expected 'auto' or 'cpu', got {device!r}")
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -16,10 +17,10 @@ from rich.filesize import decimal
 
 from pyllm import _native, atomic_file
 from pyllm.attention import Dense, Policy
+from pyllm.device import available_on, memory_of
 from pyllm.errors import ArgumentError, ContextError, FileError, InsufficientMemoryError, PyllmError
 from pyllm.guard import Guard
 from pyllm.guard.watch import Watch
-from pyllm.memory import available_memory
 from pyllm.record import Record
 from pyllm.stats import Stats
 
@@ -66,12 +67,14 @@ class Session:
         self.guard = guard
 
     def _require_memory(self) -> None:
-        needed, available = self.memory_needed(self.n_ctx), available_memory()
-        if available is not None and needed > available:
-            raise InsufficientMemoryError(
-                f"a context of {self.n_ctx} tokens needs {decimal(needed)} of memory, but only "
-                f"{decimal(available)} is available; a smaller n_ctx needs less"
-            )
+        needed, available = self.memory_needed(self.n_ctx), available_on(self._model.device)
+        if available is None or needed <= available:
+            return
+        fits = bisect_right(range(1, self.n_ctx), available, key=self.memory_needed)
+        raise InsufficientMemoryError(
+            f"a context of {self.n_ctx} tokens needs {decimal(needed)} of {memory_of(self._model.device)}, "
+            f"but only {decimal(available)} is available: enough for {fits or 'no'} tokens"
+        )
 
     def memory_needed(self, n_ctx: int) -> int:
         """Bytes that a session like this one needs for a context of n_ctx tokens."""

@@ -1,7 +1,8 @@
 """The native library with its CUDA backend emulated, and its test hooks: `ffi`, `lib` and `check`.
 
 Importing this brings native/build/libpyllm_emu.so up to date. Beside another build named by $PYLLM_LIBRARY,
-such as one with sanitizers, that build's is taken as it is.
+such as one with sanitizers, that build's is taken as it is. Where that has none, it is a build for a real
+GPU, and the same tests run on that.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ import cffi
 
 from native import HEADERS, LIBRARY, NATIVE, build, check, declarations, is_given
 
-EMULATED = LIBRARY.with_name("libpyllm_emu.so")
+SIBLING = LIBRARY.with_name("libpyllm_emu.so")
+EMULATED = LIBRARY if is_given and not SIBLING.exists() else SIBLING
 
 
 def load() -> tuple[Any, Any]:

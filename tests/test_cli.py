@@ -83,7 +83,7 @@ def test_info(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     [
         (["info", "--model", "nosuch"], 1, "nosuch"),
         (["generate", ""], 1, "empty"),
-        (["generate", "x", "--device", "cuda"], 1, "CPU only"),
+        (["generate", "x", "--device", "cuda:999"], 1, "CUDA"),
         (["generate", "x", "--ctx", "99999"], 1, "4096"),
         (["generate", "x", "--top-p", "2"], 1, "top_p"),
         (["chat", "--ask", " "], 1, "empty"),

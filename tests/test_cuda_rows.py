@@ -142,3 +142,10 @@ def test_embeddings_and_angles(rng: np.random.Generator, device: str, kind: Type
     angle = (position + np.arange(5))[:, None] * frequency
     assert np.allclose(cosine, 1.5 * np.cos(angle), atol=1e-6)
     assert np.allclose(sine, 1.5 * np.sin(angle), atol=1e-6)
+
+
+def test_a_graph_does_its_stages_again_on_what_memory_holds_then(rng: np.random.Generator) -> None:
+    x, w = rng.standard_normal((3, 96)).astype(np.float32), rng.standard_normal(96).astype(np.float32)
+    out, err = np.full_like(x, np.nan), emulated.ffi.new("pyllm_error *")
+    check(emulated.lib.hook_graph(b"cuda", floats(x), floats(w), 1e-5, *x.shape, floats(out), err), err)
+    assert np.array_equal(out, norm("cuda", x, w, 1e-5)[0])

@@ -19,9 +19,8 @@ from pyllm import (
     FileError,
     PyllmError,
     TemplateError,
-    UnsupportedError,
 )
-from pyllm.errors import InsufficientMemoryError
+from pyllm.errors import DeviceError, InsufficientMemoryError
 from pyllm.generation import Generation, Request, Sampling, StopFilter
 from tiny_models import write_tiny
 
@@ -283,7 +282,7 @@ def test_wrong_prompts(tiny_model: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "kind", "text"),
     [
-        ({"device": "cuda"}, UnsupportedError, "CPU only"),
+        ({"device": "cuda:999"}, DeviceError, "(?i)cuda"),
         ({"device": "tpu"}, ArgumentError, "device"),
         ({"n_ctx": 0}, ArgumentError, "n_ctx"),
         ({"n_ctx": 4097}, ArgumentError, "at most 4096"),
@@ -317,7 +316,7 @@ def test_no_chat_template(tiny: LLM) -> None:
 def test_memory_is_checked_before_the_model_is_opened(
     tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pyllm.llm.available_memory", lambda: 1000)
+    monkeypatch.setattr("pyllm.device.available_memory", lambda: 1000)
     with pytest.raises(
         InsufficientMemoryError, match=r"tiny.gguf: the model needs .*B.* only 1.0 kB is available"
     ):

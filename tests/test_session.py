@@ -108,7 +108,7 @@ def test_too_long_says_three_numbers_and_changes_nothing(tiny: LLM) -> None:
 
 def test_memory_is_checked_before_it_is_taken(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = tiny.session_memory(4096)
-    monkeypatch.setattr("pyllm.session.available_memory", lambda: needed - 1)
+    monkeypatch.setattr("pyllm.device.available_memory", lambda: needed - 1)
     with pytest.raises(InsufficientMemoryError, match=r"4096 tokens needs .*B.* only .*B is available"):
         tiny.session()
     tiny.session(n_ctx=2048)

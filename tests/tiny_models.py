@@ -88,6 +88,7 @@ def write_tiny(
     n_ctx_train: int = 4096,
     sharp: float = 1.0,
     tokenizer: bool = False,
+    same_layers: bool = False,
     seed: int = 0,
 ) -> Path:
     """Writes a random model of architecture llama, qwen2 or qwen3 and returns its path.
@@ -97,6 +98,7 @@ def write_tiny(
     rope_freqs: (head_dim // 2) factors that divide the RoPE frequencies. sharp: random
     attention is nearly uniform; this scales queries up, by 1 for the first head to sharp for the last (qwen3
     normalizes its heads, so there by √sharp for all), so that decisions vary between heads and queries.
+    same_layers: all have the first one's matrices, so that large models are written soon.
     tokenizer: adds a byte-level BPE vocabulary with a chat template, for which n_vocab must be at least 267.
     """
     shape = Shape(n_layers, n_heads, n_kv_heads, head_dim, dim, n_ff, n_vocab)
@@ -107,7 +109,7 @@ def write_tiny(
     rng = np.random.default_rng(seed)
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", np.asarray(rope_freqs, np.float32))
-    _write_weights(writer, rng, arch, shape, types, tied, sharp)
+    _write_weights(writer, rng, arch, shape, types, tied, sharp, same_layers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -199,11 +201,18 @@ def _write_weights(
     types: Type | Mapping[str, Type],
     tied: bool,
     sharp: float,
+    same_layers: bool,
 ) -> None:
+    first: dict[str, np.ndarray] = {}
+
     def matrix(name: str, rows: int, cols: int, gain: RowStd = 1.0) -> None:
-        kind = _type_of(types, name.removesuffix(".weight").split(".")[-1])
+        part = name.removesuffix(".weight").split(".")[-1]
+        kind = _type_of(types, part)
         std = np.asarray(gain) / np.sqrt(cols)
-        writer.add_tensor(name, random_matrix(rng, kind, rows, cols, std), raw_dtype=kind)
+        weights = first[part] if part in first else random_matrix(rng, kind, rows, cols, std)
+        if same_layers:
+            first[part] = weights
+        writer.add_tensor(name, weights, raw_dtype=kind)
 
     def norm(name: str, n: int, gain: float = 1.0) -> None:
         writer.add_tensor(name, (gain * rng.normal(1.0, 0.1, n)).astype(np.float32))

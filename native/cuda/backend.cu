@@ -17,8 +17,11 @@ int32_t cuda_fail(pyllm_error *err, cudaError_t error, const char *what) {
 int32_t use(int32_t number, pyllm_error *err) {
   int n = 0;
   cudaError_t error = cudaGetDeviceCount(&n);
+  if (error == cudaErrorInsufficientDriver)
+    return fail(err, PYLLM_ERR_DEVICE, "CUDA cannot be used: no NVIDIA driver is installed, or one older than CUDA %d",
+                CUDART_VERSION / 1000);
   if (error) return cuda_fail(err, error, "CUDA cannot be used");
-  if (number >= n) return fail(err, PYLLM_ERR_DEVICE, "device cuda:%d is not there: this machine has %d", number, n);
+  if (number >= n) return fail(err, PYLLM_ERR_DEVICE, "CUDA device %d is not there: this machine has %d", number, n);
   error = cudaSetDevice(number);
   return error ? cuda_fail(err, error, "CUDA cannot be used") : PYLLM_OK;
 }
@@ -107,6 +110,31 @@ int32_t sync(const backend *be, pyllm_error *err) {
 }
 } // namespace
 
+static void graph_begin(const backend *be) {
+  queue *q = begin(be);
+  if (!q->error) check(q, cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal));
+}
+
+static void *graph_end(const backend *be) {
+  queue *q = begin(be);
+  cudaGraph_t written = nullptr;
+  cudaGraphExec_t graph = nullptr;
+  check(q, cudaStreamEndCapture(q->stream, &written));
+  if (!q->error) check(q, cudaGraphInstantiate(&graph, written, 0));
+  if (written) cudaGraphDestroy(written);
+  return graph;
+}
+
+static void graph_run(const backend *be, void *graph) {
+  queue *q = begin(be);
+  if (!q->error) check(q, cudaGraphLaunch((cudaGraphExec_t)graph, q->stream));
+}
+
+static void graph_free(const backend *be, void *graph) {
+  begin(be);
+  if (graph) cudaGraphExecDestroy((cudaGraphExec_t)graph);
+}
+
 enum { EMBEDDINGS = 64 }; /* where they begin in the staging memory */
 
 /* Staging memory for n * cols embeddings; only while the GPU does not read what is there. */
@@ -155,6 +183,10 @@ static const ops cuda_ops = {
     .write = write,
     .read = read,
     .sync = sync,
+    .graph_begin = graph_begin,
+    .graph_end = graph_end,
+    .graph_run = graph_run,
+    .graph_free = graph_free,
     .begin = cuda_begin,
     .embed = cuda_embed,
     .norm = cuda_norm,

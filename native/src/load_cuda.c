@@ -22,7 +22,7 @@ const cuda_library *load_cuda(pyllm_error *err) {
   char path[PATH_BYTES];
   void *library = library_path(path) ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : NULL;
   if (!library) {
-    fail(err, PYLLM_ERR_DEVICE, "CUDA cannot be used: %s", dlerror());
+    fail(err, PYLLM_ERR_DEVICE, "CUDA cannot be used: %s (make -C native cuda builds it)", dlerror());
     return NULL;
   }
   const cuda_library *(*entry)(void);

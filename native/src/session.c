@@ -132,6 +132,9 @@ int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params 
                            pyllm_error *err) {
   int32_t status = check_params(params, err);
   if (status) return status;
+  if (!model->backend.ops->attend_local)
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "sessions on %s are not possible yet: device 'cpu' is",
+                model->backend.ops->name);
   pyllm_session *s = calloc(1, sizeof *s);
   if (s) {
     s->model = model;

@@ -38,6 +38,11 @@ void hook_f32_to_f16(const float *x, uint16_t *out, int64_t n);
 int32_t hook_norm(const char *device, const char *isa, const float *x, const float *w, float eps, int32_t n,
                   int32_t cols, float *out, float *rounded, pyllm_error *err);
 
+/* The norms of x (n, cols), one row after the other, by one graph that is run n times: out (n, cols).
+ * PYLLM_ERR_UNSUPPORTED on a backend without graphs. */
+int32_t hook_graph(const char *device, const float *x, const float *w, float eps, int32_t n, int32_t cols, float *out,
+                   pyllm_error *err);
+
 /* gate, up, out: (n, cols), cols a multiple of 16; rounded as for hook_norm. */
 int32_t hook_swiglu(const char *device, const char *isa, const float *gate, const float *up, int32_t n, int32_t cols,
                     float *out, float *rounded, pyllm_error *err);

@@ -138,3 +138,5 @@ int32_t hook_emu_matrix_s8(const int8_t *a, const int8_t *b, int32_t *d, pyllm_e
   launch(&q, matrix_s8, dim3(1), dim3(WARP), 0, a, b, d);
   return finish(&q, err);
 }
+
+void hook_emu_memory(uint64_t bytes) { emu::set_memory(bytes); }

@@ -16,6 +16,8 @@ int32_t hook_cuda_attention(const hook_attention_shape *shape, const pyllm_atten
                             const float *k, const float *v, float *out, uint8_t *is_long, float *local_mass,
                             float *bulk_mass, pyllm_layer_stats *stats, pyllm_error *err);
 int32_t hook_cuda_moments(const float *k, int32_t n_pages, int32_t head_dim, float *mean, float *cov, pyllm_error *err);
+/* The memory of the emulated device. */
+void hook_emu_memory(uint64_t bytes);
 
 #pragma GCC visibility pop
 #endif

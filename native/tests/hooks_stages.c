@@ -101,6 +101,28 @@ int32_t hook_norm(const char *device, const char *isa, const float *x, const flo
   return close_run(&run, read_activation(&run.be, &a, n, out, rounded, err), err);
 }
 
+int32_t hook_graph(const char *device, const float *x, const float *w, float eps, int32_t n, int32_t cols, float *out,
+                   pyllm_error *err) {
+  stage_run run;
+  int32_t status = open_run(&run, device, NULL, 1, err);
+  if (status) return status;
+  const ops *o = run.be.ops;
+  if (!o->graph_begin) return close_run(&run, fail(err, PYLLM_ERR_UNSUPPORTED, "%s has no graphs", o->name), err);
+  size_t bytes = (size_t)cols * sizeof *x;
+  activation a = take_activation(&run, 1, cols);
+  float *input = take(&run, NULL, bytes), *weight = take(&run, w, bytes);
+  o->graph_begin(&run.be);
+  o->norm(&run.be, input, weight, eps, 1, false, &a);
+  void *graph = o->graph_end(&run.be);
+  for (int32_t i = 0; i < n; i++) {
+    o->write(&run.be, input, x + (size_t)i * (size_t)cols, bytes);
+    o->graph_run(&run.be, graph);
+    o->read(&run.be, out + (size_t)i * (size_t)cols, a.values, bytes);
+  }
+  o->graph_free(&run.be, graph);
+  return close_run(&run, PYLLM_OK, err);
+}
+
 int32_t hook_swiglu(const char *device, const char *isa, const float *gate, const float *up, int32_t n, int32_t cols,
                     float *out, float *rounded, pyllm_error *err) {
   stage_run run;

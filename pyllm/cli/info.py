@@ -10,8 +10,8 @@ from rich.table import Table
 
 from pyllm.cli import options
 from pyllm.cli.terminal import render
+from pyllm.device import available_on
 from pyllm.llm import LLM
-from pyllm.memory import available_memory
 from pyllm.profile import find
 
 HELP = "Show a model's architecture, size, tokenizer and the memory it takes."
@@ -37,7 +37,7 @@ def rows(llm: LLM) -> list[tuple[str, str]]:
     """Name and value of every line."""
     info, metadata = llm.info, llm.metadata
     types = Counter(tensor.type_name for tensor in llm.tensors())
-    needed, available = llm.session_memory(llm.n_ctx), available_memory()
+    needed, available = llm.session_memory(llm.n_ctx), available_on(llm.device)
     return [
         ("file", ", ".join(str(path) for path in llm.paths)),
         ("name", str(metadata.get("general.name", "–"))),

@@ -23,7 +23,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: 512)"
     )
     group.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
-    group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument("--isa", choices=ISAS, help="default: the best there is")
     group.add_argument(
         "--attention",

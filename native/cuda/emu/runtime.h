@@ -5,10 +5,13 @@
 #include <cstddef>
 #include <functional>
 
+enum { CUDART_VERSION = 13000 };
+
 enum cudaError_t {
   cudaSuccess = 0,
   cudaErrorInvalidValue = 1,
   cudaErrorMemoryAllocation = 2,
+  cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDevice = 101,
   cudaErrorLaunchFailure = 719
 };

@@ -1,0 +1,66 @@
+"""Where a model runs: the CPU, or a GPU whose memory is asked for before anything is loaded onto it."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rich.filesize import decimal
+
+from pyllm import _native
+from pyllm.errors import ArgumentError, InsufficientMemoryError
+from pyllm.memory import available_memory
+
+
+def choose(device: str, file: _native.File) -> str:
+    """The device that a model from this file is opened on: "cpu", "cuda" or "cuda:N".
+
+    "auto" is the CPU: sessions cannot be opened on a GPU yet.
+    Raises ArgumentError for other names, DeviceError where a GPU asked for cannot be used, and
+    InsufficientMemoryError where the weights do not fit, with the numbers.
+    """
+    if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
+        raise ArgumentError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
+    if device == "auto":
+        device = "cpu"  # until attention runs on a GPU
+    require_weights(device, file)
+    return device
+
+
+def require_weights(device: str, file: _native.File) -> None:
+    """Raises InsufficientMemoryError where the file's weights do not fit into the device's free memory."""
+    needed, available = _native.Model.memory(file), available_on(device)
+    if available is None or needed <= available:
+        return
+    fits = f"; the weights of {_layers_within(available, file)} would fit" if device != "cpu" else ""
+    raise InsufficientMemoryError(
+        f"{file.paths[0]}: the model needs {decimal(needed)} of {memory_of(device)}, but only "
+        f"{decimal(available)} is available{fits}"
+    )
+
+
+def available_on(device: str) -> int | None:
+    """Bytes of memory that can still be taken on a device; None if unknown. Raises DeviceError."""
+    return available_memory() if device == "cpu" else _native.device_info(device).free_bytes
+
+
+def memory_of(device: str) -> str:
+    """What its memory is called in messages."""
+    return "memory" if device == "cpu" else f"memory on {device} ({_native.device_info(device).name})"
+
+
+def _layers_within(available: int, file: _native.File) -> str:
+    """How many layers' weights would fit beside those that belong to none, as "3 of 32 layers"."""
+    layers: dict[Any, int] = {}
+    for tensor in file.tensors():
+        match = re.match(r"blk\.(\d+)\.", tensor.name)
+        layer = int(match[1]) if match else None
+        layers[layer] = layers.get(layer, 0) + tensor.size
+    room = available - layers.pop(None, 0)
+    n = 0
+    for layer in sorted(layers):
+        room -= layers[layer]
+        if room < 0:
+            break
+        n += 1
+    return f"{n} of {len(layers)} layers"
