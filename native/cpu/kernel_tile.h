@@ -56,9 +56,14 @@ static inline __attribute__((always_inline)) void load_scales(tile_format f, con
 static inline __attribute__((always_inline)) void load_quants(tile_format f, const uint8_t *group, int i,
                                                               uint8_t out[4 * TILE_ROWS]) {
   typedef uint8_t bytes __attribute__((vector_size(4 * TILE_ROWS)));
-  bytes b;
-  memcpy(&b, group + (f.bits == 4 ? i % 4 : i) * 4 * TILE_ROWS, sizeof b);
-  if (f.bits == 4) b = i < 4 ? b & 15 : b >> 4;
+  bytes b, above;
+  memcpy(&b, group + (f.bits < 8 ? i % 4 : i) * 4 * TILE_ROWS, sizeof b);
+  if (f.bits < 8) b = i < 4 ? b & 15 : b >> 4;
+  if (f.bits == 5 || f.bits == 6) {
+    memcpy(&above, group + (f.bits == 6 ? 4 + i / 4 : 4) * 4 * TILE_ROWS, sizeof above);
+    int at = f.bits == 6 ? i % 4 * 2 : i;
+    b |= (at > 4 ? above >> (at - 4) : above << (4 - at)) & (uint8_t)(f.bits == 6 ? 0x30 : 0x10);
+  }
   memcpy(out, &b, sizeof b);
 }
 
@@ -181,14 +186,15 @@ static inline __attribute__((always_inline)) void tile_gemm_format(tile_format f
 #define FORMATS(instance)                                                                                              \
   instance(q4_0, 4, 32, false, false)      /* Q4_0 */                                                                  \
       instance(q4_1, 4, 32, false, true)   /* Q4_1 */                                                                  \
-      instance(q8_0, 8, 32, false, false)  /* Q5_0, Q8_0, IQ4_NL */                                                    \
-      instance(q5_1, 8, 32, false, true)   /* Q5_1 */                                                                  \
+      instance(q5_0, 5, 32, false, false)  /* Q5_0 */                                                                  \
+      instance(q5_1, 5, 32, false, true)   /* Q5_1 */                                                                  \
+      instance(q8_0, 8, 32, false, false)  /* Q8_0, IQ4_NL */                                                          \
       instance(q4_k, 4, 32, true, true)    /* Q4_K */                                                                  \
-      instance(q5_k, 8, 32, true, true)    /* Q5_K */                                                                  \
+      instance(q5_k, 5, 32, true, true)    /* Q5_K */                                                                  \
       instance(iq4_xs, 8, 32, true, false) /* IQ4_XS */                                                                \
       instance(q2_k, 4, 16, true, true)    /* Q2_K */                                                                  \
       instance(q3_k, 4, 16, true, false)   /* Q3_K */                                                                  \
-      instance(q6_k, 8, 16, true, false)   /* Q6_K */
+      instance(q6_k, 6, 16, true, false)   /* Q6_K */
 
 #define DEFINE(name, b, g, s, m)                                                                                       \
   static __attribute__((noinline)) void tile_gemm_##name(const tile_format *f, const void *tile, int32_t cols,         \

@@ -23,13 +23,15 @@ typedef struct strips {
 } strips;
 
 /* Where quantized weights live after repacking: tiles of 16 rows, each its scales and then its quants.
- *   quants: per 32 columns (8, 16, 4) bytes, [i][row][j] = q of column 4 i + j; for 4 bits (4, 16, 4), the low
- *           nibble of [i] being columns 4 i + j and the high nibble columns 16 + 4 i + j.
+ *   quants: per 32 columns (8, 16, 4) bytes, [i][row][j] = q of column 4 i + j. With fewer bits (4, 16, 4) bytes, the
+ *           low nibble of [i] being columns 4 i + j and the high nibble columns 16 + 4 i + j, and then what is above 4
+ *           bits: for 5 bits (16, 4) bytes with that of [i] at bit i, for 6 bits (2, 16, 4) with that of [4 p + i] in
+ *           [p] at bit 2 i.
  *   scales: simple formats, per 32 columns: d f16 (16), then m f16 (16) where has_min.
  *           scaled formats, per 256 columns: d f16 (16), m f16 (16) where has_min, scale i8 (256 / group, 16),
  *           min u8 (256 / group, 16) where has_min. */
 typedef struct tile_format {
-  int32_t bits;   /* 4 or 8 */
+  int32_t bits;   /* 4, 5, 6 or 8 */
   int32_t group;  /* 16 or 32 */
   int32_t offset; /* subtracted from every q */
   bool scaled, has_min;

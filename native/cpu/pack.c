@@ -51,16 +51,30 @@ static bool pack_strip_row(const matrix *m, const unsigned char *row, int lane, 
   return finite;
 }
 
+/* What 32 quants of one row have above 4 bits, `bits` each (kernels.h). planes: at the row's bytes. */
+static void put_above(int32_t bits, const uint8_t *x, uint8_t *planes) {
+  if (bits == 0) return;
+  int32_t per_byte = 8 / bits;
+  for (int32_t plane = 0; plane < bits; plane++)
+    for (int32_t j = 0; j < 4; j++) {
+      uint8_t byte = 0;
+      for (int32_t i = 0; i < per_byte; i++) byte |= (uint8_t)(x[4 * (plane * per_byte + i) + j] >> 4 << i * bits);
+      planes[plane * 4 * TILE_ROWS + j] = byte;
+    }
+}
+
 static void put_quants(const tile_format *f, const uint8_t *q, int32_t column, int32_t n, int lane, uint8_t *quants) {
   for (int32_t g = 0; g < n; g += ACT_GROUP) {
     uint8_t *group = quants + (size_t)(column + g) * TILE_ROWS * (size_t)f->bits / 8 + 4 * lane;
     const uint8_t *x = q + g;
     if (f->bits == 8) {
       for (int i = 0; i < 8; i++) memcpy(group + i * 4 * TILE_ROWS, x + 4 * i, 4);
-    } else {
-      for (int i = 0; i < 4; i++)
-        for (int j = 0; j < 4; j++) group[i * 4 * TILE_ROWS + j] = (uint8_t)(x[4 * i + j] | x[16 + 4 * i + j] << 4);
+      continue;
     }
+    for (int i = 0; i < 4; i++)
+      for (int j = 0; j < 4; j++)
+        group[i * 4 * TILE_ROWS + j] = (uint8_t)((x[4 * i + j] & 15) | (x[16 + 4 * i + j] & 15) << 4);
+    put_above(f->bits - 4, x, group + 4 * 4 * TILE_ROWS);
   }
 }
 

@@ -161,7 +161,7 @@ static inline vf vexp(vf x) {
 #endif
 }
 
-/* acc[lane] += sum over j < 4 of w[4 lane + j] * x[j], exactly; w unsigned (at most 15 where bits is 4), x signed. */
+/* acc[lane] += sum over j < 4 of w[4 lane + j] * x[j], exactly; w unsigned (at most 128 where bits is below 8), x signed. */
 static inline vi vdot4(vi acc, const uint8_t *w, const int8_t *x, int bits) {
   int32_t word;
   memcpy(&word, x, sizeof word);
@@ -170,14 +170,14 @@ static inline vi vdot4(vi acc, const uint8_t *w, const int8_t *x, int bits) {
   return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), _mm512_set1_epi32(word));
 #elif VL == 16
   __m512i a = _mm512_loadu_si512(w), b = _mm512_set1_epi32(word);
-  if (bits == 4) return acc + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1));
+  if (bits < 8) return acc + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1));
   __m512i even =
       _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(0xff)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
   __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
   return acc + (vi)even + (vi)odd;
 #elif VL == 8
   __m256i a = _mm256_loadu_si256((const __m256i *)w), b = _mm256_set1_epi32(word);
-  if (bits == 4) return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
+  if (bits < 8) return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
   /* Pairs of 255 * 127 would saturate 16 bits: even and odd bytes apart. */
   __m256i even =
       _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));

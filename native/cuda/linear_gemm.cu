@@ -23,12 +23,13 @@ struct gemm_shared {
 template <class Q>
 __device__ inline void dequantize(const matrix &w, const unsigned char *tile, int32_t group, int half, int row,
                                   uint16_t *out) {
-  const uint32_t *fours = (const uint32_t *)(tile + scale_bytes<Q>(w.cols) + (int64_t)group * Q::GROUP_BYTES) + row;
+  const unsigned char *group_at = tile + scale_bytes<Q>(w.cols) + (int64_t)group * Q::GROUP_BYTES;
+  const uint32_t *fours = (const uint32_t *)group_at + row;
   row_scales<1> s = load_scales<Q, 1>(tile, group, half, row);
 #pragma unroll
   for (int i = 0; i < 4; i++) {
-    uint32_t q = __ldg(fours + (Q::BITS == 4 ? i : 4 * half + i) * TILE_ROWS);
-    if (Q::BITS == 4) q = q >> 4 * half & 0x0f0f0f0f;
+    uint32_t q = __ldg(fours + (Q::NIBBLES ? i : 4 * half + i) * TILE_ROWS);
+    if (Q::NIBBLES) q = (q >> 4 * half & 0x0f0f0f0f) | above_nibble<Q>(group_at, 4 * half + i, row);
 #pragma unroll
     for (int j = 0; j < 4; j++)
       out[4 * i + j] = float_to_half(s.scale[0] * (float)((int)(q >> 8 * j & 255) - w.format.offset) + s.min[0]);

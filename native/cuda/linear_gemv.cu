@@ -47,12 +47,13 @@ __device__ void finish_tile(const matrix &w, const float *bias, bool add, float 
   put(w, bias, add, out, token + t, row, x);
 }
 
-/* Adds one lane's share of a group of 32 columns: fours `first` (and, of 4 bits, 4 + first) of its four rows. */
+/* Adds one lane's share of a group of 32 columns: fours `first` (and, of nibbles, 4 + first) of its four rows. */
 template <class Q, int TOKENS>
 __device__ inline void add_group(const matrix &w, const unsigned char *scales, const unsigned char *quants_at,
                                  int32_t group, int first, int row, const quantized &x, int32_t n, sums<TOKENS> &sum) {
-  constexpr int FOURS = Q::BITS == 4 ? 2 : 1, HALVES = Q::GROUP == 16 && FOURS == 2 ? 2 : 1;
-  uint4 bytes = __ldg((const uint4 *)(quants_at + (int64_t)group * Q::GROUP_BYTES) + first * 4 + row / 4);
+  constexpr int FOURS = Q::NIBBLES ? 2 : 1, HALVES = Q::GROUP == 16 && FOURS == 2 ? 2 : 1;
+  const unsigned char *group_at = quants_at + (int64_t)group * Q::GROUP_BYTES;
+  uint4 bytes = __ldg((const uint4 *)group_at + first * 4 + row / 4);
   row_scales<LANE_ROWS> s[HALVES];
   for (int h = 0; h < HALVES; h++) s[h] = load_scales<Q, LANE_ROWS>(scales, group, HALVES == 2 ? h : first / 4, row);
 #pragma unroll
@@ -66,7 +67,7 @@ __device__ inline void add_group(const matrix &w, const unsigned char *scales, c
 #pragma unroll
       for (int r = 0; r < LANE_ROWS; r++) {
         uint32_t q = component(bytes, r);
-        if (Q::BITS == 4) q = q >> 4 * f & 0x0f0f0f0f;
+        if (Q::NIBBLES) q = (q >> 4 * f & 0x0f0f0f0f) | above_nibble<Q>(group_at, first + 4 * f, row + r);
         int dot = 256 * dot_bytes(q, planes.x, 0) + dot_bytes(q, planes.y, 0);
         sum[t][r] += scale * s[f % HALVES].scale[r] * (float)dot;
       }
@@ -86,7 +87,8 @@ __device__ inline void add_group(const matrix &w, const unsigned char *scales, c
 
 template <class Q, int TOKENS>
 __device__ void multiply_tile(const matrix &w, const quantized &x, int32_t n, sums<TOKENS> &sum) {
-  constexpr int LANES = Q::GROUP_BYTES / 16, AT_ONCE = WARP / LANES; /* lanes per group, groups per warp */
+  constexpr int LANES = (Q::NIBBLES ? 4 : 8) * 4 * TILE_ROWS / 16,
+                AT_ONCE = WARP / LANES; /* lanes per group, groups per warp */
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
   const unsigned char *tile = w.data + (int64_t)blockIdx.x * w.tile_bytes, *quants_at = tile + scale_bytes<Q>(w.cols);
   int32_t groups = w.cols / ACT_GROUP;

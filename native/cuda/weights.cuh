@@ -10,23 +10,33 @@ template <int BITS_, int GROUP_, bool SCALED_, bool HAS_MIN_> struct quants {
   static constexpr int BITS = BITS_, GROUP = GROUP_;
   static constexpr bool SCALED = SCALED_, HAS_MIN = HAS_MIN_;
   static constexpr int GROUP_BYTES = ACT_GROUP * TILE_ROWS * BITS / 8; /* of 32 columns of a tile */
+  static constexpr bool NIBBLES = BITS < 8;                            /* two fours of columns share bytes */
 };
 
 /* Calls f(quants<...>()) with the format's type; false where no such format exists. */
 template <class F> __device__ inline bool with_format(const tile_format &f, F call) {
-  if (f.bits == 4 && f.group == 32 && !f.scaled && !f.has_min) call(quants<4, 32, false, false>()); /* Q4_0 */
-  else if (f.bits == 4 && f.group == 32 && !f.scaled) call(quants<4, 32, false, true>());           /* Q4_1 */
-  else if (f.bits == 8 && f.group == 32 && !f.scaled && !f.has_min)
-    call(quants<8, 32, false, false>());                                                  /* Q5_0, Q8_0, IQ4_NL */
-  else if (f.bits == 8 && f.group == 32 && !f.scaled) call(quants<8, 32, false, true>()); /* Q5_1 */
-  else if (f.bits == 4 && f.group == 16 && f.has_min) call(quants<4, 16, true, true>());  /* Q2_K */
-  else if (f.bits == 4 && f.group == 16) call(quants<4, 16, true, false>());              /* Q3_K */
-  else if (f.bits == 4 && f.has_min) call(quants<4, 32, true, true>());                   /* Q4_K */
-  else if (f.bits == 8 && f.group == 32 && f.has_min) call(quants<8, 32, true, true>());  /* Q5_K */
-  else if (f.bits == 8 && f.group == 16) call(quants<8, 16, true, false>());              /* Q6_K */
-  else if (f.bits == 8 && f.group == 32) call(quants<8, 32, true, false>());              /* IQ4_XS */
+  if (f.bits == 4 && f.group == 32 && !f.scaled && !f.has_min) call(quants<4, 32, false, false>());      /* Q4_0 */
+  else if (f.bits == 4 && f.group == 32 && !f.scaled) call(quants<4, 32, false, true>());                /* Q4_1 */
+  else if (f.bits == 5 && f.group == 32 && !f.scaled && !f.has_min) call(quants<5, 32, false, false>()); /* Q5_0 */
+  else if (f.bits == 5 && f.group == 32 && !f.scaled) call(quants<5, 32, false, true>());                /* Q5_1 */
+  else if (f.bits == 8 && f.group == 32 && !f.scaled) call(quants<8, 32, false, false>()); /* Q8_0, IQ4_NL */
+  else if (f.bits == 4 && f.group == 16 && f.has_min) call(quants<4, 16, true, true>());   /* Q2_K */
+  else if (f.bits == 4 && f.group == 16) call(quants<4, 16, true, false>());               /* Q3_K */
+  else if (f.bits == 4 && f.has_min) call(quants<4, 32, true, true>());                    /* Q4_K */
+  else if (f.bits == 5) call(quants<5, 32, true, true>());                                 /* Q5_K */
+  else if (f.bits == 6) call(quants<6, 16, true, false>());                                /* Q6_K */
+  else if (f.bits == 8 && f.group == 32) call(quants<8, 32, true, false>());               /* IQ4_XS */
   else return false;
   return true;
+}
+
+/* What the bytes of four columns of a row have above 4 bits, in place; group: of 32 columns, i < 8 counts its fours. */
+template <class Q> __device__ inline uint32_t above_nibble(const unsigned char *group, int i, int row) {
+  if (Q::BITS == 4 || Q::BITS == 8) return 0;
+  constexpr int bits = Q::BITS - 4, per_byte = 8 / (bits > 0 ? bits : 1);
+  uint32_t word = __ldg((const uint32_t *)(group + 4 * 4 * TILE_ROWS) + i / per_byte * TILE_ROWS + row);
+  int at = i % per_byte * bits;
+  return (at > 4 ? word >> (at - 4) : word << (4 - at)) & (bits == 1 ? 0x10101010u : 0x30303030u);
 }
 
 /* As tile_scale_bytes in cpu/isa.c. */

@@ -44,7 +44,7 @@ typedef struct quant_type {
   const char *name;
   int32_t block;  /* values in a block; 1 for F32, F16, BF16 */
   int32_t bytes;  /* bytes of a block */
-  int32_t bits;   /* 4 when every q < 16, else 8; 0 for F32, F16, BF16 */
+  int32_t bits;   /* 4, 5, 6 or 8: every q is below 2^bits; 0 for F32, F16, BF16 */
   int32_t group;  /* values that share a scale: 16 or 32; 0 for F32, F16, BF16 */
   int32_t offset; /* 0..128 */
   bool has_min;
