@@ -7,11 +7,15 @@
 
 enum { TILE_VECS = TILE_ROWS / VL };
 
-/* Tokens of one tile at once, and of two tiles: in AVX-512 each fills 24 of 32 registers with accumulators, but a pair
- * needs 10 loads for 16 products where a single tile needs 17. Elsewhere registers are too few for pairs. */
-#if VL == 16
+/* Tokens of one tile at once, and of two tiles: with VNNI each fills 24 of 32 registers with accumulators, but a pair
+ * needs 10 loads for 16 products where a single tile needs 17. Without it products are many instructions and loads no
+ * matter; elsewhere registers are too few for pairs. */
+#if defined(__AVX512VNNI__)
 #define PAIRS 1
 enum { TILE_TOKENS = 8, PAIR_TOKENS = 4 };
+#elif VL == 16
+#define PAIRS 0
+enum { TILE_TOKENS = 4 };
 #elif VL == 8
 #define PAIRS 0
 enum { TILE_TOKENS = 2 };
