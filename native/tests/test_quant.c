@@ -48,8 +48,7 @@ static void unpacking_stays_inside(const quant_type *type) {
     quant_block b;
     type->unpack(memory + 2, &b);
     free(memory);
-    for (int i = 0; i < type->block; i++)
-      EXPECT(b.q[i] < 1 << type->bits, "%s: q[%d] = %d", type->name, i, b.q[i]);
+    for (int i = 0; i < type->block; i++) EXPECT(b.q[i] < 1 << type->bits, "%s: q[%d] = %d", type->name, i, b.q[i]);
     for (int g = 0; g < type->block / type->group; g++) {
       EXPECT(b.scale[g] >= -128 && b.scale[g] <= 127, "%s: scale[%d] = %d", type->name, g, b.scale[g]);
       EXPECT(type->scaled || (b.scale[g] == 1 && b.min[g] == 1), "%s: group %d", type->name, g);
