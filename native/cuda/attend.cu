@@ -11,6 +11,7 @@
  *
  * Bytes: per panel the list's keys and values once, 4 head_dim per key; per row 8 head_dim per span for merging. */
 #include "attention.cuh"
+#include "rows.cuh"
 
 namespace {
 
@@ -37,7 +38,7 @@ __device__ panel_list list_of(const device_attention &a, enum attend_pass pass, 
   l.n_strips = l.tile.n_pages * STRIPS_PER_PAGE;
   int64_t slot = (int64_t)tile_index * a.n_kv_heads + kv_head;
   if (pass == LOCAL) {
-    int32_t last = a.place->position + l.tile.first + l.tile.n - 1;
+    int32_t last = a.now->position + l.tile.first + l.tile.n - 1;
     int32_t behind = last + 1 - kv_block_start(a.n_sink, 1 + l.tile.n_pages); /* keys; none while all are sinks */
     l.head = strips_of(a.n_sink);
     l.jump = (1 + l.tile.n_pages) * STRIPS_PER_PAGE - l.head;
@@ -326,7 +327,7 @@ __global__ void __launch_bounds__(WARP *warps_of(D))
     for (int32_t h = 0; h < 2; h++) {
       int32_t i = panel * PANEL + lane_group() + 8 * h;
       rows.row[h] = i < l.n_rows ? row_at(a, l, i) : -1;
-      rows.position[h] = i < l.n_rows ? a.place->position + rows.row[h] / a.n_heads : -1;
+      rows.position[h] = i < l.n_rows ? a.now->position + rows.row[h] / a.n_heads : -1;
     }
     load_queries(a, rows, q);
     __syncwarp();
@@ -388,10 +389,18 @@ struct attend_launch {
   }
 };
 
-/* Grid (rows), one thread per dimension: reads and writes 4 head_dim bytes per row. */
-__global__ void finish_kernel(device_attention a, float *values) {
-  int64_t row = blockIdx.x, at = row * a.head_dim + threadIdx.x;
-  if ((int32_t)threadIdx.x < a.head_dim) values[at] = a.out[at] * (1.0f / a.state[row].y);
+enum { FINISH_THREADS = 256 };
+
+struct finish_shared {
+  float partial[WARP];
+};
+
+/* Grid (tokens): reads and writes 4 head_dim bytes per row. */
+__global__ void finish_kernel(device_attention a, int32_t n, bool rounded, activation out) {
+  int64_t token = blockIdx.x, first = token * out.cols;
+  for (int32_t i = threadIdx.x; i < out.cols; i += FINISH_THREADS)
+    out.values[first + i] = a.out[first + i] * (1.0f / a.state[token * a.n_heads + i / a.head_dim].y);
+  round_row(out, token, n, rounded, block_shared<finish_shared>().partial);
 }
 } // namespace
 
@@ -407,7 +416,6 @@ void cuda_true_bulk_mass(queue *to, const device_attention &a, const device_laye
   with_head_dim(a.head_dim, attend_launch{to, a, layer, TRUTH, n});
 }
 
-void cuda_finish_rows(queue *to, const device_attention &a, int32_t n, float *values) {
-  launch(to, finish_kernel, dim3((unsigned)(n * a.n_heads)), dim3((unsigned)(a.head_dim + WARP - 1) / WARP * WARP), 0,
-         a, values);
+void cuda_finish(queue *to, const device_attention &a, int32_t n, bool rounded, const activation &out) {
+  launch(to, finish_kernel, dim3((unsigned)n), dim3(FINISH_THREADS), sizeof(finish_shared), a, n, rounded, out);
 }

@@ -24,11 +24,6 @@ enum {
   SCORED_MOST = PYLLM_PAGE / SCORED_STRIDE /* queries of a tile that are asked for pages */
 };
 
-/* Where the batch stands: written by the host before the batch, or by the kernel that draws a token. */
-typedef struct batch_place {
-  int32_t position, n; /* of the first query; queries */
-} batch_place;
-
 /* What is on a slot's part of the work list. */
 typedef struct slot_counts {
   int32_t n_rows, n_strips;
@@ -45,7 +40,7 @@ typedef struct device_attention {
   int32_t max_spans;  /* of the longest list of keys */
   float scale;        /* c */
 
-  batch_place *place; /* (1) */
+  const step *now;    /* (1) the batch */
   const float *q;     /* (n, n_heads, head_dim) after RoPE */
   float2 *state;      /* (n, n_heads) maximum of the scores, base 2, and sum of 2^(score - maximum) */
   float *out;         /* (n, n_heads, head_dim) weighted values under state */
@@ -104,13 +99,13 @@ __device__ inline query_tile tile_at(const device_attention &a, int32_t index) {
   query_tile tile = {0, 0, 0};
   for (int32_t i = 0; i <= index; i++) {
     int32_t first = tile.first + tile.n;
-    if (first >= a.place->n) return {first, 0, 0};
-    tile = tile_from(a.n_sink, a.n_window, a.place->position, first, a.place->n);
+    if (first >= a.now->n) return {first, 0, 0};
+    tile = tile_from(a.n_sink, a.n_window, a.now->position, first, a.now->n);
   }
   return tile;
 }
 __device__ inline bool is_last(const device_attention &a, const query_tile &tile) {
-  return tile.first + tile.n == a.place->n;
+  return tile.first + tile.n == a.now->n;
 }
 
 /* The i-th row of a tile and key/value head, query-major. */
@@ -142,11 +137,14 @@ __device__ inline void count_slot(const device_attention &a, const query_tile &t
 
 /* ---- the stages; each comments its launches where it is written ---- */
 
+/* rope.cu: also forgetting positions [from, end), the last ones. */
+void cuda_rope_store(queue *to, const device_attention &a, const device_layer &layer, const rope_job &job, int32_t n);
+void cuda_cut(queue *to, const device_attention &a, const device_layer &layer, int32_t from, int32_t end);
 /* attend.cu */
 void cuda_attend_local(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
 void cuda_attend_bulk(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
 void cuda_true_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
-void cuda_finish_rows(queue *to, const device_attention &a, int32_t n, float *values);
+void cuda_finish(queue *to, const device_attention &a, int32_t n, bool rounded, const activation &out);
 /* moments.cu */
 void cuda_fold_moments(queue *to, const device_attention &a, const device_layer &layer);
 void cuda_estimate_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
@@ -158,7 +156,7 @@ void cuda_select_pages(queue *to, const device_attention &a, const device_layer 
                        int32_t n);
 
 /* attention_memory.cu: shapes; then arrays, zeroed, in the backend's memory. _new: false when some was refused; what
- * there is then is still to be freed. layer_sketch_new replaces the sketch's pages; the counts are the caller's. */
+ * there is then is still to be freed. layer_sketch_new replaces the sketch by an empty one. */
 device_attention attention_of(const attention_shape &s, int32_t n_blocks);
 uint64_t attention_memory_bytes(device_attention a, int32_t n_batch);
 bool attention_memory_new(const backend *be, device_attention &a, int32_t n_batch);
@@ -168,7 +166,7 @@ void layer_memory_free(const backend *be, const device_attention &a, device_laye
 bool layer_sketch_new(const backend *be, const device_attention &a, device_layer &l, int32_t bits);
 
 /* Blocks that sketch one page apart. */
-inline size_t sketch_parts(int32_t head_dim) { return (size_t)(head_dim + SKETCH_CHANNELS - 1) / SKETCH_CHANNELS; }
+GEOMETRY int32_t sketch_parts(int32_t head_dim) { return (head_dim + SKETCH_CHANNELS - 1) / SKETCH_CHANNELS; }
 
 /* Tiles of a batch of n queries, at most. */
 inline int32_t most_tiles(int32_t n) { return n == 1 ? 1 : n / PYLLM_PAGE + 4; }

@@ -58,7 +58,7 @@ __global__ void fold_kernel(device_attention a, device_layer layer, int32_t bits
   int32_t d = a.head_dim, g = blockIdx.y, part = blockIdx.x, first = part * SKETCH_CHANNELS;
   int32_t n = d - first < SKETCH_CHANNELS ? d - first : SKETCH_CHANNELS, units = n / 16; /* of 16 channels */
   int32_t *sketched = layer.sketched + g * gridDim.x + part;
-  int32_t page = *sketched, end = bulk_pages(a.n_sink, a.n_window, a.place->position + a.place->n - 1);
+  int32_t page = *sketched, end = bulk_pages(a.n_sink, a.n_window, a.now->position + a.now->n - 1);
   __syncthreads(); /* all have read the count */
   for (; page < end; page++) {
     uint8_t *to = layer.sketch + ((int64_t)g * a.n_blocks + page) * (int64_t)sketch_page_bytes(bits, d);

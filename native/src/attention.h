@@ -78,7 +78,7 @@ typedef struct attention_batch {
 } attention_batch;
 
 typedef struct attention_shape {
-  int32_t n_batch, n_ctx, n_heads, n_kv_heads, head_dim, n_sink;
+  int32_t n_layers, n_batch, n_ctx, n_heads, n_kv_heads, head_dim, n_sink;
   float scale;
 } attention_shape;
 

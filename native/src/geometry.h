@@ -18,6 +18,19 @@ GEOMETRY int32_t kv_block_of(int32_t n_sink, int32_t position) {
 GEOMETRY int32_t kv_block_start(int32_t n_sink, int32_t block) {
   return block == 0 ? 0 : n_sink + (block - 1) * PYLLM_PAGE;
 }
+/* Blocks that one head needs for n_ctx tokens, and the bytes of one: keys and values, f16. */
+GEOMETRY int32_t kv_blocks(int32_t n_ctx, int32_t n_sink) {
+  return 1 + (n_ctx > n_sink ? (n_ctx - n_sink + PYLLM_PAGE - 1) / PYLLM_PAGE : 0);
+}
+GEOMETRY uint64_t kv_block_bytes(int32_t head_dim) { return 2 * sizeof(uint16_t) * PYLLM_PAGE * (uint64_t)head_dim; }
+/* Dimension i of token `slot` within the keys of a block, and within its values, in the CPU's cache and in a saved session:
+ * strips of 16 tokens, keys (head_dim / 2, 16, 2) and values (head_dim / 16, 8, 16, 2). */
+GEOMETRY int32_t block_key_index(int32_t head_dim, int32_t slot, int32_t i) {
+  return slot / 16 * 16 * head_dim + i / 2 * 32 + 2 * (slot % 16) + i % 2;
+}
+GEOMETRY int32_t block_value_index(int32_t head_dim, int32_t slot, int32_t i) {
+  return slot / 16 * 16 * head_dim + i / 16 * 256 + slot % 16 / 2 * 32 + 2 * (i % 16) + slot % 2;
+}
 /* Keys of a block that the query at `position` may see: 0..64. */
 GEOMETRY int32_t kv_visible(int32_t n_sink, int32_t block, int32_t position) {
   int32_t n = position + 1 - kv_block_start(n_sink, block), most = block == 0 ? n_sink : PYLLM_PAGE;
