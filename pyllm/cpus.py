@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: its affinity mask, capped by its control groups' quota."""
+"""The CPUs this process may use: their kinds, and how many by affinity mask and control groups' quota."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import os
 from pathlib import Path
 
 from pyllm.cgroup import ROOT, group_dirs, read_int
+
+# Instruction sets the native library has kernels for, each needing all before it.
+ISAS = ("generic", "avx2", "avx512", "avx512vnni", "avx512bf16")
 
 
 def available_cpus(root: Path = ROOT) -> int:

@@ -32,7 +32,7 @@ class LLM:
     model: a known name, a path or a file name in the models directory. n_ctx: tokens of context, by default
     what the model was trained on. n_batch: tokens evaluated at once in prefill. n_threads: by default the
     CPUs this process may use. device: "auto" or "cpu". attention: for all its sessions, by default
-    Adaptive(0.9) in groups. isa: "generic", "avx2" or "avx512", by default $PYLLM_ISA or the best of this
+    Adaptive(0.9) in groups. isa: one of `pyllm.cpus.ISAS`, by default $PYLLM_ISA or the best of this
     processor. seed: makes the sequence of answers drawn without a seed of their own repeatable.
 
     Raises FileError, FormatError, UnsupportedError, NumericError, ArgumentError and

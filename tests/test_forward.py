@@ -17,10 +17,11 @@ from pyllm.attention import Policy
 from pyllm.reference import model as reference
 from pyllm.reference import weights
 from pyllm.reference.attention import Policy as ReferencePolicy
-from test_linear import FLOATS, ISAS, QUANTIZED
+from test_linear import FLOATS, ISAS, QUANTIZED, products
 from tiny_models import RopeScaling, write_tiny
 
 SEEDS = st.integers(0, 2**32 - 1)
+SHARPEST = [isa for isa in ISAS if products(isa) == "float"][-1]  # for what rounding would hide
 fresh_file = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -44,7 +45,9 @@ def compare(path: Path, isa: str, tokens: list[int], policy: Policy, labels: Any
     llm = LLM(path, isa=isa, attention=policy, n_batch=48)
     session = llm.session()
     ours = session.eval(tokens, all_logits=True)
-    theirs = reference.forward(weights.load(path), tokens, reference_policy(policy, labels))
+    theirs = reference.forward(
+        weights.load(path), tokens, reference_policy(policy, labels), products=products(isa)
+    )
     assert ours.shape == theirs.logits.shape
     assert np.isfinite(ours).all()
     scale = np.abs(theirs.logits).max()
@@ -53,7 +56,9 @@ def compare(path: Path, isa: str, tokens: list[int], policy: Policy, labels: Any
     rounded = any(tensor.type_name not in {kind.name for kind in FLOATS} for tensor in llm.tensors())
     # A flipped decision changes its token, and later ones a little: one in ten may be off.
     worst = np.quantile(error, 0.9) if isinstance(policy, Oracle | Adaptive) else error.max()
-    assert np.median(error) <= (5e-4 if rounded else 2e-4)
+    # Of bfloat16 the reference knows all but the rounding of attention weights.
+    bound = 3e-3 if products(isa) == "bfloat16" else 5e-4 if rounded else 2e-4
+    assert np.median(error) <= bound
     assert worst <= 1e-2
 
 
@@ -91,7 +96,7 @@ def test_architectures(
 def test_formats(tmp_path: Path, kind: Type, seed: int) -> None:
     path = tiny(tmp_path, types=kind, seed=seed)
     tokens = np.random.default_rng(seed).integers(0, VOCABULARY, 60).tolist()
-    compare(path, ISAS[-1], tokens, Dense(window=32))
+    compare(path, SHARPEST, tokens, Dense(window=32))
 
 
 def test_formats_mixed_per_tensor(tmp_path: Path) -> None:
@@ -103,7 +108,7 @@ def test_formats_mixed_per_tensor(tmp_path: Path) -> None:
         "*": Type.Q5_0,
     }
     path = tiny(tmp_path, types=types, tied=False)
-    compare(path, ISAS[-1], list(range(100, 180)), Dense(window=32))
+    compare(path, SHARPEST, list(range(100, 180)), Dense(window=32))
 
 
 @pytest.mark.parametrize(
@@ -123,14 +128,14 @@ def test_policies(tmp_path: Path, policy: Policy, seed: int) -> None:
     """float32 weights, so that float noise is all that can flip a decision; a flip shows in the logits."""
     path = tiny(tmp_path, dim=64, n_ff=96, sharp=12, seed=seed)
     tokens = np.random.default_rng(seed).integers(0, VOCABULARY, 300).tolist()
-    compare(path, ISAS[-1], tokens, policy)
+    compare(path, SHARPEST, tokens, policy)
 
 
 def test_static_labels(tmp_path: Path) -> None:
     path = tiny(tmp_path, dim=64, n_ff=96, sharp=12)
     labels = np.random.default_rng(1).random((2, 8)) < 0.5
     tokens = np.random.default_rng(2).integers(0, VOCABULARY, 300).tolist()
-    compare(path, ISAS[-1], tokens, Static(labels, window=40), labels)
+    compare(path, SHARPEST, tokens, Static(labels, window=40), labels)
 
 
 @pytest.mark.parametrize(
@@ -146,13 +151,13 @@ def test_static_labels(tmp_path: Path) -> None:
 @pytest.mark.parametrize("arch", ["llama", "qwen2"])
 def test_rope_scaling(tmp_path: Path, arch: str, scaling: RopeScaling | None) -> None:
     path = tiny(tmp_path, arch, dim=64, n_ff=96, sharp=8, rope_scaling=scaling)
-    compare(path, ISAS[-1], list(range(50)) * 5, Dense(window=32))
+    compare(path, SHARPEST, list(range(50)) * 5, Dense(window=32))
 
 
 def test_rope_frequencies_of_llama3(tmp_path: Path) -> None:
     factors = np.linspace(1, 8, 16, dtype=np.float32)
     path = tiny(tmp_path, dim=64, n_ff=96, sharp=8, rope_freqs=factors)
-    compare(path, ISAS[-1], list(range(50)) * 5, Dense(window=32))
+    compare(path, SHARPEST, list(range(50)) * 5, Dense(window=32))
 
 
 POLICIES = [Dense(window=64), Adaptive(0.6, window=64), Oracle(0.6, window=64), Window(window=64)]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from native import check, ffi, lib
-from pyllm import errors
+from pyllm import cpus, errors
 from pyllm.reference.model import rounded_to_int16
 from tiny_models import random_matrix
 
@@ -27,13 +27,16 @@ ROWS = st.sampled_from([1, 2, 15, 16, 17, 31, 33, 48, 64, 65, 80])
 TOKENS = st.sampled_from([1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 16, 17, 25, 127, 128, 129, 130])
 
 
+def products(isa: str) -> str:
+    """The arithmetic of attention's products, as the reference names it."""
+    return "bfloat16" if isa == "avx512bf16" else "float"
+
+
 def available_isas() -> list[str]:
     """Instruction sets this processor runs."""
     err = ffi.new("pyllm_error *")
     x, out = ffi.new("float[32]"), ffi.new("float[32]")
-    return [
-        isa for isa in ("generic", "avx2", "avx512") if lib.hook_rounded(isa.encode(), x, out, 32, err) == 0
-    ]
+    return [isa for isa in cpus.ISAS if lib.hook_rounded(isa.encode(), x, out, 32, err) == 0]
 
 
 ISAS = available_isas()

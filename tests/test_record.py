@@ -17,7 +17,7 @@ from pyllm.attention import Policy
 from pyllm.record import Record
 from pyllm.reference import attention as reference
 from test_attention import SEEDS, assert_same, policies, random_inputs, run, shapes, with_labels
-from test_linear import ISAS
+from test_linear import ISAS, products
 from test_pages import paged
 from tiny_models import write_tiny
 
@@ -47,7 +47,7 @@ def test_reference(
     x, audit = random_inputs(seed, n, *shape), audits(seed, n)
     policy = with_labels(policy, shape[0], seed)
     ours = run(x, policy, isa, chunk=min(chunk, n), audit=audit)
-    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk).decisions
+    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk, products=products(isa)).decisions
     record, bulk = ours.record, theirs.has_bulk
     finite = np.abs(theirs.bulk_mass_true[bulk]).max(initial=np.abs(theirs.local_mass).max())
     tolerance = 2e-5 * (1 + finite)

@@ -63,18 +63,18 @@ static void load_panel(const attend_job *job, const work_item *item, panel *p) {
   }
 }
 
-/* Keys of the strips that each row may see; false where no row sees any. */
-static bool find_visible(const attend_job *job, const work_item *item, const int32_t *strip, int32_t n,
-                         int32_t *n_valid) {
+/* Keys of the strips that each row may see; returns the number of strips that any row sees. */
+static int32_t find_visible(const attend_job *job, const work_item *item, const int32_t *strip, int32_t n,
+                            int32_t *n_valid) {
   const attention_batch *b = job->b;
-  int32_t seen = 0;
+  int32_t most = 0;
   for (int32_t r = 0; r < item->n_rows; r++) {
     int32_t position = b->position + job->list->rows[item->first_row + r] / b->n_heads;
     n_valid[r] = 0;
     for (int32_t s = 0; s < n; s++) n_valid[r] += strip_visible(b->n_sink, strip[s], position);
-    seen |= n_valid[r];
+    if (n_valid[r] > most) most = n_valid[r];
   }
-  return seen > 0;
+  return (most + STRIP - 1) / STRIP;
 }
 
 /* Fresh state and output of one span. */
@@ -87,17 +87,18 @@ static void fold_span(const attend_job *job, const work_item *item, int32_t span
   if (job->with_values) memset(out, 0, (size_t)item->n_rows * (size_t)d * sizeof *out);
   strip_cursor cursor = cursor_at(job->list, item, span * SPAN_STRIPS);
   for (int32_t left = SPAN_STRIPS, n; left > 0 && (n = next_strips(&cursor, left, strip)) > 0; left -= n) {
-    if (!find_visible(job, item, strip, n, p->n_valid)) continue;
+    int32_t n_seen = find_visible(job, item, strip, n, p->n_valid);
+    if (n_seen == 0) continue;
     attend_args args = {.rows = item->n_rows,
                         .head_dim = d,
-                        .n_strips = n,
+                        .n_strips = n_seen,
                         .q = p->q,
                         .n_valid = p->n_valid,
                         .scores = p->scores,
                         .alpha = p->alpha,
                         .state = state,
                         .out = job->with_values ? out : NULL};
-    for (int32_t s = 0; s < n; s++) {
+    for (int32_t s = 0; s < n_seen; s++) {
       args.k[s] = blocks + ((int64_t)(strip[s] / KV_STRIPS) * 2 * KV_STRIPS + strip[s] % KV_STRIPS) * STRIP * d;
       args.v[s] = args.k[s] + KV_BLOCK * d;
     }

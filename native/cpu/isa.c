@@ -13,37 +13,52 @@ size_t tile_bytes(const tile_format *f, int32_t cols) {
   return tile_scale_bytes(f, cols) + (size_t)cols * TILE_ROWS * (size_t)f->bits / 8;
 }
 
-extern const kernels kernels_generic;
+#define DECLARE(isa) extern const kernels kernels_##isa;
+DECLARE(generic)
 #ifdef HAVE_avx2
-extern const kernels kernels_avx2;
-extern const kernels kernels_avx512;
+DECLARE(avx2)
+DECLARE(avx512)
+DECLARE(avx512vnni)
+DECLARE(avx512bf16)
 #endif
 
-static const struct candidate {
-  const kernels *kernels;
-  const char *available; /* itself and everything before it */
-} *candidate(const char *isa) {
-  static const struct candidate generic = {&kernels_generic, "generic"};
-  const struct candidate *best = &generic;
+enum { MOST_ISAS = 5 };
+
+/* From the narrowest to the widest that this processor runs, each needing all before it; returns their number. */
+static int32_t present(const kernels *out[MOST_ISAS]) {
+  int32_t n = 0;
+  out[n++] = &kernels_generic;
 #ifdef HAVE_avx2
-  static const struct candidate avx2 = {&kernels_avx2, "generic, avx2"};
-  static const struct candidate avx512 = {&kernels_avx512, "generic, avx2, avx512"};
-  const struct candidate *wider[] = {&avx2, &avx512};
+#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
   __builtin_cpu_init();
-  bool present[2];
-  present[0] = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  present[1] = present[0] && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-               __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-               __builtin_cpu_supports("avx512vnni");
-  for (int i = 0; i < 2; i++)
-    if (present[i] && (!isa || strcmp(best->kernels->name, isa) != 0)) best = wider[i];
+  const struct {
+    const kernels *kernels;
+    bool here;
+  } wider[] = {
+      {&kernels_avx2, HAS("avx2") && HAS("fma") && HAS("f16c")},
+      {&kernels_avx512, HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl")},
+      {&kernels_avx512vnni, HAS("avx512vnni")},
+      {&kernels_avx512bf16, HAS("avx512bf16")},
+  };
+  for (int32_t i = 0; n == i + 1 && i < MOST_ISAS - 1; i++)
+    if (wider[i].here) out[n++] = wider[i].kernels;
 #endif
-  return best;
+  return n;
 }
 
 const kernels *kernels_find(const char *isa) {
-  const kernels *found = candidate(isa)->kernels;
-  return !isa || strcmp(found->name, isa) == 0 ? found : NULL;
+  const kernels *all[MOST_ISAS];
+  int32_t n = present(all);
+  if (!isa) return all[n - 1];
+  for (int32_t i = 0; i < n; i++)
+    if (strcmp(all[i]->name, isa) == 0) return all[i];
+  return NULL;
 }
 
-const char *kernels_available(void) { return candidate(NULL)->available; }
+const char *kernels_available(void) {
+  static const char *const upto[MOST_ISAS] = {"generic", "generic, avx2", "generic, avx2, avx512",
+                                              "generic, avx2, avx512, avx512vnni",
+                                              "generic, avx2, avx512, avx512vnni, avx512bf16"};
+  const kernels *all[MOST_ISAS];
+  return upto[present(all) - 1];
+}

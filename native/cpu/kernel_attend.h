@@ -1,4 +1,9 @@
-/* Attention of a few query rows over up to 4 strips of 16 keys. Part of kernels.c; needs kernel_strip.h. */
+/* Attention of a few query rows over up to 4 strips of 16 keys. Part of kernels.c. */
+#if defined(__AVX512BF16__)
+#include "kernel_attend_bf16.h"
+#else
+#include "kernel_attend_f32.h"
+#endif
 
 /* Turns scores of one row into e^(score - new maximum), continues its softmax state, returns the factor that
  * rescales what was accumulated under the old maximum. Masked keys get weight 0. */
@@ -31,11 +36,8 @@ static inline void prefetch_strip(const uint16_t *strip, int32_t head_dim) {
 static void attend_strips(const attend_args *a) {
   int32_t d = a->head_dim;
   bool few = a->rows <= PREFETCH_ROWS;
-  for (int s = 0; s < a->n_strips; s++) {
-    if (few && a->out) prefetch_strip(a->v[s], d);
-    strips keys = {STRIP_F16, 1, d / 2, {a->k[s]}};
-    strip_gemm_typed(STRIP_F16, a->rows, a->q, d, &keys, NULL, a->scores + s * STRIP, KV_BLOCK);
-  }
+  for (int s = 0; few && a->out && s < a->n_strips; s++) prefetch_strip(a->v[s], d);
+  attend_scores(a);
   for (int32_t r = 0; r < a->rows; r++) {
     if (a->n_valid[r] > 0) {
       a->alpha[r] = softmax_step(a->scores + r * KV_BLOCK, a->n_valid[r], a->state + r);
@@ -45,10 +47,6 @@ static void attend_strips(const attend_args *a) {
     }
   }
   if (!a->out) return;
-  strips values = {STRIP_F16, a->n_strips, STRIP / 2, {0}};
   for (int s = 0; few && s < a->n_strips; s++) prefetch_strip(a->k[s] + 2 * KV_BLOCK * d, d);
-  for (int32_t j = 0; j < d / STRIP; j++) {
-    for (int s = 0; s < a->n_strips; s++) values.data[s] = a->v[s] + j * STRIP * STRIP;
-    strip_gemm_typed(STRIP_F16, a->rows, a->scores, KV_BLOCK, &values, a->alpha, a->out + j * STRIP, d);
-  }
+  attend_values(a);
 }

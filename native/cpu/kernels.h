@@ -10,7 +10,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-enum { STRIP = 16, TILE_ROWS = 16, ACT_GROUP = 32, ACT_HALF = 16, KV_BLOCK = 64, KV_STRIPS = 4 };
+enum { STRIP = 16, TILE_ROWS = 16, ACT_GROUP = 32, ACT_HALF = 16, KV_BLOCK = 64, KV_STRIPS = 4, ATTEND_ROWS = 64 };
 
 enum strip_type { STRIP_F16, STRIP_BF16, STRIP_F32 };
 
@@ -53,15 +53,15 @@ typedef struct softmax_state {
 } softmax_state;
 
 typedef struct attend_args {
-  int32_t rows, head_dim, n_strips;
-  const float *q;               /* (rows, head_dim), scaled by the score scale */
-  const uint16_t *k[KV_STRIPS]; /* (n_strips) keys of 16 tokens, f16 (head_dim / 2, 16, 2): see ops.h */
-  const uint16_t *v[KV_STRIPS]; /* (n_strips) their values, f16 (head_dim / 16, 8, 16, 2) */
-  const int32_t *n_valid;       /* (rows) keys the row may see, 0..16 n_strips, counted from the first */
-  float *scores;                /* scratch (rows, 64) */
-  float *alpha;                 /* scratch (rows) */
-  softmax_state *state;         /* (rows) continued */
-  float *out;                   /* (rows, head_dim) continued; NULL for the softmax state alone */
+  int32_t rows, head_dim, n_strips; /* rows <= 64, head_dim <= 512 */
+  const float *q;                   /* (rows, head_dim), scaled by the score scale */
+  const uint16_t *k[KV_STRIPS];     /* (n_strips) keys of 16 tokens, f16 (head_dim / 2, 16, 2): see ops.h */
+  const uint16_t *v[KV_STRIPS];     /* (n_strips) their values, f16 (head_dim / 16, 8, 16, 2) */
+  const int32_t *n_valid;           /* (rows) keys the row may see, 0..16 n_strips, counted from the first */
+  float *scores;                    /* scratch (rows, 64) */
+  float *alpha;                     /* scratch (rows) */
+  softmax_state *state;             /* (rows) continued */
+  float *out;                       /* (rows, head_dim) continued; NULL for the softmax state alone */
 } attend_args;
 
 typedef struct kernels {

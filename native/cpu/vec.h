@@ -133,11 +133,18 @@ static inline vf vload_bf16(const uint16_t *p) { return (vf)(vload_u16(p) << 16)
 
 /* e^x for x <= 0, relative error under 2e-7; 0 below -87. */
 static inline vf vexp(vf x) {
-  vf low = vset(-87.0f);
+  const vf low = vset(-87.0f), log2e = vset(1.44269504088896341f);
+#if VL == 16
+  __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ); /* NaN is among them */
+#else
   vi tiny = x < low;
+#endif
   x = vmax(low, x); /* in this order NaN stays NaN */
-  vf n = x * 1.44269504088896341f;
-  n = __builtin_convertvector(__builtin_convertvector(n - 0.5f, vi), vf); /* round to nearest, x <= 0 */
+#if VL == 16
+  vf n = (vf)_mm512_roundscale_ps((__m512)(x * log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  vf n = __builtin_convertvector(__builtin_convertvector(x * log2e - 0.5f, vi), vf); /* to nearest, x <= 0 */
+#endif
   vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
   vf p = vset(1.9875691500e-4f);
   p = p * r + 1.3981999507e-3f;
@@ -146,17 +153,28 @@ static inline vf vexp(vf x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
+#if VL == 16
+  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
+#else
   vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
   return (vf)(~tiny & (vi)(p * (vf)scale));
+#endif
 }
 
 /* acc[lane] += sum over j < 4 of w[4 lane + j] * x[j], exactly; w unsigned (at most 15 where bits is 4), x signed. */
 static inline vi vdot4(vi acc, const uint8_t *w, const int8_t *x, int bits) {
   int32_t word;
   memcpy(&word, x, sizeof word);
-#if VL == 16
+#if VL == 16 && defined(__AVX512VNNI__)
   (void)bits;
   return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), _mm512_set1_epi32(word));
+#elif VL == 16
+  __m512i a = _mm512_loadu_si512(w), b = _mm512_set1_epi32(word);
+  if (bits == 4) return acc + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1));
+  __m512i even =
+      _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(0xff)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
+  __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
+  return acc + (vi)even + (vi)odd;
 #elif VL == 8
   __m256i a = _mm256_loadu_si256((const __m256i *)w), b = _mm256_set1_epi32(word);
   if (bits == 4) return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));

@@ -83,7 +83,7 @@ const char *pyllm_type_name(int32_t type);
 
 typedef struct pyllm_model_params {
   int32_t n_threads; /* 1..256; one pool, shared by the model's sessions */
-  const char *isa;   /* "generic", "avx2", "avx512"; NULL for the best this processor has */
+  const char *isa;   /* "generic", "avx2", "avx512", "avx512vnni", "avx512bf16"; NULL for the best this processor has */
 } pyllm_model_params;
 
 typedef struct pyllm_model_info {

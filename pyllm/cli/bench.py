@@ -24,6 +24,7 @@ from pyllm.benchmark.peer import Peer
 from pyllm.benchmark.plan import Plan
 from pyllm.cli import options
 from pyllm.cli.terminal import render
+from pyllm.cpus import ISAS
 from pyllm.errors import FileError
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
@@ -69,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: %(default)s)"
     )
     group.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
-    group.add_argument("--isa", choices=("generic", "avx2", "avx512"), help="default: the best there is")
+    group.add_argument("--isa", choices=ISAS, help="default: the best there is")
     group = parser.add_argument_group("output")
     group.add_argument("--all-stages", action="store_true", help="the stages of every measurement")
     group.add_argument("--json", type=Path, metavar="FILE", help="everything that was measured; - for stdout")

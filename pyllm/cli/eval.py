@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from pyllm.cli import options
 from pyllm.cli.terminal import prefill_bar, render
+from pyllm.cpus import ISAS
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import report, texts, tradeoff
@@ -76,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: %(default)s)"
     )
     parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
-    parser.add_argument("--isa", choices=("generic", "avx2", "avx512"), help="default: the best there is")
+    parser.add_argument("--isa", choices=ISAS, help="default: the best there is")
     parser.set_defaults(device="auto", attention=None)
 
 

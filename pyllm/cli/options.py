@@ -6,6 +6,7 @@ import argparse
 from typing import Any
 
 from pyllm import attention
+from pyllm.cpus import ISAS
 from pyllm.errors import ArgumentError
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
@@ -22,7 +23,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
     group.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    group.add_argument("--isa", choices=("generic", "avx2", "avx512"), help="default: the best there is")
+    group.add_argument("--isa", choices=ISAS, help="default: the best there is")
     group.add_argument(
         "--attention", type=policy, metavar="POLICY", help=f"{attention.SYNTAX} (default: adaptive:0.9)"
     )

@@ -16,7 +16,7 @@ depend on them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -136,6 +136,20 @@ def stored(x: npt.ArrayLike) -> npt.NDArray[np.float64]:
     return np.asarray(x).astype(np.float16).astype(np.float64)
 
 
+def bfloat16(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Rounded to 8 bits of mantissa, to nearest, ties to even."""
+    bits = x.astype(np.float32).view(np.uint32)
+    bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & np.uint32(0xFFFF0000)
+    return np.asarray(bits.view(np.float32).astype(np.float64))
+
+
+# What the factors of scores and outputs are rounded to, by the arithmetic of the kernels.
+PRODUCTS: dict[str, Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]] = {
+    "float": lambda x: x,
+    "bfloat16": bfloat16,
+}
+
+
 def attend(
     q: npt.ArrayLike,
     k: npt.ArrayLike,
@@ -144,12 +158,14 @@ def attend(
     policy: Policy,
     layer: int = 0,
     chunk: int | None = None,
+    products: str = "float",
 ) -> AttentionResult:
     """The attention of one layer.
 
     q: (T, H, d) of the last T of S positions, RoPE applied. k (RoPE applied), v: (S, G, d) of all positions.
     scale: c, by which scores are multiplied. layer: the row of the policy's thresholds and labels. chunk: how
-    many queries make a batch, all T by default; it matters only where page_bits is set.
+    many queries make a batch, all T by default; it matters only where page_bits is set. products: one of
+    PRODUCTS; "bfloat16" rounds scaled queries, keys and values before they are multiplied (but not weights).
     """
     n_queries, n_heads, head_dim = np.shape(q)
     n_positions, n_kv_heads, _ = np.shape(k)
@@ -157,6 +173,8 @@ def attend(
     queries = by_head(np.asarray(q).astype(np.float64), n_kv_heads)
     keys, values = stored(k).transpose(1, 0, 2), stored(v).transpose(1, 0, 2)
     sketches = sketch_bulk(keys, policy)
+    rounded = PRODUCTS[products]
+    factors, values = rounded(keys), rounded(values)
 
     output = np.empty((n_queries, n_heads, head_dim), np.float32)
     has_bulk = np.zeros(n_queries, bool)
@@ -170,7 +188,7 @@ def attend(
         moments = [fold_pages(m, keys[g], policy.n_sink, end) for g, m in enumerate(moments)]
         rows = slice(start - first, stop - first)
         tile = queries[:, :, rows]  # (G, H/G, n, d)
-        scores = scale * (tile @ keys[:, None, :stop].swapaxes(-1, -2))  # (G, H/G, n, stop)
+        scores = rounded(scale * tile) @ factors[:, None, :stop].swapaxes(-1, -2)  # (G, H/G, n, stop)
         in_bulk, in_local = position_masks(start, stop, policy.n_sink, end)
 
         masses[0, rows] = by_query(log_sum_exp(scores, in_local))

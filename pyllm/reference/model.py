@@ -36,11 +36,13 @@ def forward(
     policy: Policy | None = None,
     n_logits: int | None = None,
     round_activations: bool = True,
+    products: str = "float",
 ) -> ForwardResult:
     """Evaluates tokens from position 0 and returns the logits of the last n_logits of them (all by default).
 
     round_activations=False multiplies quantized weights by the float32 input, which no library call does: it
-    tells what the rounding costs. Raises ArgumentError for an empty prompt or a token out of range.
+    tells what the rounding costs. products: as in `attend`. Raises ArgumentError for an empty prompt or a
+    token out of range.
     """
     config = model.config
     check_tokens(model, tokens)
@@ -50,7 +52,7 @@ def forward(
         blk = f"blk.{layer}"
         normed = rms_norm(x, model.tensor(f"{blk}.attn_norm.weight").values, config.rms_eps)
         q, k, v = project_qkv(model, layer, normed, round_activations)
-        result = attend(q, k, v, config.scale, policy or Policy(), layer)
+        result = attend(q, k, v, config.scale, policy or Policy(), layer, products=products)
         heads = result.output.reshape(len(tokens), -1)
         x = x + biased_linear(model, f"{blk}.attn_output", heads, round_activations)
         normed = rms_norm(x, model.tensor(f"{blk}.ffn_norm.weight").values, config.rms_eps)
