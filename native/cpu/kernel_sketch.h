@@ -4,42 +4,68 @@
 
 enum { SKETCH_ROWS = 16, SKETCH_MAX_DIM = 512, SKETCH_VECS = STRIP / VL };
 
-/* One channel of a page: its 64 keys stand 2 STRIP halves apart in 4 strips of keys. */
-static void sketch_channel(const uint16_t *keys, int32_t bits, int32_t head_dim, int32_t channel, uint16_t *lo,
-                           uint16_t *step, uint8_t codes[KV_BLOCK]) {
-  float k[KV_BLOCK], top = (float)((1 << bits) - 1);
-  for (int32_t t = 0; t < KV_BLOCK; t++)
-    k[t] = f16_to_f32(keys[t / STRIP * STRIP * head_dim + channel / 2 * 2 * STRIP + t % STRIP * 2 + channel % 2]);
-  float low = k[0], high = k[0];
-  for (int32_t t = 1; t < KV_BLOCK; t++) {
-    low = k[t] < low ? k[t] : low;
-    high = k[t] > high ? k[t] : high;
-  }
-  *lo = f32_to_f16(low);
-  *step = f32_to_f16((high - low) / top);
-  float width = f16_to_f32(*step);
-  for (int32_t t = 0; t < KV_BLOCK; t++) {
-    float code = width > 0 ? rintf((k[t] - low) / width) : 0;
-    codes[t] = (uint8_t)(code < top ? code : top);
+/* Nearest whole number, ties to even; |x| < 2^22. */
+static inline vf vround(vf x) { return (x + 12582912.0f) - 12582912.0f; }
+
+/* Channels 2 p and 2 p + 1 of a page's 64 keys, one after the other. */
+static inline void sketch_load_pair(const uint16_t *keys, int32_t head_dim, int32_t pair, vf out[2][KV_BLOCK / VL]) {
+  for (int32_t i = 0; i < KV_BLOCK / VL; i++) {
+    const uint16_t *p = keys + i * VL / STRIP * STRIP * head_dim + pair * 2 * STRIP + i * VL % STRIP * 2;
+    vf low = vload_f16(p), high = vload_f16(p + VL);
+    out[0][i] = __builtin_shufflevector(low, high, EVENS);
+    out[1][i] = __builtin_shufflevector(low, high, ODDS);
   }
 }
 
-static void put_code(uint8_t *page, int32_t bits, int32_t head_dim, int32_t channel, int32_t t, uint8_t code) {
-  uint8_t *low = page + 4 * head_dim, *high = low + sketch_low_bytes(head_dim);
-  int32_t strip = t / STRIP, at = 4 * (t % STRIP) + channel % 4, quad = channel / 4;
-  int32_t byte = (strip * (head_dim / 16) + quad / 4) * 64 + at;
-  low[byte] |= (uint8_t)((code & 3) << (2 * (quad % 4)));
-  if (bits == 4) high[byte] |= (uint8_t)((code >> 2) << (2 * (quad % 4)));
-  if (bits == 3) high[(strip * ((head_dim + 31) / 32) + quad / 8) * 64 + at] |= (uint8_t)((code >> 2) << (quad % 8));
+/* Replaces one channel's keys by their codes. */
+static inline void sketch_channel(vf k[KV_BLOCK / VL], int32_t bits, uint16_t *lo, uint16_t *step) {
+  float top = (float)((1 << bits) - 1);
+  vf most = k[0], least = -k[0];
+  for (int32_t i = 1; i < KV_BLOCK / VL; i++) {
+    most = vmax(most, k[i]);
+    least = vmax(least, -k[i]);
+  }
+  float low = -vreduce_max(least);
+  *lo = f32_to_f16(low);
+  *step = f32_to_f16((vreduce_max(most) - low) / top);
+  float width = f16_to_f32(*step);
+  for (int32_t i = 0; i < KV_BLOCK / VL; i++)
+    k[i] = width > 0 ? -vmax(-vround((k[i] - low) / width), vset(-top)) : vset(0);
+}
+
+/* The codes of four channels as the bytes of 64 tokens' words, (4 strips, 16). */
+static inline void sketch_four(const uint16_t *keys, int32_t bits, int32_t head_dim, int32_t four, uint16_t *lo,
+                               uint16_t *step, vu words[KV_BLOCK / VL]) {
+  for (int32_t i = 0; i < KV_BLOCK / VL; i++) words[i] = (vu){0};
+  for (int32_t c = 0; c < 4; c += 2) {
+    vf k[2][KV_BLOCK / VL];
+    sketch_load_pair(keys, head_dim, 2 * four + c / 2, k);
+    for (int32_t j = 0; j < 2; j++) {
+      sketch_channel(k[j], bits, lo + 4 * four + c + j, step + 4 * four + c + j);
+      for (int32_t i = 0; i < KV_BLOCK / VL; i++)
+        words[i] |= (vu) __builtin_convertvector(k[j][i], vi) << (8 * (c + j));
+    }
+  }
 }
 
 static void sketch_fold(const uint16_t *keys, int32_t bits, int32_t head_dim, uint8_t *page) {
-  uint8_t codes[KV_BLOCK];
-  memset(page, 0, sketch_page_bytes(bits, head_dim));
+  const sketch_format *f = &SKETCH_FORMATS[bits - 2];
   uint16_t *lo = (uint16_t *)(void *)page, *step = lo + head_dim;
-  for (int32_t channel = 0; channel < head_dim; channel++) {
-    sketch_channel(keys, bits, head_dim, channel, lo + channel, step + channel, codes);
-    for (int32_t t = 0; t < KV_BLOCK; t++) put_code(page, bits, head_dim, channel, t, codes[t]);
+  uint8_t *planes = page + 4 * head_dim;
+  for (int32_t bundle = 0; bundle < sketch_bundles(bits, head_dim); bundle++) {
+    vu words[SKETCH_FOURS][KV_BLOCK / VL] = {{{0}}};
+    for (int32_t i = 0, four = bundle * f->fours; i < f->fours && 4 * four < head_dim; i++, four++)
+      sketch_four(keys, bits, head_dim, four, lo, step, words[i]);
+    for (int32_t i = 0; i < KV_BLOCK / VL; i++) {
+      vu plane[SKETCH_PLANES] = {{0}};
+      for (int32_t n = 0; n < f->n_fields; n++) {
+        const sketch_field *x = &f->fields[n];
+        plane[x->plane] |= (words[x->four][i] >> x->from & (0x01010101u * ((1u << x->bits) - 1))) << x->at;
+      }
+      uint8_t *strip = planes + i * VL / STRIP * sketch_strip_bytes(bits, head_dim);
+      for (int32_t n = 0; n < f->planes; n++)
+        memcpy(strip + (bundle * f->planes + n) * 64 + i * VL % STRIP * 4, &plane[n], sizeof plane[n]);
+    }
   }
 }
 
@@ -47,7 +73,7 @@ typedef uint8_t code_bytes __attribute__((vector_size(4 * STRIP)));
 
 /* A query against a page's channels: weights q * step rounded to 8 bits, their scale, and the part that lo gives. */
 typedef struct sketch_query {
-  int8_t weight[SKETCH_MAX_DIM];
+  int8_t weight[SKETCH_MAX_DIM + 4 * SKETCH_FOURS]; /* 0 behind the last channel */
   float scale, base;
 } sketch_query;
 
@@ -66,44 +92,50 @@ static inline void sketch_weights(const float *q, const uint8_t *page, int32_t h
   float inverse = out->scale >= FLT_MIN ? 1.0f / out->scale : 0.0f;
   for (int32_t i = 0; i < head_dim; i++)
     out->weight[i] = (int8_t)(int32_t)((product[i] * inverse + 12582912.0f) - 12582912.0f);
+  memset(out->weight + head_dim, 0, 4 * SKETCH_FOURS);
 }
 
-/* Sixteen channels of a strip's 16 tokens, by fours. */
-static inline __attribute__((always_inline)) void sketch_sixteen(int rows, int bits, const uint8_t *low,
-                                                                 const uint8_t *high, int32_t sixteen,
-                                                                 const sketch_query *q, vi acc[4][SKETCH_VECS]) {
-  code_bytes l, h = {0};
-  memcpy(&l, low + sixteen * 64, sizeof l);
-  if (bits > 2) memcpy(&h, high + (bits == 3 ? sixteen / 2 : sixteen) * 64, sizeof h);
-  if (bits == 3) h >>= sixteen % 2 * 4;
-#pragma GCC unroll 4
-  for (int i = 0; i < 4; i++) {
-    code_bytes b = (l >> (2 * i)) & 3;
-    if (bits == 3) b |= ((h >> i) & 1) << 2;
-    if (bits == 4) b |= ((h >> (2 * i)) & 3) << 2;
-    uint8_t codes[4 * STRIP];
-    memcpy(codes, &b, sizeof b);
+/* Sums by how far their parts stand left of a code's first bit. */
+typedef vi sketch_sums[8][SKETCH_VECS];
+
+static inline __attribute__((always_inline)) void
+sketch_bundle(int rows, int bits, const uint8_t *planes, int32_t channel, const sketch_query *q, sketch_sums *sums) {
+  const sketch_format *f = &SKETCH_FORMATS[bits - 2];
+  code_bytes plane[SKETCH_PLANES];
+  memcpy(plane, planes, (size_t)f->planes * sizeof *plane);
+#pragma GCC unroll 10
+  for (int n = 0; n < f->n_fields; n++) {
+    const sketch_field *x = &f->fields[n];
+    int mask = ((1 << x->bits) - 1) << x->at;
+    code_bytes part = plane[x->plane] & (uint8_t)mask;
+    uint8_t bytes[4 * STRIP];
+    memcpy(bytes, &part, sizeof part);
     for (int r = 0; r < rows; r++)
-      for (int v = 0; v < SKETCH_VECS; v++)
-        acc[r][v] = vdot4(acc[r][v], codes + 4 * VL * v, q[r].weight + 16 * sixteen + 4 * i, 4);
+      for (int v = 0; v < SKETCH_VECS; v++) {
+        vi *sum = &sums[r][x->at - x->from][v];
+        *sum = vdot4(*sum, bytes + 4 * VL * v, q[r].weight + channel + 4 * x->four, mask > 0x80 ? 8 : 4);
+      }
   }
 }
 
 static inline __attribute__((always_inline)) void sketch_rows(int rows, int bits, const uint8_t *page, int32_t head_dim,
                                                               const sketch_query *q, float *scores, int64_t ld) {
+  const sketch_format *f = &SKETCH_FORMATS[bits - 2];
   const uint8_t *planes = page + 4 * head_dim;
-  int32_t low_bytes = sketch_low_bytes(head_dim) / 4, high_bytes = sketch_high_bytes(bits, head_dim) / 4;
+  int32_t n_bundles = sketch_bundles(bits, head_dim);
   for (int32_t strip = 0; strip < KV_STRIPS; strip++) {
-    const uint8_t *low = planes + strip * low_bytes, *high = planes + 4 * low_bytes + strip * high_bytes;
-    vi acc[4][SKETCH_VECS];
+    sketch_sums sums[3];
     for (int r = 0; r < rows; r++)
-      for (int v = 0; v < SKETCH_VECS; v++) acc[r][v] = viset(0);
-    for (int32_t sixteen = 0; sixteen < head_dim / 16; sixteen++)
-      sketch_sixteen(rows, bits, low, high, sixteen, q, acc);
+      for (int s = 0; s < 8; s++)
+        for (int v = 0; v < SKETCH_VECS; v++) sums[r][s][v] = viset(0);
+    for (int32_t bundle = 0; bundle < n_bundles; bundle++, planes += f->planes * 64)
+      sketch_bundle(rows, bits, planes, bundle * f->fours * 4, q, sums);
     for (int r = 0; r < rows; r++)
-      for (int v = 0; v < SKETCH_VECS; v++)
-        vstore(scores + r * ld + strip * STRIP + v * VL,
-               q[r].base + q[r].scale * __builtin_convertvector(acc[r][v], vf));
+      for (int v = 0; v < SKETCH_VECS; v++) {
+        vi total = sums[r][0][v];
+        for (int s = 1; s < 8; s++) total += sums[r][s][v] >> s;
+        vstore(scores + r * ld + strip * STRIP + v * VL, q[r].base + q[r].scale * __builtin_convertvector(total, vf));
+      }
   }
 }
 

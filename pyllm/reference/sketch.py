@@ -50,12 +50,10 @@ def sketch(pages: npt.ArrayLike, bits: int) -> Sketch:
 def page_bytes(head_dim: int, bits: int) -> int:
     """Size of one page's sketch: lo and step in f16, and the codes.
 
-    Codes are two planes per read page: the low two bits of four channels to a byte, then for 4 bits the high
-    two likewise, for 3 bits the high one of eight channels to a byte, in whole units of 32 channels.
+    2 and 4 bits fill bytes; 3 bits of 8 channels fill 3 bytes, in whole units of 32 channels.
     """
-    two_bits = 16 * head_dim
-    high = {2: 0, 3: 4 * 64 * -(-head_dim // 32), 4: two_bits}[bits]
-    return 4 * head_dim + two_bits + high
+    channels = -(-head_dim // 32) * 32 if bits == 3 else head_dim
+    return 4 * head_dim + 4 * READ_PAGE * channels * bits // 8
 
 
 def estimated_scores(queries: npt.ArrayLike, s: Sketch, scale: float) -> Doubles:
