@@ -46,20 +46,24 @@ static const unsigned char *next_piece(kernel_run *run, int thread) {
 
 enum { CALLS = 64 }; /* between two looks at the clock */
 
+/* Weight rows of one call, as the linear stage has it: two tiles for many tokens, one for decode. */
+static int32_t tile_rows(const kernel_run *run) { return run->rows > 1 ? 2 * TILE_ROWS : TILE_ROWS; }
+
 static double run_tile(void *context, int thread) {
   kernel_run *run = context;
-  float out[TOKENS * TILE_ROWS];
+  float out[TOKENS * 2 * TILE_ROWS];
+  int32_t n_rows = tile_rows(run);
   for (int i = 0; i < CALLS; i++)
-    run->kernels->tile_gemm(&run->format, next_piece(run, thread), COLS, &run->x, run->rows, NULL, TILE_ROWS, false,
-                            out, TILE_ROWS);
-  return (double)CALLS * run->rows * COLS * TILE_ROWS;
+    run->kernels->tile_gemm(&run->format, next_piece(run, thread), COLS, &run->x, run->rows, NULL, n_rows, false, out,
+                            n_rows);
+  return (double)CALLS * run->rows * COLS * n_rows;
 }
 
 static double run_strip(void *context, int thread) {
   kernel_run *run = context;
   float out[TOKENS * STRIP];
   for (int i = 0; i < CALLS; i++) {
-    strips b = {run->strip, 1, COLS / 2, {next_piece(run, thread)}};
+    strips b = {run->strip, 1, COLS / 2, {next_piece(run, thread)}, {0}};
     run->kernels->strip_gemm(run->rows, run->values, COLS, &b, NULL, out, STRIP);
   }
   return (double)CALLS * run->rows * COLS * STRIP;
@@ -88,6 +92,7 @@ static double run_attend(void *context, int thread) {
     for (int j = 0; j < KV_STRIPS; j++) {
       args.k[j] = k + j * STRIP * HEAD_DIM;
       args.v[j] = v + j * STRIP * HEAD_DIM;
+      args.next_k[j] = v + KV_BLOCK * HEAD_DIM + j * STRIP * HEAD_DIM;
     }
     run->kernels->attend_strips(&args);
   }
@@ -120,7 +125,8 @@ static void measure(report *to, kernel_run *run, const char *kernel, const char 
   for (int i = 0; i < to->o->threads; i++) run->threads[i].at = 0;
   double rate = bench_rate(to->o, to->o->threads, work, run).best / 1e9;
   double ceiling = integers ? to->int8 : to->f32;
-  double per_call = (double)run->rows * (work == run_attend ? 2.0 * KV_BLOCK * HEAD_DIM : COLS * TILE_ROWS);
+  double rows = work == run_tile ? tile_rows(run) : STRIP;
+  double per_call = (double)run->rows * (work == run_attend ? 2.0 * KV_BLOCK * HEAD_DIM : COLS * rows);
   double read = rate / per_call * (double)run->piece_bytes;
   const char *shape = prefill ? "prefill" : "decode";
   if (to->o->json)
@@ -151,10 +157,12 @@ static void bench_tiles(report *to, kernel_run *run, size_t bytes) {
   for (size_t i = 0; i < sizeof types / sizeof *types; i++) {
     const quant_type *type = quant_find(types[i]);
     run->format = (tile_format){type->bits, type->group, type->offset, type->scaled, type->has_min};
-    run->piece_bytes = tile_bytes(&run->format, COLS);
-    fill_tiles(run, bytes, to->o->threads);
     for (int prefill = 1; prefill >= 0; prefill--) {
       run->rows = prefill ? TOKENS : 1;
+      size_t n_tiles = (size_t)tile_rows(run) / TILE_ROWS;
+      run->piece_bytes = tile_bytes(&run->format, COLS);
+      fill_tiles(run, bytes, to->o->threads);
+      run->piece_bytes *= n_tiles;
       measure(to, run, "tile_gemm", type->name, true, prefill, run_tile);
     }
   }

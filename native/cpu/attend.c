@@ -77,18 +77,24 @@ static int32_t find_visible(const attend_job *job, const work_item *item, const 
   return (most + STRIP - 1) / STRIP;
 }
 
+static const uint16_t *keys_of(const uint16_t *blocks, int32_t strip, int32_t head_dim) {
+  return blocks + ((int64_t)(strip / KV_STRIPS) * 2 * KV_STRIPS + strip % KV_STRIPS) * STRIP * head_dim;
+}
+
 /* Fresh state and output of one span. */
 static void fold_span(const attend_job *job, const work_item *item, int32_t span, panel *p, softmax_state *state,
                       float *out) {
   const attention_batch *b = job->b;
-  int32_t d = b->head_dim, strip[KV_STRIPS];
+  int32_t d = b->head_dim, strip[KV_STRIPS], next[KV_STRIPS];
   const uint16_t *blocks = cache_blocks(job->cache, item->kv_head, d);
   for (int32_t r = 0; r < item->n_rows; r++) state[r] = EMPTY;
   if (job->with_values) memset(out, 0, (size_t)item->n_rows * (size_t)d * sizeof *out);
   strip_cursor cursor = cursor_at(job->list, item, span * SPAN_STRIPS);
-  for (int32_t left = SPAN_STRIPS, n; left > 0 && (n = next_strips(&cursor, left, strip)) > 0; left -= n) {
-    int32_t n_seen = find_visible(job, item, strip, n, p->n_valid);
-    if (n_seen == 0) continue;
+  int32_t left = SPAN_STRIPS, n = next_strips(&cursor, left, next);
+  while (n > 0) {
+    memcpy(strip, next, sizeof strip);
+    left -= n;
+    int32_t n_next = next_strips(&cursor, left, next), n_seen = find_visible(job, item, strip, n, p->n_valid);
     attend_args args = {.rows = item->n_rows,
                         .head_dim = d,
                         .n_strips = n_seen,
@@ -99,10 +105,12 @@ static void fold_span(const attend_job *job, const work_item *item, int32_t span
                         .state = state,
                         .out = job->with_values ? out : NULL};
     for (int32_t s = 0; s < n_seen; s++) {
-      args.k[s] = blocks + ((int64_t)(strip[s] / KV_STRIPS) * 2 * KV_STRIPS + strip[s] % KV_STRIPS) * STRIP * d;
+      args.k[s] = keys_of(blocks, strip[s], d);
       args.v[s] = args.k[s] + KV_BLOCK * d;
+      args.next_k[s] = s < n_next ? keys_of(blocks, next[s], d) : NULL;
     }
-    job->be->kernels->attend_strips(&args);
+    if (n_seen > 0) job->be->kernels->attend_strips(&args);
+    n = n_next;
   }
 }
 

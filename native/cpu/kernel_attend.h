@@ -1,4 +1,20 @@
-/* Attention of a few query rows over up to 4 strips of 16 keys. Part of kernels.c. */
+/* Attention of a few query rows over up to 4 strips of 16 keys. Part of kernels.c.
+ *
+ * With few rows it waits for memory, so while keys are multiplied their values are asked for, line by line, and the next
+ * keys while values are: in one burst they would fill the few buffers for misses, and the products wait behind them. */
+#include "kernels.h"
+
+enum { PREFETCH_ROWS = 8 };
+
+/* What comes after strip s of the keys and of the values; NULL where there is nothing, or time enough. */
+static inline const uint16_t *after_keys(const attend_args *a, int s) {
+  return a->rows > PREFETCH_ROWS ? NULL : a->out ? a->v[s] : a->next_k[s];
+}
+
+static inline const uint16_t *after_values(const attend_args *a, int s) {
+  return a->rows > PREFETCH_ROWS ? NULL : a->next_k[s];
+}
+
 #if defined(__AVX512BF16__)
 #include "kernel_attend_bf16.h"
 #else
@@ -15,28 +31,17 @@ static inline float softmax_step(float *scores, int32_t n_valid, softmax_state *
   float max = vreduce_max(top);
   vf sum = vset(0);
   for (int j = 0; j < KV_BLOCK; j += VL) {
-    vf p = vexp(vload(scores + j) - max);
+    vf p = vexp_below(vload(scores + j), max);
     vstore(scores + j, p);
     sum += p;
   }
-  float rescale = max == state->max ? 1.0f : vsum(vexp(vset(state->max - max))) / VL;
+  float rescale = max == state->max ? 1.0f : vexp_below(vset(state->max), max)[0];
   state->sum = state->sum * rescale + vsum(sum);
   state->max = max;
   return rescale;
 }
 
-/* With few rows the kernel waits for memory: values are asked for while keys are multiplied, and the keys behind
- * them while values are. */
-enum { PREFETCH_ROWS = 8 };
-
-static inline void prefetch_strip(const uint16_t *strip, int32_t head_dim) {
-  for (int32_t i = 0; i < STRIP * head_dim; i += 32) __builtin_prefetch(strip + i);
-}
-
 static void attend_strips(const attend_args *a) {
-  int32_t d = a->head_dim;
-  bool few = a->rows <= PREFETCH_ROWS;
-  for (int s = 0; few && a->out && s < a->n_strips; s++) prefetch_strip(a->v[s], d);
   attend_scores(a);
   for (int32_t r = 0; r < a->rows; r++) {
     if (a->n_valid[r] > 0) {
@@ -46,7 +51,5 @@ static void attend_strips(const attend_args *a) {
       a->alpha[r] = 1.0f;
     }
   }
-  if (!a->out) return;
-  for (int s = 0; few && s < a->n_strips; s++) prefetch_strip(a->k[s] + 2 * KV_BLOCK * d, d);
-  attend_values(a);
+  if (a->out) attend_values(a);
 }

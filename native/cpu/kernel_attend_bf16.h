@@ -14,6 +14,7 @@ typedef uint32_t bf16_pair; /* two neighbours of a row, the first one low */
 typedef struct bf16_operand {
   int32_t n_pieces, n_pairs;
   const uint16_t *at[KV_STRIPS][KV_STRIPS];
+  const uint16_t *ahead[KV_STRIPS][KV_STRIPS]; /* of the same shape, to be read after it; or NULL */
 } bf16_operand;
 
 static inline __m512bh bf16_from_f16(const uint16_t *p) {
@@ -43,10 +44,11 @@ static inline __attribute__((always_inline)) void bf16_rows(bool half, int rows,
   for (int r = 0; r < rows; r++)
     for (int k = 0; k < blocks; k++) acc[r][k] = _mm512_setzero_ps();
   for (int32_t piece = 0; piece < b->n_pieces; piece++) {
-    const uint16_t *const *at = b->at[piece] + first_block;
+    const uint16_t *const *at = b->at[piece] + first_block, *const *ahead = b->ahead[piece] + first_block;
     for (int32_t i = 0; i < b->n_pairs; i++, a++) {
       __m512bh w[BF16_FEW_BLOCKS];
       for (int k = 0; k < blocks; k++) {
+        if (half && ahead[k]) __builtin_prefetch(ahead[k] + i * 2 * STRIP, 0, 1);
         if (half) w[k] = bf16_from_f16(at[k] + i * 2 * STRIP);
         else memcpy(&w[k], at[k] + i * 2 * STRIP, sizeof w[k]);
       }
@@ -119,8 +121,11 @@ static void attend_scores(const attend_args *a) {
   bf16_pair q[ATTEND_ROWS * BF16_MAX_DIM / 2];
   int32_t d = a->head_dim;
   for (int32_t i = 0; i < a->rows * d; i += STRIP) bf16_store(vload(a->q + i), q + i / 2);
-  bf16_operand keys = {1, d / 2, {{0}}};
-  for (int s = 0; s < a->n_strips; s++) keys.at[0][s] = a->k[s];
+  bf16_operand keys = {1, d / 2, {{0}}, {{0}}};
+  for (int s = 0; s < a->n_strips; s++) {
+    keys.at[0][s] = a->k[s];
+    keys.ahead[0][s] = after_keys(a, s);
+  }
   bf16_product(a->rows, a->n_strips, q, d / 2, &keys, NULL, a->scores, KV_BLOCK);
 }
 
@@ -132,10 +137,14 @@ static void attend_values(const attend_args *a) {
     for (int32_t j = 0; j < KV_BLOCK; j += STRIP)
       bf16_store(vload(a->scores + r * KV_BLOCK + j), weights + r * KV_BLOCK + j / 2);
   for (int32_t first = 0; first < d; first += most) {
-    bf16_operand values = {a->n_strips, STRIP / 2, {{0}}};
+    bf16_operand values = {a->n_strips, STRIP / 2, {{0}}, {{0}}};
     int32_t n_blocks = (d - first < most ? d - first : most) / STRIP;
     for (int s = 0; s < a->n_strips; s++)
-      for (int32_t k = 0; k < n_blocks; k++) values.at[s][k] = a->v[s] + (first + k * STRIP) * STRIP;
+      for (int32_t k = 0; k < n_blocks; k++) {
+        int32_t offset = (first + k * STRIP) * STRIP;
+        values.at[s][k] = a->v[s] + offset;
+        values.ahead[s][k] = after_values(a, s) ? after_values(a, s) + offset : NULL;
+      }
     bf16_product(a->rows, n_blocks, weights, KV_BLOCK, &values, a->alpha, a->out + first, d);
   }
 }

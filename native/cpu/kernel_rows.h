@@ -19,18 +19,33 @@ static void rms_norm(const float *x, const float *w, float eps, int32_t n, float
   for (int32_t i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 
+/* VL values' high and low bytes by turns, four and four. (GCC 12 would convert the lanes one by one.) */
+static inline void store_planes(vi high, vi low, int8_t *planes) {
+#if VL == 16
+  __m128i h = _mm512_cvtepi32_epi8((__m512i)high), l = _mm512_cvtepi32_epi8((__m512i)low);
+  _mm_storeu_si128((__m128i *)(void *)planes, _mm_unpacklo_epi32(h, l));
+  _mm_storeu_si128((__m128i *)(void *)(planes + 16), _mm_unpackhi_epi32(h, l));
+#elif VL == 8
+  __m256i both = _mm256_packs_epi32((__m256i)high, (__m256i)low); /* per half: high, low, four words each */
+  both = _mm256_packs_epi16(both, both);                          /* per half: high, low, four bytes each, twice */
+  int64_t halves[2] = {_mm256_extract_epi64(both, 0), _mm256_extract_epi64(both, 2)};
+  memcpy(planes, halves, sizeof halves);
+#else
+  for (int lane = 0; lane < VL; lane++) {
+    planes[lane] = (int8_t)high[lane];
+    planes[4 + lane] = (int8_t)low[lane];
+  }
+#endif
+}
+
 /* 16 values times inverse, rounded, as two planes of 8 bits; returns their sum. */
 static inline int32_t round_half_group(const float *x, float inverse, int8_t *planes) {
-  typedef int8_t bytes __attribute__((vector_size(VL)));
   vi sum = viset(0);
   for (int i = 0; i < ACT_HALF; i += VL) {
     /* Adding and subtracting 1.5 * 2^23 rounds to nearest even, as rint does, in every instruction set. */
     vi q = __builtin_convertvector((vload(x + i) * inverse + 12582912.0f) - 12582912.0f, vi);
     vi high = (q + 128) >> 8;
-    bytes fours[2] = {__builtin_convertvector(high, bytes), __builtin_convertvector(q - (high << 8), bytes)};
-    for (int four = 0; four < VL / 4; four++)
-      for (int plane = 0; plane < 2; plane++)
-        memcpy(planes + (i / 4 + four) * 8 + 4 * plane, (const char *)&fours[plane] + 4 * four, 4);
+    store_planes(high, q - (high << 8), planes + 2 * i);
     sum += q;
   }
   int32_t total = 0;

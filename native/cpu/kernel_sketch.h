@@ -43,8 +43,6 @@ static void sketch_fold(const uint16_t *keys, int32_t bits, int32_t head_dim, ui
   }
 }
 
-typedef uint8_t code_bytes __attribute__((vector_size(4 * STRIP)));
-
 /* A query against a page's channels: weights q * step rounded to 8 bits, their scale, and the part that lo gives. */
 typedef struct sketch_query {
   int8_t weight[SKETCH_MAX_DIM];
@@ -64,42 +62,60 @@ static inline void sketch_weights(const float *q, const uint8_t *page, int32_t h
   out->base = vsum(base);
   out->scale = vreduce_max(top) / 127.0f;
   float inverse = out->scale >= FLT_MIN ? 1.0f / out->scale : 0.0f;
-  for (int32_t i = 0; i < head_dim; i++)
-    out->weight[i] = (int8_t)(int32_t)((product[i] * inverse + 12582912.0f) - 12582912.0f);
+  for (int32_t i = 0; i < head_dim; i += VL) {
+    vf rounded = (vload(product + i) * inverse + 12582912.0f) - 12582912.0f;
+    vstore_i8(out->weight + i, __builtin_convertvector(rounded, vi));
+  }
 }
 
 /* Sixteen channels of a strip's 16 tokens, by fours. */
-static inline __attribute__((always_inline)) void sketch_sixteen(int rows, int bits, const uint8_t *low,
+static inline __attribute__((always_inline)) void sketch_sixteen(int rows, int bits, bool odd, const uint8_t *low,
                                                                  const uint8_t *high, int32_t sixteen,
                                                                  const sketch_query *q, vi acc[4][SKETCH_VECS]) {
-  code_bytes l, h = {0};
-  memcpy(&l, low + sixteen * 64, sizeof l);
-  if (bits > 2) memcpy(&h, high + (bits == 3 ? sixteen / 2 : sixteen) * 64, sizeof h);
-  if (bits == 3) h >>= sixteen % 2 * 4;
+  vbytes l[SKETCH_VECS], h[SKETCH_VECS];
+  vi part[4][SKETCH_VECS];
+  for (int v = 0; v < SKETCH_VECS; v++) {
+    l[v] = vload_bytes(low + sixteen * 64 + 4 * VL * v);
+    if (bits > 2) h[v] = vload_bytes(high + (bits == 3 ? sixteen / 2 : sixteen) * 64 + 4 * VL * v);
+    for (int r = 0; r < rows; r++) part[r][v] = DOT_IN_32_BITS ? acc[r][v] : viset(0);
+  }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    code_bytes b = (l >> (2 * i)) & 3;
-    if (bits == 3) b |= ((h >> i) & 1) << 2;
-    if (bits == 4) b |= ((h >> (2 * i)) & 3) << 2;
     uint8_t codes[4 * STRIP];
-    memcpy(codes, &b, sizeof b);
-    for (int r = 0; r < rows; r++)
-      for (int v = 0; v < SKETCH_VECS; v++)
-        acc[r][v] = vdot4(acc[r][v], codes + 4 * VL * v, q[r].weight + 16 * sixteen + 4 * i, 4);
+    for (int v = 0; v < SKETCH_VECS; v++) {
+      vbytes b = vshift(l[v], 2 * i) & 3;
+      if (bits == 3) b |= vshift(h[v], odd ? 2 + i : i - 2) & 4;
+      if (bits == 4) b |= vshift(h[v], 2 * i - 2) & 12;
+      memcpy(codes + 4 * VL * v, &b, sizeof b);
+    }
+    for (int r = 0; r < rows; r++) {
+      int32_t weights;
+      memcpy(&weights, q[r].weight + 16 * sixteen + 4 * i, sizeof weights);
+      for (int v = 0; v < SKETCH_VECS; v++) part[r][v] = dot_add(part[r][v], codes + 4 * VL * v, weights, 4);
+    }
   }
+  for (int r = 0; r < rows; r++)
+    for (int v = 0; v < SKETCH_VECS; v++) acc[r][v] = DOT_IN_32_BITS ? part[r][v] : acc[r][v] + dot_sum(part[r][v], 4);
 }
 
 static inline __attribute__((always_inline)) void sketch_rows(int rows, int bits, const uint8_t *page, int32_t head_dim,
                                                               const sketch_query *q, float *scores, int64_t ld) {
   const uint8_t *planes = page + 4 * head_dim;
+  size_t ahead = 8 * sketch_page_bytes(bits, head_dim); /* the next page is asked for */
   int32_t low_bytes = sketch_low_bytes(head_dim) / 4, high_bytes = sketch_high_bytes(bits, head_dim) / 4;
   for (int32_t strip = 0; strip < KV_STRIPS; strip++) {
     const uint8_t *low = planes + strip * low_bytes, *high = planes + 4 * low_bytes + strip * high_bytes;
     vi acc[4][SKETCH_VECS];
     for (int r = 0; r < rows; r++)
       for (int v = 0; v < SKETCH_VECS; v++) acc[r][v] = viset(0);
-    for (int32_t sixteen = 0; sixteen < head_dim / 16; sixteen++)
-      sketch_sixteen(rows, bits, low, high, sixteen, q, acc);
+    for (size_t line = ahead / 32 * (size_t)strip; line < ahead / 32 * (size_t)(strip + 1); line += 64)
+      __builtin_prefetch(page + ahead + line, 0, 1);
+    int32_t sixteen = 0;
+    for (; sixteen + 2 <= head_dim / 16; sixteen += 2) {
+      sketch_sixteen(rows, bits, false, low, high, sixteen, q, acc);
+      sketch_sixteen(rows, bits, true, low, high, sixteen + 1, q, acc);
+    }
+    if (sixteen < head_dim / 16) sketch_sixteen(rows, bits, false, low, high, sixteen, q, acc);
     for (int r = 0; r < rows; r++)
       for (int v = 0; v < SKETCH_VECS; v++)
         vstore(scores + r * ld + strip * STRIP + v * VL,
@@ -111,8 +127,6 @@ static inline __attribute__((always_inline)) void sketch_scores_of(int bits, con
                                                                    const float *q, int32_t n, float *scores,
                                                                    int64_t ld) {
   sketch_query queries[SKETCH_ROWS];
-  size_t bytes = sketch_page_bytes(bits, head_dim);
-  for (size_t line = 0; line < bytes; line += 64) __builtin_prefetch(page + bytes + line); /* the next page */
   for (int32_t r = 0; r < n; r++) sketch_weights(q + r * head_dim, page, head_dim, &queries[r]);
   int32_t r = 0;
   for (; r + 3 <= n; r += 3) sketch_rows(3, bits, page, head_dim, queries + r, scores + r * ld, ld);

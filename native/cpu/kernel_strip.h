@@ -24,12 +24,15 @@ static inline vf strip_load(const void *data, enum strip_type type, int64_t i) {
 static inline __attribute__((always_inline)) void strip_rows(int rows, enum strip_type type, const float *a,
                                                              int64_t lda, const strips *b, const float *alpha,
                                                              float *out, int64_t ldo) {
+  const int32_t pair_bytes = 2 * STRIP * (type == STRIP_F32 ? 4 : 2);
   vf acc[STRIP_ROWS][STRIP_VECS];
   for (int r = 0; r < rows; r++)
     for (int v = 0; v < STRIP_VECS; v++) acc[r][v] = vset(0);
   for (int32_t piece = 0; piece < b->n_pieces; piece++) {
+    const char *ahead = b->ahead[piece];
     for (int32_t i = 0; i < b->n_pairs; i++) {
       vf w[STRIP_VECS];
+      if (ahead) __builtin_prefetch(ahead + i * pair_bytes, 0, 1);
       for (int v = 0; v < STRIP_VECS; v++) w[v] = strip_load(b->data[piece], type, (int64_t)i * 2 * STRIP + v * VL);
       const float *pair = a + (int64_t)(piece * b->n_pairs + i) * 2;
       for (int r = 0; r < rows; r++) {

@@ -1,27 +1,29 @@
-/* Quantized matrix kernel: a few tokens against one tile of 16 weight rows. Part of kernels.c.
+/* Quantized matrix kernel: tokens against tiles of 16 weight rows, one lane per row. Part of kernels.c.
  *
- * Per group of 32 columns the products are summed exactly in 32-bit integers, one lane per weight row, and then
- * scaled: out += x.scale * d * scale * sum((q - offset) * xq) + x.scale * m * min * sum(xq). */
+ * Per group of 32 columns the products are summed exactly in 32-bit integers, and then scaled:
+ * out += x.scale * d * scale * sum((q - offset) * xq) + x.scale * m * min * sum(xq).
+ * For many tokens the quants of some columns are unpacked once, into a slab that stays in the first-level cache. What an
+ * output accumulates, and in which order, is the same with and without. */
 #include "kernels.h"
 #include "vec.h"
 
-enum { TILE_VECS = TILE_ROWS / VL };
+enum {
+  TILE_VECS = TILE_ROWS / VL,
+  SLAB_GROUPS = 8, /* of 32 columns */
+  SLAB_ROWS = 128, /* tokens that share a slab */
+  SLAB_FROM = 4    /* tokens from which unpacking first is worth it */
+};
 
-/* Tokens of one tile at once, and of two tiles: with VNNI each fills 24 of 32 registers with accumulators, but a pair
- * needs 10 loads for 16 products where a single tile needs 17. Without it products are many instructions and loads no
- * matter; elsewhere registers are too few for pairs. */
+/* Tiles and tokens at once: each pair of them holds a total and two sums in registers. Two tiles need fewer loads for a
+ * product, which tells where a product is one instruction. */
 #if defined(__AVX512VNNI__)
-#define PAIRS 1
-enum { TILE_TOKENS = 8, PAIR_TOKENS = 4 };
+enum { SLAB_TILES = 2, SLAB_TOKENS = 4 };
 #elif VL == 16
-#define PAIRS 0
-enum { TILE_TOKENS = 4 };
+enum { SLAB_TILES = 1, SLAB_TOKENS = 6 };
 #elif VL == 8
-#define PAIRS 0
-enum { TILE_TOKENS = 2 };
+enum { SLAB_TILES = 1, SLAB_TOKENS = 2 };
 #else
-#define PAIRS 0
-enum { TILE_TOKENS = 1 };
+enum { SLAB_TILES = 1, SLAB_TOKENS = 1 };
 #endif
 
 /* Scales and minima of the tile's 16 rows in one group of 32 columns; two of each where the group is 16. */
@@ -59,76 +61,129 @@ static inline __attribute__((always_inline)) void load_scales(tile_format f, con
 /* 4 columns of all 16 rows as bytes; i < 8 counts fours of columns in the group. */
 static inline __attribute__((always_inline)) void load_quants(tile_format f, const uint8_t *group, int i,
                                                               uint8_t out[4 * TILE_ROWS]) {
-  typedef uint8_t bytes __attribute__((vector_size(4 * TILE_ROWS)));
-  bytes b, above;
-  memcpy(&b, group + (f.bits < 8 ? i % 4 : i) * 4 * TILE_ROWS, sizeof b);
-  if (f.bits < 8) b = i < 4 ? b & 15 : b >> 4;
-  if (f.bits == 5 || f.bits == 6) {
-    memcpy(&above, group + (f.bits == 6 ? 4 + i / 4 : 4) * 4 * TILE_ROWS, sizeof above);
-    int at = f.bits == 6 ? i % 4 * 2 : i;
-    b |= (at > 4 ? above >> (at - 4) : above << (4 - at)) & (uint8_t)(f.bits == 6 ? 0x30 : 0x10);
+  for (int v = 0; v < TILE_VECS; v++) {
+    int at = 4 * VL * v;
+    vbytes b = vload_bytes(group + (f.bits < 8 ? i % 4 : i) * 4 * TILE_ROWS + at);
+    if (f.bits < 8) b = i < 4 ? b & 15 : b >> 4;
+    if (f.bits == 5 || f.bits == 6) {
+      vbytes above = vload_bytes(group + (f.bits == 6 ? 4 + i / 4 : 4) * 4 * TILE_ROWS + at);
+      int bit = f.bits == 6 ? i % 4 * 2 : i;
+      b |= (bit > 4 ? above >> (bit - 4) : above << (4 - bit)) & (uint8_t)(f.bits == 6 ? 0x30 : 0x10);
+    }
+    memcpy(out + at, &b, sizeof b);
   }
-  memcpy(out, &b, sizeof b);
 }
 
-/* One or two neighbouring tiles. */
+/* Two neighbouring tiles; the same one twice where there is one. */
 typedef struct tile_pair {
   const uint8_t *scales[2], *quants[2];
+  size_t bytes; /* of one */
 } tile_pair;
 
-static inline __attribute__((always_inline)) void tile_tokens(int tiles, int tokens, tile_format f, const tile_pair *w,
-                                                              int32_t cols, const quantized *x, int32_t t0,
-                                                              vf total[2][TILE_TOKENS][TILE_VECS]) {
-  int halves = f.group == 16 ? 2 : 1;
-  int32_t group_bytes = ACT_GROUP * TILE_ROWS * f.bits / 8;
-  for (int k = 0; k < tiles; k++)
-    for (int t = 0; t < tokens; t++)
-      for (int v = 0; v < TILE_VECS; v++) total[k][t][v] = vset(0);
-  for (int32_t g = 0; g < cols / ACT_GROUP; g++) {
-    group_scales s[2];
-    for (int k = 0; k < tiles; k++) load_scales(f, w->scales[k], g, &s[k]);
-    if (tiles == 1 && tokens == 1) /* decode waits for memory */
-      for (int line = 0; line < group_bytes; line += 64)
-        __builtin_prefetch(w->quants[0] + (int64_t)g * group_bytes + line + 6144);
-#pragma GCC unroll 2
-    for (int h = 0; h < 2; h++) {
-      if (h >= halves) continue;
-      vi low[2][TILE_TOKENS][TILE_VECS], high[2][TILE_TOKENS][TILE_VECS];
-      for (int t = 0; t < tokens; t++) {
-        const int32_t *sum = x->sum + (int64_t)(t0 + t) * (cols / ACT_HALF) + 2 * g;
-        vi start = viset(-f.offset * (halves == 2 ? sum[h] : sum[0] + sum[1]));
-        for (int k = 0; k < tiles; k++)
-          for (int v = 0; v < TILE_VECS; v++) {
-            low[k][t][v] = start;
-            high[k][t][v] = viset(0);
-          }
-      }
+/* Some columns of neighbouring tiles, unpacked. */
+typedef struct slab {
+  uint8_t quants[SLAB_GROUPS][8][SLAB_TILES][4 * TILE_ROWS];
+  group_scales scales[SLAB_GROUPS][SLAB_TILES];
+} slab;
+
+/* Activations of some tokens from a slab's first column on. */
+typedef struct slab_rows {
+  quantized x;  /* of the first token */
+  int32_t cols; /* of a whole token */
+} slab_rows;
+
+typedef vi tile_sums[2][SLAB_TOKENS][SLAB_TILES][TILE_VECS]; /* with the high and with the low plane */
+typedef vf tile_totals[SLAB_TILES][TILE_VECS];               /* of one token */
+
+/* Sums of the products of n fours of columns with both planes of the activations. quants: (n, SLAB_TILES, 16, 4). x: of
+ * the first token. */
+static inline __attribute__((always_inline)) void sum_products(int tiles, int tokens, int n, int bits,
+                                                               const uint8_t (*quants)[SLAB_TILES][4 * TILE_ROWS],
+                                                               const int8_t *x, int64_t cols, tile_sums sum) {
+  int holds = dot_holds(bits) < n ? dot_holds(bits) : n;
 #pragma GCC unroll 8
-      for (int i = 0; i < 8; i++) {
-        if (halves == 2 && i / 4 != h) continue;
-        uint8_t q[2][4 * TILE_ROWS];
-        for (int k = 0; k < tiles; k++) load_quants(f, w->quants[k] + (int64_t)g * group_bytes, i, q[k]);
-        for (int t = 0; t < tokens; t++) {
-          const int8_t *four = x->planes + ((int64_t)(t0 + t) * cols + g * ACT_GROUP + 4 * i) * 2;
+  for (int first = 0; first < n; first += holds) {
+    tile_sums part;
+#pragma GCC unroll 8
+    for (int i = first; i < first + holds; i++)
+      for (int t = 0; t < tokens; t++)
+        for (int p = 0; p < 2; p++) {
+          int32_t four;
+          memcpy(&four, x + 2 * t * cols + 8 * i + 4 * p, sizeof four);
           for (int k = 0; k < tiles; k++)
-            for (int v = 0; v < TILE_VECS; v++) {
-              high[k][t][v] = vdot4(high[k][t][v], q[k] + 4 * VL * v, four, f.bits);
-              low[k][t][v] = vdot4(low[k][t][v], q[k] + 4 * VL * v, four + 4, f.bits);
-            }
+            for (int v = 0; v < TILE_VECS; v++)
+              part[p][t][k][v] =
+                  dot_add(i == first ? viset(0) : part[p][t][k][v], quants[i][k] + 4 * VL * v, four, bits);
         }
-      }
-      for (int t = 0; t < tokens; t++) {
-        vf scale = vset(x->scale[(int64_t)(t0 + t) * (cols / ACT_GROUP) + g]);
-        const float *product = x->product + (int64_t)(t0 + t) * (cols / ACT_HALF) + 2 * g;
-        vf sum = vset(halves == 2 ? product[h] : product[0] + product[1]);
+    for (int p = 0; p < 2; p++)
+      for (int t = 0; t < tokens; t++)
         for (int k = 0; k < tiles; k++)
           for (int v = 0; v < TILE_VECS; v++) {
-            vi q = (high[k][t][v] << 8) + low[k][t][v]; /* below 2^29 */
-            total[k][t][v] += __builtin_convertvector(q, vf) * (s[k].scale[h][v] * scale);
-            if (f.has_min) total[k][t][v] += s[k].min[h][v] * sum;
+            vi whole = dot_sum(part[p][t][k][v], bits);
+            sum[p][t][k][v] = first ? sum[p][t][k][v] + whole : whole;
           }
+  }
+}
+
+/* Adds group g of the activations times its quants, or half of both, to the tokens' totals. */
+static inline __attribute__((always_inline)) void add_group(int tiles, int tokens, tile_format f, int32_t g, int half,
+                                                            const uint8_t (*quants)[SLAB_TILES][4 * TILE_ROWS],
+                                                            const group_scales *s, const slab_rows *r,
+                                                            tile_totals *total) {
+  int halves = f.group == 16 ? 2 : 1, n = 8 / halves;
+  tile_sums sum;
+  sum_products(tiles, tokens, n, f.bits, quants + half * n,
+               r->x.planes + ((int64_t)g * ACT_GROUP + half * ACT_HALF) * 2, r->cols, sum);
+  for (int t = 0; t < tokens; t++) {
+    const int32_t *sums = r->x.sum + (int64_t)t * (r->cols / ACT_HALF) + 2 * g;
+    const float *product = r->x.product + (int64_t)t * (r->cols / ACT_HALF) + 2 * g;
+    vi start = viset(-f.offset * (halves == 2 ? sums[half] : sums[0] + sums[1]));
+    vf minimum = vset(halves == 2 ? product[half] : product[0] + product[1]);
+    vf scale = vset(r->x.scale[(int64_t)t * (r->cols / ACT_GROUP) + g]);
+    for (int k = 0; k < tiles; k++)
+      for (int v = 0; v < TILE_VECS; v++) {
+        vi q = (sum[0][t][k][v] << 8) + sum[1][t][k][v]; /* below 2^29 */
+        if (!f.has_min) q += start;
+        total[t][k][v] += __builtin_convertvector(q, vf) * (s[k].scale[half][v] * scale);
+        if (f.has_min) total[t][k][v] += s[k].min[half][v] * minimum;
       }
-    }
+  }
+}
+
+static inline __attribute__((always_inline)) void slab_tokens(int tokens, tile_format f, const slab *w,
+                                                              int32_t n_groups, const slab_rows *r, tile_totals *out) {
+  tile_totals total[SLAB_TOKENS];
+  memcpy(total, out, (size_t)tokens * sizeof *total);
+  for (int32_t g = 0; g < n_groups; g++)
+    for (int half = 0; half < (f.group == 16 ? 2 : 1); half++)
+      add_group(SLAB_TILES, tokens, f, g, half, w->quants[g], w->scales[g], r, total);
+  memcpy(out, total, (size_t)tokens * sizeof *total);
+}
+
+/* The tokens after the first t. */
+static inline slab_rows rows_after(const slab_rows *r, int32_t t) {
+  int64_t cols = r->cols;
+  return (slab_rows){{r->x.planes + t * cols * 2, r->x.scale + t * (cols / ACT_GROUP), r->x.sum + t * (cols / ACT_HALF),
+                      r->x.product + t * (cols / ACT_HALF)},
+                     r->cols};
+}
+
+/* The activations from group g on. */
+static inline slab_rows rows_from_group(const slab_rows *r, int32_t g) {
+  return (slab_rows){{r->x.planes + g * ACT_GROUP * 2, r->x.scale + g, r->x.sum + 2 * g, r->x.product + 2 * g},
+                     r->cols};
+}
+
+static inline __attribute__((always_inline)) void slab_products(tile_format f, const slab *w, int32_t n_groups,
+                                                                const slab_rows *r, int32_t n, tile_totals *total) {
+  int32_t t = 0;
+  for (; t + SLAB_TOKENS <= n; t += SLAB_TOKENS) {
+    slab_rows x = rows_after(r, t);
+    slab_tokens(SLAB_TOKENS, f, w, n_groups, &x, total + t);
+  }
+  for (; t < n; t++) {
+    slab_rows x = rows_after(r, t);
+    slab_tokens(1, f, w, n_groups, &x, total + t);
   }
 }
 
@@ -150,43 +205,78 @@ static inline void tile_store(const tile_output *to, int tile, int32_t t, const 
   for (int32_t j = 0; j < n; j++) o[j] = (to->add ? o[j] : 0.0f) + result[j] + (bias ? bias[j] : 0.0f);
 }
 
-/* As many tokens as go in steps of `step`, from t on; returns the first that is left. */
-static inline __attribute__((always_inline)) int32_t tile_steps(int tiles, int step, tile_format f, const tile_pair *w,
-                                                                int32_t cols, const quantized *x, int32_t t,
-                                                                int32_t n_tokens, const tile_output *to) {
-  vf total[2][TILE_TOKENS][TILE_VECS];
-  for (; t + step <= n_tokens; t += step) {
-    tile_tokens(tiles, step, f, w, cols, x, t, total);
-    for (int k = 0; k < tiles; k++)
-      for (int i = 0; i < step; i++) tile_store(to, k, t + i, total[k][i]);
-  }
-  return t;
+static inline __attribute__((always_inline)) void fill_slab(tile_format f, const tile_pair *from, int first_tile,
+                                                            int32_t first, int32_t n_groups, slab *out) {
+  for (int k = 0; k < SLAB_TILES; k++)
+    for (int32_t g = 0; g < n_groups; g++) {
+      load_scales(f, from->scales[first_tile + k], first + g, &out->scales[g][k]);
+      const uint8_t *group = from->quants[first_tile + k] + (int64_t)(first + g) * ACT_GROUP * TILE_ROWS * f.bits / 8;
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; i++) load_quants(f, group, i, out->quants[g][i][k]);
+    }
 }
 
-static inline __attribute__((always_inline)) void tile_gemm_format(tile_format f, const void *tiles, int32_t cols,
-                                                                   const quantized *x, int32_t n_tokens,
-                                                                   const tile_output *to) {
-  size_t scale_bytes = tile_scale_bytes(&f, cols), bytes = tile_bytes(&f, cols);
-  const uint8_t *first = tiles, *second = first + bytes;
-  tile_pair w = {{first, second}, {first + scale_bytes, second + scale_bytes}};
-  int32_t t = 0;
-#if PAIRS
-  if (to->n_rows > TILE_ROWS) {
-    t = tile_steps(2, PAIR_TOKENS, f, &w, cols, x, t, n_tokens, to);
-    tile_steps(2, 1, f, &w, cols, x, t, n_tokens, to);
+static inline __attribute__((always_inline)) void tiles_by_slab(tile_format f, const tile_pair *from, int first_tile,
+                                                                const slab_rows *r, int32_t n, const tile_output *to) {
+  slab w;
+  tile_totals total[SLAB_ROWS];
+  int n_tiles = to->n_rows > (first_tile + 1) * TILE_ROWS ? SLAB_TILES : 1;
+  for (int32_t t0 = 0; t0 < n; t0 += SLAB_ROWS) {
+    int32_t rows = n - t0 < SLAB_ROWS ? n - t0 : SLAB_ROWS, groups = r->cols / ACT_GROUP;
+    slab_rows block = rows_after(r, t0);
+    memset(total, 0, (size_t)rows * sizeof *total);
+    for (int32_t g = 0; g < groups; g += SLAB_GROUPS) {
+      int32_t n_groups = groups - g < SLAB_GROUPS ? groups - g : SLAB_GROUPS;
+      slab_rows x = rows_from_group(&block, g);
+      fill_slab(f, from, first_tile, g, n_groups, &w);
+      slab_products(f, &w, n_groups, &x, rows, total);
+    }
+    for (int32_t t = 0; t < rows; t++)
+      for (int k = 0; k < n_tiles; k++) tile_store(to, first_tile + k, t0 + t, total[t][k]);
+  }
+}
+
+/* One tile, one token. Decode waits for memory: while a group is multiplied, the same of the next tile is asked for, into
+ * the second-level cache, whose misses the few buffers of the first do not limit. */
+static inline __attribute__((always_inline)) void tile_directly(tile_format f, const tile_pair *from, int tile,
+                                                                const slab_rows *r, vf out[TILE_VECS]) {
+  tile_totals total;
+  int32_t group_bytes = ACT_GROUP * TILE_ROWS * f.bits / 8;
+  int64_t scale_bytes = (from->quants[tile] - from->scales[tile]) / (r->cols / ACT_GROUP); /* of a group, at most 72 */
+  for (int v = 0; v < TILE_VECS; v++) total[0][v] = vset(0);
+  for (int32_t g = 0; g < r->cols / ACT_GROUP; g++) {
+    const uint8_t *group = from->quants[tile] + (int64_t)g * group_bytes;
+    for (int line = 0; line < group_bytes; line += 64) __builtin_prefetch(group + from->bytes + line, 0, 1);
+    __builtin_prefetch(from->scales[tile] + from->bytes + g * scale_bytes, 0, 1);
+    group_scales s;
+    uint8_t quants[8][SLAB_TILES][4 * TILE_ROWS];
+    load_scales(f, from->scales[tile], g, &s);
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; i++) load_quants(f, group, i, quants[i][0]);
+    for (int half = 0; half < (f.group == 16 ? 2 : 1); half++)
+      add_group(1, 1, f, g, half, (const uint8_t (*)[SLAB_TILES][4 * TILE_ROWS]) quants, &s, r, &total);
+  }
+  memcpy(out, total[0], sizeof total[0]);
+}
+
+static inline __attribute__((always_inline)) void
+tile_gemm_format(tile_format f, const tile_pair *w, const slab_rows *x, int32_t n_tokens, const tile_output *to) {
+  int n_tiles = to->n_rows > TILE_ROWS ? 2 : 1;
+  if (n_tokens >= SLAB_FROM) {
+    for (int k = 0; k < n_tiles; k += SLAB_TILES) tiles_by_slab(f, w, k, x, n_tokens, to);
     return;
   }
-#endif
-  for (int32_t done = 0; done < to->n_rows; done += TILE_ROWS, w = (tile_pair){{second}, {second + scale_bytes}}) {
-    tile_output part = {to->bias ? to->bias + done : NULL, to->n_rows - done, to->add, to->out + done, to->ld};
-    if (part.n_rows > TILE_ROWS) part.n_rows = TILE_ROWS;
-    t = tile_steps(1, TILE_TOKENS, f, &w, cols, x, 0, n_tokens, &part);
-    tile_steps(1, 1, f, &w, cols, x, t, n_tokens, &part);
-  }
+  for (int k = 0; k < n_tiles; k++)
+    for (int32_t t = 0; t < n_tokens; t++) {
+      vf total[TILE_VECS];
+      slab_rows one = rows_after(x, t);
+      tile_directly(f, w, k, &one, total);
+      tile_store(to, k, t, total);
+    }
 }
 
 /* One specialized instance per combination that a weight format has; kept apart, or the compiler merges them and with
- * them the constants. */
+ * them the constants; and no instance takes its format's address, or the constants are read from there. */
 #define FORMATS(instance)                                                                                              \
   instance(q4_0, 4, 32, false, false)      /* Q4_0 */                                                                  \
       instance(q4_1, 4, 32, false, true)   /* Q4_1 */                                                                  \
@@ -201,9 +291,9 @@ static inline __attribute__((always_inline)) void tile_gemm_format(tile_format f
       instance(q6_k, 6, 16, true, false)   /* Q6_K */
 
 #define DEFINE(name, b, g, s, m)                                                                                       \
-  static __attribute__((noinline)) void tile_gemm_##name(const tile_format *f, const void *tile, int32_t cols,         \
-                                                         const quantized *x, int32_t n, const tile_output *to) {       \
-    tile_gemm_format((tile_format){b, g, f->offset, s, m}, tile, cols, x, n, to);                                      \
+  static __attribute__((noinline)) void tile_gemm_##name(int32_t offset, const tile_pair *w, const slab_rows *x,       \
+                                                         int32_t n, const tile_output *to) {                           \
+    tile_gemm_format((tile_format){b, g, offset, s, m}, w, x, n, to);                                                  \
   }
 FORMATS(DEFINE)
 #undef DEFINE
@@ -211,9 +301,13 @@ FORMATS(DEFINE)
 static void tile_gemm(const tile_format *f, const void *tile, int32_t cols, const quantized *x, int32_t n_tokens,
                       const float *bias, int32_t n_rows, bool add, float *out, int64_t ldo) {
   tile_output to = {bias, n_rows, add, out, ldo};
+  size_t bytes = tile_bytes(f, cols), scale_bytes = tile_scale_bytes(f, cols);
+  const uint8_t *first = tile, *second = first + (n_rows > TILE_ROWS ? bytes : 0);
+  tile_pair w = {{first, second}, {first + scale_bytes, second + scale_bytes}, bytes};
+  slab_rows rows = {*x, cols};
 #define CALL(name, b, g, s, m)                                                                                         \
   if (f->bits == b && f->group == g && f->scaled == s && f->has_min == m)                                              \
-    tile_gemm_##name(f, tile, cols, x, n_tokens, &to);
+    tile_gemm_##name(f->offset, &w, &rows, n_tokens, &to);
   FORMATS(CALL)
 #undef CALL
 }

@@ -19,7 +19,8 @@ enum strip_type { STRIP_F16, STRIP_BF16, STRIP_F32 };
 typedef struct strips {
   enum strip_type type;
   int32_t n_pieces, n_pairs;
-  const void *data[KV_STRIPS]; /* (n_pieces) */
+  const void *data[KV_STRIPS];  /* (n_pieces) */
+  const void *ahead[KV_STRIPS]; /* (n_pieces) of the same shape, what will be read after it; NULL: do not ask for it */
 } strips;
 
 /* Where quantized weights live after repacking: tiles of 16 rows, each its scales and then its quants.
@@ -55,15 +56,16 @@ typedef struct softmax_state {
 } softmax_state;
 
 typedef struct attend_args {
-  int32_t rows, head_dim, n_strips; /* rows <= 64, head_dim <= 512 */
-  const float *q;                   /* (rows, head_dim), scaled by the score scale */
-  const uint16_t *k[KV_STRIPS];     /* (n_strips) keys of 16 tokens, f16 (head_dim / 2, 16, 2): see ops.h */
-  const uint16_t *v[KV_STRIPS];     /* (n_strips) their values, f16 (head_dim / 16, 8, 16, 2) */
-  const int32_t *n_valid;           /* (rows) keys the row may see, 0..16 n_strips, counted from the first */
-  float *scores;                    /* scratch (rows, 64) */
-  float *alpha;                     /* scratch (rows) */
-  softmax_state *state;             /* (rows) continued */
-  float *out;                       /* (rows, head_dim) continued; NULL for the softmax state alone */
+  int32_t rows, head_dim, n_strips;  /* rows <= 64, head_dim <= 512 */
+  const float *q;                    /* (rows, head_dim), scaled by the score scale */
+  const uint16_t *k[KV_STRIPS];      /* (n_strips) keys of 16 tokens, f16 (head_dim / 2, 16, 2): see ops.h */
+  const uint16_t *v[KV_STRIPS];      /* (n_strips) their values, f16 (head_dim / 16, 8, 16, 2) */
+  const uint16_t *next_k[KV_STRIPS]; /* (n_strips) what will be read after these; NULL where nothing is */
+  const int32_t *n_valid;            /* (rows) keys the row may see, 0..16 n_strips, counted from the first */
+  float *scores;                     /* scratch (rows, 64) */
+  float *alpha;                      /* scratch (rows) */
+  softmax_state *state;              /* (rows) continued */
+  float *out;                        /* (rows, head_dim) continued; NULL for the softmax state alone */
 } attend_args;
 
 typedef struct kernels {

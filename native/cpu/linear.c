@@ -19,7 +19,7 @@ static void strip_tile(const linear_run *run, const linear_job *job, int32_t til
   const matrix *w = job->w;
   int32_t row = tile * TILE_ROWS, n_rows = w->rows - row < TILE_ROWS ? w->rows - row : TILE_ROWS;
   float result[TOKEN_BLOCK * STRIP];
-  strips s = {w->strip, 1, w->cols / 2, {w->data + (size_t)tile * w->tile_bytes}};
+  strips s = {w->strip, 1, w->cols / 2, {w->data + (size_t)tile * w->tile_bytes}, {0}};
   const float *x = run->x->values + (int64_t)t0 * run->x->cols;
   float *out = job->out + (int64_t)t0 * w->rows + row;
   bool whole = n_rows == TILE_ROWS && !job->bias;

@@ -25,7 +25,7 @@ static void add_outer(const kernels *k, const float *keys, int32_t d, float *m2)
   for (int32_t column = 0; column < d; column += STRIP) {
     for (int32_t t = 0; t < KV_BLOCK; t++)
       for (int32_t j = 0; j < STRIP; j++) right[(t / 2) * 2 * STRIP + 2 * j + t % 2] = keys[t * d + column + j];
-    strips b = {STRIP_F32, 1, KV_BLOCK / 2, {right}};
+    strips b = {STRIP_F32, 1, KV_BLOCK / 2, {right}, {0}};
     for (int32_t row = 0; row < d; row += STRIP) {
       for (int32_t t = 0; t < KV_BLOCK; t++)
         for (int32_t i = 0; i < STRIP; i++) transposed[i * KV_BLOCK + t] = keys[t * d + row + i];

@@ -36,27 +36,35 @@ static key_model key_model_of(const select_job *job, int32_t kv_head) {
   return (key_model){job->cache->moments[kv_head].mean, job->cache->moments[kv_head].strips};
 }
 
-/* mean_score, deviation and bulk_mass of one query's rows of one key/value head. */
-static void judge(const select_job *job, int32_t query, int32_t kv_head) {
+enum { ROWS_AT_ONCE = 6 };
+
+/* mean_score, deviation and bulk_mass of n <= ROWS_AT_ONCE neighbouring rows of one query and key/value head. */
+static void judge_rows(const select_job *job, int64_t row, int32_t n, const key_model *keys) {
   attention_batch *b = job->b;
   const kernels *k = job->be->kernels;
-  key_model keys = key_model_of(job, kv_head);
-  int32_t d = b->head_dim, group = b->n_heads / b->n_kv_heads;
-  float product[MAX_DIM];
-  for (int32_t h = kv_head * group; h < (kv_head + 1) * group; h++) {
-    int64_t row = (int64_t)query * b->n_heads + h;
-    const float *q = b->q + row * d;
-    for (int32_t j = 0; j < d / STRIP; j++) {
-      strips s = {STRIP_F32, 1, d / 2, {keys.strips + j * d * STRIP}};
-      k->strip_gemm(1, q, d, &s, NULL, product + j * STRIP, STRIP);
-    }
-    float variance = b->scale * b->scale * k->dot(q, product, d);
-    if (variance < 0) variance = 0; /* by rounding */
-    b->mean_score[row] = b->scale * k->dot(q, keys.mean, d);
-    b->deviation[row] = sqrtf(variance);
-    b->bulk_mass[row] = bulk_estimate(job->policy, (size_t)(job->layer * b->n_heads + h), job->tile->n_pages * KV_BLOCK,
-                                      b->mean_score[row], variance);
+  int32_t d = b->head_dim;
+  const float *q = b->q + row * d;
+  float product[ROWS_AT_ONCE * MAX_DIM];
+  for (int32_t j = 0; j < d / STRIP; j++) {
+    strips s = {STRIP_F32, 1, d / 2, {keys->strips + j * d * STRIP}, {0}};
+    k->strip_gemm(n, q, d, &s, NULL, product + j * STRIP, d);
   }
+  for (int32_t i = 0; i < n; i++, row++, q += d) {
+    float variance = b->scale * b->scale * k->dot(q, product + i * d, d);
+    if (variance < 0) variance = 0; /* by rounding */
+    b->mean_score[row] = b->scale * k->dot(q, keys->mean, d);
+    b->deviation[row] = sqrtf(variance);
+    size_t head = (size_t)(job->layer * b->n_heads) + (size_t)(row % b->n_heads);
+    b->bulk_mass[row] = bulk_estimate(job->policy, head, job->tile->n_pages * KV_BLOCK, b->mean_score[row], variance);
+  }
+}
+
+static void judge(const select_job *job, int32_t query, int32_t kv_head) {
+  key_model keys = key_model_of(job, kv_head);
+  int32_t group = job->b->n_heads / job->b->n_kv_heads;
+  int64_t first = (int64_t)query * job->b->n_heads + kv_head * group;
+  for (int32_t i = 0; i < group; i += ROWS_AT_ONCE)
+    judge_rows(job, first + i, group - i < ROWS_AT_ONCE ? group - i : ROWS_AT_ONCE, &keys);
 }
 
 static void judge_queries(void *context, int32_t begin, int32_t end, int32_t thread) {

@@ -19,6 +19,7 @@
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
+typedef uint8_t vbytes __attribute__((vector_size(VL * 4)));
 typedef double vpair __attribute__((vector_size(VL * 4))); /* VL / 2 pairs of floats moved as one */
 
 /* Shuffles of two vectors of VL lanes read as one of 2 VL. */
@@ -118,16 +119,46 @@ static inline vf vload_f16(const uint16_t *p) {
 #endif
 }
 
-#define LOAD_INTS(name, item, wide)                                                                                    \
-  static inline wide name(const item *p) {                                                                             \
-    typedef item narrow __attribute__((vector_size(VL * sizeof(item))));                                               \
-    narrow v;                                                                                                          \
-    memcpy(&v, p, sizeof v);                                                                                           \
-    return __builtin_convertvector(v, wide);                                                                           \
-  }
-LOAD_INTS(vload_i8, int8_t, vi)
-LOAD_INTS(vload_u8, uint8_t, vi)
-LOAD_INTS(vload_u16, uint16_t, vu)
+static inline vbytes vload_bytes(const uint8_t *p) {
+  vbytes v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+/* VL integers of -128 to 127, narrowed. */
+static inline void vstore_i8(int8_t *p, vi v) {
+#if VL == 16
+  _mm_storeu_si128((__m128i *)(void *)p, _mm512_cvtepi32_epi8((__m512i)v));
+#elif VL == 8
+  __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+  _mm_storeu_si64(p, _mm_packs_epi16(words, words));
+#else
+  for (int lane = 0; lane < VL; lane++) p[lane] = (int8_t)v[lane];
+#endif
+}
+
+/* Bytes shifted by n bits; what comes over from the neighbour means nothing. */
+static inline vbytes vshift(vbytes v, int right) {
+  typedef uint16_t words __attribute__((vector_size(VL * 4)));
+  return right >= 0 ? (vbytes)((words)v >> right) : (vbytes)((words)v << -right);
+}
+
+/* VL integers, widened. (GCC 12 would convert vectors of bytes one by one.) */
+#if VL == 16
+static inline vi vload_i8(const int8_t *p) { return (vi)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline vi vload_u8(const uint8_t *p) { return (vi)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+static inline vu vload_u16(const uint16_t *p) {
+  return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+}
+#elif VL == 8
+static inline vi vload_i8(const int8_t *p) { return (vi)_mm256_cvtepi8_epi32(_mm_loadu_si64(p)); }
+static inline vi vload_u8(const uint8_t *p) { return (vi)_mm256_cvtepu8_epi32(_mm_loadu_si64(p)); }
+static inline vu vload_u16(const uint16_t *p) { return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+#else
+static inline vi vload_i8(const int8_t *p) { return (vi){p[0], p[1], p[2], p[3]}; }
+static inline vi vload_u8(const uint8_t *p) { return (vi){p[0], p[1], p[2], p[3]}; }
+static inline vu vload_u16(const uint16_t *p) { return (vu){p[0], p[1], p[2], p[3]}; }
+#endif
 
 static inline vf vload_bf16(const uint16_t *p) { return (vf)(vload_u16(p) << 16); }
 
@@ -161,34 +192,76 @@ static inline vf vexp(vf x) {
 #endif
 }
 
-/* acc[lane] += sum over j < 4 of w[4 lane + j] * x[j], exactly; w unsigned (at most 128 where bits is below 8), x signed. */
-static inline vi vdot4(vi acc, const uint8_t *w, const int8_t *x, int bits) {
-  int32_t word;
-  memcpy(&word, x, sizeof word);
+/* e^(x - max) for x <= max, relative error under 1e-7 (1 + |x| + |max|). */
+static inline vf vexp_below(vf x, float max) {
+#if VL == 16
+  const __m512 log2e = _mm512_set1_ps(1.44269504088896341f);
+  __m512 y = _mm512_fmsub_ps((__m512)x, log2e, _mm512_set1_ps(max * 1.44269504088896341f));
+  vf r = (vf)_mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* y - floor(y) */
+  vf p = vset(1.8775759963e-3f);                                             /* 2^r within 8e-8 on [0, 1] */
+  p = p * r + 8.9893415570e-3f;
+  p = p * r + 5.5826317519e-2f;
+  p = p * r + 2.4015361071e-1f;
+  p = p * r + 6.9315308332e-1f;
+  p = p * r + 9.9999994040e-1f;
+  return (vf)_mm512_scalef_ps((__m512)p, y); /* p 2^floor(y) */
+#else
+  return vexp(x - max);
+#endif
+}
+
+/* Sums of products of bytes, in two steps: products are added up in a part for as long as that holds them, and the part
+ * is then added to 32 bits. lane: sum over j < 4 of w[4 lane + j] * x[j], w unsigned of `bits` bits, x signed. */
+#if defined(__AVX512VNNI__) || VL == 4
+enum { DOT_IN_32_BITS = 1 };
+#else
+enum { DOT_IN_32_BITS = 0 }; /* in 16 */
+#endif
+
+/* How many products of a lane with 4 columns a part holds: pairs of (2^bits - 1) * 128 are to stay below 2^15. */
+static inline int dot_holds(int bits) {
+  if (DOT_IN_32_BITS) return 8;
+  return bits == 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
+}
+
+static inline vi dot_add(vi part, const uint8_t *w, int32_t x, int bits) {
 #if VL == 16 && defined(__AVX512VNNI__)
   (void)bits;
-  return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), _mm512_set1_epi32(word));
+  return (vi)_mm512_dpbusd_epi32((__m512i)part, _mm512_loadu_si512(w), _mm512_set1_epi32(x));
 #elif VL == 16
-  __m512i a = _mm512_loadu_si512(w), b = _mm512_set1_epi32(word);
-  if (bits < 8) return acc + (vi)_mm512_madd_epi16(_mm512_maddubs_epi16(a, b), _mm512_set1_epi16(1));
+  __m512i a = _mm512_loadu_si512(w), b = _mm512_set1_epi32(x);
+  if (bits < 8) return (vi)_mm512_add_epi16((__m512i)part, _mm512_maddubs_epi16(a, b));
   __m512i even =
       _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(0xff)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
   __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
-  return acc + (vi)even + (vi)odd;
+  return part + (vi)even + (vi)odd;
 #elif VL == 8
-  __m256i a = _mm256_loadu_si256((const __m256i *)w), b = _mm256_set1_epi32(word);
-  if (bits < 8) return acc + (vi)_mm256_madd_epi16(_mm256_maddubs_epi16(a, b), _mm256_set1_epi16(1));
+  __m256i a = _mm256_loadu_si256((const __m256i *)w), b = _mm256_set1_epi32(x);
+  if (bits < 8) return (vi)_mm256_add_epi16((__m256i)part, _mm256_maddubs_epi16(a, b));
   /* Pairs of 255 * 127 would saturate 16 bits: even and odd bytes apart. */
   __m256i even =
       _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
   __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
-  return acc + (vi)even + (vi)odd;
+  return part + (vi)even + (vi)odd;
 #else
-  (void)bits, (void)word;
+  (void)bits;
+  int8_t four[4];
+  memcpy(four, &x, sizeof four);
   for (int lane = 0; lane < VL; lane++)
-    for (int j = 0; j < 4; j++) acc[lane] += w[4 * lane + j] * x[j];
-  return acc;
+    for (int j = 0; j < 4; j++) part[lane] += w[4 * lane + j] * four[j];
+  return part;
 #endif
+}
+
+/* A part as 32 bits. */
+static inline vi dot_sum(vi part, int bits) {
+#if VL == 16 && !defined(__AVX512VNNI__)
+  if (bits < 8) return (vi)_mm512_madd_epi16((__m512i)part, _mm512_set1_epi16(1));
+#elif VL == 8
+  if (bits < 8) return (vi)_mm256_madd_epi16((__m256i)part, _mm256_set1_epi16(1));
+#endif
+  (void)bits;
+  return part;
 }
 
 #endif
