@@ -4,8 +4,8 @@
 #include <immintrin.h>
 #endif
 
-/* Independent sums: enough to cover the latency of two multiply units. */
-enum { CHAINS = 16, STEPS = 10000 };
+/* Independent sums: enough to cover the latency of two multiply units, and no more than 16 registers hold. */
+enum { CHAINS = 12, STEPS = 10000 };
 
 #if defined(__AVX512F__)
 enum { BYTES = 64 };

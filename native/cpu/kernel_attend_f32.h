@@ -1,21 +1,49 @@
 /* Attention's two products in floats. Part of kernels.c; needs kernel_strip.h. */
 
+enum {
+  F32_FROM_ROWS = 2 * STRIP_ROWS, /* rows from which halves are converted once for all of them */
+  F32_MAX_DIM = 512
+};
+
+/* (n) halves as floats; n % 16 == 0. */
+static inline void f32_convert(const uint16_t *from, int32_t n, float *to) {
+  for (int32_t i = 0; i < n; i += VL) vstore(to + i, vload_f16(from + i));
+}
+
 /* scores (rows, 64) = q k */
 static void attend_scores(const attend_args *a) {
+  float wide[STRIP * F32_MAX_DIM];
   for (int s = 0; s < a->n_strips; s++) {
-    strips keys = {STRIP_F16, 1, a->head_dim / 2, {a->k[s]}, {after_keys(a, s)}};
-    strip_gemm_typed(STRIP_F16, a->rows, a->q, a->head_dim, &keys, NULL, a->scores + s * STRIP, KV_BLOCK);
+    float *scores = a->scores + s * STRIP;
+    if (a->rows >= F32_FROM_ROWS) {
+      f32_convert(a->k[s], STRIP * a->head_dim, wide);
+      strips keys = {STRIP_F32, 1, a->head_dim / 2, {wide}, {0}};
+      strip_gemm_typed(STRIP_F32, a->rows, a->q, a->head_dim, &keys, NULL, scores, KV_BLOCK);
+    } else {
+      strips keys = {STRIP_F16, 1, a->head_dim / 2, {a->k[s]}, {after_keys(a, s)}};
+      strip_gemm_typed(STRIP_F16, a->rows, a->q, a->head_dim, &keys, NULL, scores, KV_BLOCK);
+    }
   }
 }
 
 /* out (rows, head_dim) = alpha out + scores v */
 static void attend_values(const attend_args *a) {
-  strips values = {STRIP_F16, a->n_strips, STRIP / 2, {0}, {0}};
+  float wide[KV_STRIPS][STRIP * STRIP];
   for (int32_t j = 0; j < a->head_dim / STRIP; j++) {
+    strips values = {STRIP_F16, a->n_strips, STRIP / 2, {0}, {0}};
+    float *out = a->out + j * STRIP;
     for (int s = 0; s < a->n_strips; s++) {
       values.data[s] = a->v[s] + j * STRIP * STRIP;
       values.ahead[s] = after_values(a, s) ? after_values(a, s) + j * STRIP * STRIP : NULL;
     }
-    strip_gemm_typed(STRIP_F16, a->rows, a->scores, KV_BLOCK, &values, a->alpha, a->out + j * STRIP, a->head_dim);
+    if (a->rows >= F32_FROM_ROWS) {
+      for (int s = 0; s < a->n_strips; s++) {
+        f32_convert(values.data[s], STRIP * STRIP, wide[s]);
+        values.data[s] = wide[s];
+      }
+      strip_gemm_typed(STRIP_F32, a->rows, a->scores, KV_BLOCK, &values, a->alpha, out, a->head_dim);
+    } else {
+      strip_gemm_typed(STRIP_F16, a->rows, a->scores, KV_BLOCK, &values, a->alpha, out, a->head_dim);
+    }
   }
 }

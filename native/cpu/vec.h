@@ -218,6 +218,15 @@ enum { DOT_IN_32_BITS = 1 };
 enum { DOT_IN_32_BITS = 0 }; /* in 16 */
 #endif
 
+/* Has a sum made where it stands. GCC would make a part's sums after all of its products, which no registers hold. */
+#if VL == 16 && defined(EMULATED_AVX512)
+#define MAKE_NOW(v) (void)(v)
+#elif VL == 16
+#define MAKE_NOW(v) __asm__("" : "+v"(v))
+#elif VL == 8
+#define MAKE_NOW(v) __asm__("" : "+x"(v))
+#endif
+
 /* How many products of a lane with 4 columns a part holds: pairs of (2^bits - 1) * 128 are to stay below 2^15. */
 static inline int dot_holds(int bits) {
   if (DOT_IN_32_BITS) return 8;
@@ -230,14 +239,22 @@ static inline vi dot_add(vi part, const uint8_t *w, int32_t x, int bits) {
   return (vi)_mm512_dpbusd_epi32((__m512i)part, _mm512_loadu_si512(w), _mm512_set1_epi32(x));
 #elif VL == 16
   __m512i a = _mm512_loadu_si512(w), b = _mm512_set1_epi32(x);
-  if (bits < 8) return (vi)_mm512_add_epi16((__m512i)part, _mm512_maddubs_epi16(a, b));
+  if (bits < 8) {
+    __m512i sum = _mm512_add_epi16((__m512i)part, _mm512_maddubs_epi16(a, b));
+    MAKE_NOW(sum);
+    return (vi)sum;
+  }
   __m512i even =
       _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(0xff)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
   __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
   return part + (vi)even + (vi)odd;
 #elif VL == 8
   __m256i a = _mm256_loadu_si256((const __m256i *)w), b = _mm256_set1_epi32(x);
-  if (bits < 8) return (vi)_mm256_add_epi16((__m256i)part, _mm256_maddubs_epi16(a, b));
+  if (bits < 8) {
+    __m256i sum = _mm256_add_epi16((__m256i)part, _mm256_maddubs_epi16(a, b));
+    MAKE_NOW(sum);
+    return (vi)sum;
+  }
   /* Pairs of 255 * 127 would saturate 16 bits: even and odd bytes apart. */
   __m256i even =
       _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
