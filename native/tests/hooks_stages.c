@@ -55,7 +55,7 @@ static bool read_planes(const backend *be, const activation *a, int32_t n, float
   for (size_t h = 0; h < halves; h++) {
     int32_t total = 0;
     for (size_t i = h * ACT_HALF; i < (h + 1) * ACT_HALF; i++) {
-      int32_t q = quantized_at(planes, be->kernels && be->kernels->words, i);
+      int32_t q = quantized_at(planes, be->ops->on_host && be->kernels->words, i);
       out[i] = scale[h / 2] * (float)q;
       total += q;
     }
