@@ -41,6 +41,8 @@ def read(path: str | os.PathLike[str]) -> str:
         data = _bytes(path)
     except OSError as error:
         raise DocumentError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a zero byte in the path
+        raise DocumentError(f"{str(path)!r}: cannot be read: {error}") from None
     if not data:
         raise DocumentError(f"{path}: the file is empty")
     text = re.sub(r"\n{4,}", "\n\n\n", _line_ends(_reader(path, data)(path, data))).strip("\n")
@@ -114,7 +116,11 @@ def _decode(path: Path, data: bytes, encoding: str) -> str:
 def _html(path: Path, data: bytes) -> str:
     # The page's own <meta charset> counts; without one, it is read as plain text would be.
     declared = re.search(rb"<meta[^>]+charset", data[:4096], re.IGNORECASE)
-    return _markdown(data if declared else _plain(path, data))
+    source = data if declared else _plain(path, data)
+    try:
+        return _markdown(source)
+    except Exception as error:  # elements in elements, thousands deep, end in a RecursionError
+        raise DocumentError(f"{path}: cannot be read as HTML: {_reason(error)}") from None
 
 
 def _markdown(html: str | bytes) -> str:

@@ -84,10 +84,17 @@ def resolve(name_or_path: str | os.PathLike[str]) -> list[Path]:
             raise FileError(f"{path}: model '{name}' has not been fetched yet; run: pyllm pull {name}")
         return [path]
     for path in (Path(name), models_dir() / name):
-        if path.is_file():
+        if _is_file(path):
             return _present_parts(path)
     known_names = ", ".join(KNOWN_MODELS)
     raise FileError(f"{name}: no such file here or in {models_dir()}, nor a known model ({known_names})")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # a folder without permission, a name too long
+        raise FileError(f"{path}: cannot be opened: {error.strerror or error}") from None
 
 
 def pull(

@@ -151,6 +151,7 @@ def truncated_pdf(path: Path) -> None:
         ("d.pdf", lambda path: write_pdf(path, [["text"]], password="p"), "password"),
         ("a.html", lambda path: path.write_text("<script>only()</script>"), "no text"),
         ("b.html", lambda path: path.write_bytes(b"<p>\0</p>"), "binary"),
+        ("c.html", lambda path: path.write_text("<div>" * 5000), "HTML: maximum recursion depth"),
     ],
 )
 def test_unreadable(tmp_path: Path, name: str, make: Callable[[Path], object], cause: str) -> None:
@@ -178,6 +179,11 @@ def test_the_manual_answers_its_questions() -> None:
 def test_the_manual_is_a_long_document_for_the_default_model() -> None:
     n_tokens = len(pyllm.LLM(DEFAULT_MODEL).tokenize(documents.read(DATA / "manual.md")))
     assert 5000 <= n_tokens <= 7000
+
+
+def test_a_path_that_cannot_be() -> None:
+    with pytest.raises(DocumentError, match=r"'a\\x00b': cannot be read: "):
+        documents.read("a\0b")
 
 
 def test_a_pipe_is_read_to_its_end_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

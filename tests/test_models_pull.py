@@ -393,6 +393,8 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(models.DEFAULT_MODEL)
     with pytest.raises(FileError, match=r"gone\.gguf: no such file .*smollm2-135m"):
         resolve("gone.gguf")
+    with pytest.raises(FileError, match="File name too long"):
+        resolve("a" * 5000)
     (tmp_path / names[1]).unlink()
     with pytest.raises(FileError, match=rf"1 of its 2 parts are not beside it: {names[1]}"):
         resolve(names[0])
