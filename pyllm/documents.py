@@ -39,6 +39,8 @@ def read(path: str | os.PathLike[str]) -> str:
     path = Path(path)
     try:
         data = _bytes(path)
+    except DocumentError:
+        raise
     except OSError as error:
         raise DocumentError(f"{path}: cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # a zero byte in the path
@@ -60,7 +62,7 @@ def _bytes(path: Path) -> bytes:
             chunks.append(chunk)
             size = max(size, sum(map(len, chunks)))
     if size > LARGEST:
-        raise DocumentError(f"{path}: more than {decimal(LARGEST)}, too large for a document")
+        raise DocumentError(f"{path}: {decimal(size)}, too large for a document")
     return b"".join(chunks)
 
 
