@@ -181,8 +181,9 @@ class LLM:
 
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """The prompt that the model sees for messages, up to where its answer begins."""
+        template = self.template
         with self._template_errors():
-            text = self.template.render(messages)
+            text = template.render(messages)
             if not text:
                 raise TemplateError("the chat template makes nothing of these messages")
         ids = self.tokenizer.encode(text, add_special=False, parse_special=True)
