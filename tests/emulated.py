@@ -29,4 +29,6 @@ if not is_given:
     build("emu")
 ffi, lib = load()
 
-__all__ = ["check", "ffi", "lib"]
+GIGABYTE = 10**9
+
+__all__ = ["GIGABYTE", "check", "ffi", "lib"]

@@ -2,25 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from emulated import ffi, lib
+from emulated import GIGABYTE, lib
 from pyllm import LLM, _native
 from pyllm.errors import ArgumentError, DeviceError, InsufficientMemoryError
-
-GIGABYTE = 10**9
-
-
-@pytest.fixture
-def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The package runs on the library whose CUDA backend is emulated."""
-    monkeypatch.setattr(_native, "library", lambda: (ffi, lib))
-    lib.hook_emu_memory(4 * GIGABYTE)
-    yield
-    lib.hook_emu_memory(4 * GIGABYTE)
 
 
 @pytest.mark.usefixtures("emulated_gpu")

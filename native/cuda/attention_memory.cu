@@ -8,12 +8,14 @@ template <class F> void each_array(device_attention &a, int32_t n_batch, F f) {
   size_t d = (size_t)a.head_dim, heads = (size_t)a.n_heads, kv_heads = (size_t)a.n_kv_heads;
   size_t rows = (size_t)n_batch * heads, slots = (size_t)a.max_tiles * kv_heads, strips = (size_t)a.max_strips;
   size_t group = heads / kv_heads;
-  f(a.place, 1);
   f(a.state, rows);
   f(a.out, rows * d);
   f(a.local_mass, rows);
   f(a.bulk_mass, rows);
+  f(a.mean_score, rows);
+  f(a.deviation, rows);
   f(a.is_long, rows);
+  f(a.audited, (size_t)n_batch);
   f(a.mass_state, rows);
   f(a.counts, slots);
   f(a.rows, slots * PYLLM_PAGE * group);
@@ -34,7 +36,6 @@ template <class F> void each_array(const device_attention &a, device_layer &l, F
   f(l.folded, g * parts);
   f(l.mean, g * parts * d);
   f(l.m2, g * d * d);
-  f(l.sketched, g * sketch_parts(a.head_dim));
   f(l.stats, 1);
 }
 
@@ -91,12 +92,17 @@ bool layer_memory_new(const backend *be, const device_attention &a, device_layer
 
 void layer_memory_free(const backend *be, const device_attention &a, device_layer &l) {
   each_array(a, l, give_back{be});
-  give_back{be}(l.sketch, 0);
+  layer_sketch_free(be, l.sketch);
 }
 
-bool layer_sketch_new(const backend *be, const device_attention &a, device_layer &l, int32_t bits) {
+bool layer_sketch_new(const backend *be, const device_attention &a, layer_sketch &sketch, int32_t bits) {
   bool ok = true;
-  give_back{be}(l.sketch, 0);
-  take_memory{be, &ok}(l.sketch, (size_t)a.n_kv_heads * (size_t)a.n_blocks * sketch_page_bytes(bits, a.head_dim));
+  take_memory{be, &ok}(sketch.folded, (size_t)(a.n_kv_heads * sketch_parts(a.head_dim)));
+  take_memory{be, &ok}(sketch.pages, (size_t)a.n_kv_heads * (size_t)a.n_blocks * sketch_page_bytes(bits, a.head_dim));
   return ok;
+}
+
+void layer_sketch_free(const backend *be, layer_sketch &sketch) {
+  give_back{be}(sketch.folded, 0);
+  give_back{be}(sketch.pages, 0);
 }

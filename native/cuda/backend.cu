@@ -192,6 +192,7 @@ static const ops cuda_ops = {
     .norm = cuda_norm,
     .linear = cuda_linear,
     .angles = cuda_angles,
+    .attention = &cuda_attention_ops,
     .swiglu = cuda_swiglu,
 };
 

@@ -30,6 +30,8 @@ struct device {
 enum { FEW_TOKENS = 4 };
 inline bool few_tokens(int32_t n) { return n <= FEW_TOKENS; }
 
+extern const attention_ops cuda_attention_ops; /* attention.cu */
+
 inline queue *queue_of(const backend *be) { return &((device *)be->device)->queue; }
 inline const step *step_of(const backend *be) { return ((device *)be->device)->step; }
 

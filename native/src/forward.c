@@ -20,36 +20,32 @@ static void norm(pyllm_session *s, const float *x, const float *w, int32_t n, bo
   trace_lap(&s->trace, STAGE_NORM, 0);
 }
 
-static void rope_store(pyllm_session *s, const layer_weights *w, int32_t n, layer_cache *cache) {
+static void rope_store(pyllm_session *s, const layer_weights *w, int32_t n, int32_t layer) {
   const backend *be = &s->model->backend;
   const config *c = &s->model->config;
   batch_buffers *b = &s->buffers;
   rope_job job = {c->arch->rope, c->n_rot,  c->n_heads, c->n_kv_heads, c->head_dim, s->n_sink, s->position, b->cosine,
                   b->sine,       w->q_norm, w->k_norm,  c->norm_eps,   b->q,        b->k,      b->v};
-  be->ops->rope_store(be, &job, n, cache);
+  be->ops->attention->rope_store(be, &job, n, s->attention, layer);
   trace_lap(&s->trace, STAGE_ROPE, 0);
 }
 
 static void attention(pyllm_session *s, int32_t layer, bool rounded, const batch_record *record) {
   const backend *be = &s->model->backend;
-  attention_batch *a = &s->attention;
-  const layer_cache *cache = &s->layers[layer];
-  pyllm_layer_stats *stats = &s->stats[layer];
-  uint64_t before = stats->bytes_read;
-  be->ops->attend_local(be, a, cache);
+  const attention_ops *stages = be->ops->attention;
+  attention_state *a = s->attention;
+  stages->attend_local(be, a, layer);
   trace_lap(&s->trace, STAGE_ATTEND_LOCAL, 0);
-  be->ops->select(be, a, cache, &s->policy, layer);
+  uint64_t bytes = stages->select(be, a, layer);
   trace_lap(&s->trace, STAGE_SELECT, 0);
-  be->ops->attend_bulk(be, a, cache);
-  const attention_policy *policy = &s->policy;
-  attention_count(a, policy->page_bits ? be->ops->sketch_bytes(policy->page_bits, a->head_dim) : 0, stats);
-  trace_lap(&s->trace, STAGE_ATTEND_BULK, stats->bytes_read - before);
+  stages->attend_bulk(be, a, layer);
+  trace_lap(&s->trace, STAGE_ATTEND_BULK, bytes);
   if (record->all) {
-    pyllm_record rows = record_rows(record, layer, a->n_heads);
-    be->ops->record(be, a, cache, policy, &rows);
+    pyllm_record rows = record_rows(record, layer, s->model->config.n_heads);
+    stages->record(be, a, layer, &rows);
     trace_lap(&s->trace, STAGE_AUDIT, 0);
   }
-  be->ops->finish(be, a, rounded, &s->buffers.attended);
+  stages->finish(be, a, rounded, &s->buffers.attended);
   trace_lap(&s->trace, STAGE_FINISH, 0);
 }
 
@@ -60,7 +56,7 @@ static void layer(pyllm_session *s, int32_t i, int32_t n, const batch_record *re
   norm(s, b->x, w->attn_norm, n, w->wq.quantized || w->wk.quantized || w->wv.quantized);
   linear_job qkv[] = {{&w->wq, w->bq, false, b->q}, {&w->wk, w->bk, false, b->k}, {&w->wv, w->bv, false, b->v}};
   linear(s, STAGE_QKV, &b->normed, n, qkv, 3);
-  rope_store(s, w, n, &s->layers[i]);
+  rope_store(s, w, n, i);
   attention(s, i, w->wo.quantized, record);
   linear_job out = {&w->wo, NULL, true, b->x};
   linear(s, STAGE_ATTENTION_OUT, &b->attended, n, &out, 1);
@@ -109,7 +105,7 @@ int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logit
   be->ops->embed(be, m->embedding_type, m->embedding->data, m->config.dim, tokens, n, b->x);
   be->ops->angles(be, m->rope_frequency, m->config.n_rot / 2, m->config.rope_mscale, s->position, n, b->cosine,
                   b->sine);
-  attention_plan(&s->attention, s->policy.n_window, s->position, n);
+  be->ops->attention->begin(be, s->attention, s->position, n, b->q);
   trace_lap(&s->trace, STAGE_EMBED, 0);
   for (int32_t i = 0; i < m->config.n_layers; i++) {
     if (atomic_load_explicit(&s->abort, memory_order_relaxed))

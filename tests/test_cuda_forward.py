@@ -1,0 +1,136 @@
+"""Whole models on the emulated GPU, against the same models on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from pyllm import LLM, Adaptive, Calibration, Dense, Oracle, Session, Static, Window
+from pyllm.attention import Policy
+from pyllm.errors import UnsupportedError
+from tiny_models import write_tiny
+
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
+
+TOKENS = np.random.default_rng(8).integers(0, 300, 150).tolist()
+LABELS = np.random.default_rng(9).random((2, 8)) < 0.5
+THRESHOLDS = np.random.default_rng(10).choice([0.3, 0.6, 0.9, 1.1], (2, 8))
+
+
+def calibration(moments: str) -> Calibration:
+    rng = np.random.default_rng(11)
+    root = rng.standard_normal((2, 2, 32, 32)) / 6
+    return Calibration(
+        rng.uniform(-0.5, 0.5, (2, 8, 3)),
+        rng.standard_normal((2, 2, 32)) / 3,
+        root @ root.swapaxes(-1, -2),
+        (0, 128),
+        moments,
+    )
+
+
+POLICIES = [
+    Dense(sinks=4, window=20),
+    Window(sinks=4, window=20),
+    Static(LABELS, sinks=4, window=20),
+    Oracle(sinks=4, window=20, threshold=0.6),
+    Adaptive(sinks=4, window=20, threshold=0.6, granularity="head"),
+    Adaptive(sinks=4, window=20, threshold=0.6, granularity="group"),
+    Adaptive(sinks=4, window=20, threshold=0.9, page_bits=3, page_share=0.01),
+    Adaptive(sinks=4, window=20, threshold=0.6, gaussian="frozen"),
+    Adaptive(sinks=4, window=20, threshold=THRESHOLDS, granularity="head", gaussian="truncated"),
+    Adaptive(sinks=4, window=20, threshold=0.6, estimate="regression", calibration=calibration("prompt")),
+    Adaptive(sinks=4, window=20, threshold=0.6, estimate="maximum", calibration=calibration("prompt")),
+    Adaptive(
+        sinks=4,
+        window=20,
+        threshold=THRESHOLDS,
+        estimate="maximum",
+        moments="calibrated",
+        calibration=calibration("calibrated"),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cuda")
+    return write_tiny(folder / "tiny.gguf", types=Type.Q8_0, tokenizer=True, sharp=4.0)
+
+
+def evaluate(path: Path, device: str, policy: Policy) -> tuple[Session, NDArray[np.float32]]:
+    """A prompt in two batches, and six tokens one by one."""
+    session = LLM(path, device=device, attention=policy, n_batch=100, n_ctx=256).session()
+    logits = [session.eval(TOKENS[:-6], all_logits=True)]
+    logits += [session.eval([token], all_logits=True) for token in TOKENS[-6:]]
+    return session, np.concatenate(logits)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: str(policy)[:60])
+def test_policies(path: Path, policy: Policy) -> None:
+    """The model and the tokens are fixed: a decision that hangs on rounding does not come and go."""
+    ours, theirs = (evaluate(path, device, policy) for device in ("cuda", "cpu"))
+    error = np.abs(ours[1] - theirs[1]).max(1) / np.abs(theirs[1]).max()
+    assert np.median(error) <= 2e-3
+    assert np.quantile(error, 0.9) <= 1e-2
+    # Per layer: pairs, pairs_local, work, work_done, bytes, bytes_read, pages, pages_read.
+    counts, expected = (session.stats.layer_counts.astype(float) for session in (ours[0], theirs[0]))
+    assert np.array_equal(counts[:, 0:6:2], expected[:, 0:6:2])
+    assert (np.abs(counts - expected)[:, 1:6:2] <= 0.05 * expected[:, 0:6:2]).all()
+
+
+@pytest.mark.parametrize("policy", POLICIES[3:7], ids=str)
+def test_records(path: Path, policy: Policy) -> None:
+    """Both devices record the same, and recording changes nothing."""
+    audit = np.arange(len(TOKENS)) % 3 == 0
+    records, logits = [], []
+    for device in ("cuda", "cpu"):
+        session = LLM(path, device=device, attention=policy, n_batch=100, n_ctx=256).session()
+        records.append(session.new_record(len(TOKENS), audit))
+        logits.append(session.eval(TOKENS, record=records[-1], all_logits=True))
+    plain = LLM(path, device="cuda", attention=policy, n_batch=100, n_ctx=256).session()
+    assert np.array_equal(plain.eval(TOKENS, all_logits=True), logits[0])
+    ours, theirs = records
+    assert (ours.is_long != theirs.is_long).mean() <= 0.02
+    for name in ("local_mass", "estimate", "true_mass", "mean_score", "deviation"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        assert np.array_equal(np.isnan(a), np.isnan(b)), name
+        known = ~np.isnan(b)
+        if known.any():
+            assert np.quantile(np.abs(a - b)[known], 0.9) <= 5e-3 * (1 + np.abs(b[known]).max()), name
+
+
+def test_a_rewound_session_repeats_itself(path: Path) -> None:
+    policy = Adaptive(sinks=4, window=20, threshold=0.6, page_bits=2)
+    session, logits = evaluate(path, "cuda", policy)
+    session.rewind(100)
+    session.eval(TOKENS[:10])
+    session.rewind(100)
+    again = session.eval(TOKENS[100:-6], all_logits=True)
+    assert np.array_equal(again, logits[100:-6])
+
+
+def test_a_session_moves_between_devices(path: Path, tmp_path: Path) -> None:
+    """A saved session is the same bytes on both, and goes on where it was."""
+    policy = Dense(sinks=4, window=20)
+    session, logits = evaluate(path, "cuda", policy)
+    session.rewind(len(TOKENS) - 6)
+    session.save(tmp_path / "state")
+    state = (tmp_path / "state").read_bytes()
+    for device in ("cuda", "cpu"):
+        other = LLM(path, device=device, attention=policy, n_ctx=256).session()
+        other.load(tmp_path / "state")
+        other.save(tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == state
+        error = np.abs(other.eval(TOKENS[-6:-5]) - logits[-6]).max() / np.abs(logits).max()
+        assert error <= (0 if device == "cuda" else 5e-3)
+
+
+def test_heads_without_kernels(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "odd.gguf", head_dim=48, n_heads=8, tokenizer=True)
+    with pytest.raises(UnsupportedError, match="heads of 48 dimensions: the GPU has kernels for 32, 64"):
+        LLM(path, device="cuda").session()
