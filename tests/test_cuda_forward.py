@@ -83,6 +83,40 @@ def test_policies(path: Path, policy: Policy) -> None:
     assert (np.abs(counts - expected)[:, 1:6:2] <= 0.05 * expected[:, 0:6:2]).all()
 
 
+def calls(session: Session) -> dict[str, int]:
+    return {name: n for name, n, _, _ in session._native.stage_stats()}
+
+
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[4], POLICIES[6]], ids=str)
+def test_a_token_is_one_launch(path: Path, policy: Policy) -> None:
+    """From the second one on, and with the same logits as stage by stage: across the position where the bulk
+    begins, after rewinding, under another policy and beside another session of the model."""
+    llm = LLM(path, device="cuda", attention=policy, n_ctx=256)
+    session, other, stages = (llm.session() for _ in range(3))
+    for s in (session, other, stages):
+        s.eval(TOKENS[:85])
+
+    def follow(n: int) -> None:
+        for token in TOKENS[session.position : session.position + n]:
+            expected = stages.eval([token], record=stages.new_record(1))
+            assert np.array_equal(session.eval([token]), expected)
+            other.eval([token + 1])
+
+    before = calls(session)
+    follow(5)
+    after = calls(session)
+    assert after["token"] - before["token"] == 4
+    assert after["qkv"] - before["qkv"] == 2 * 2  # layers: of the first token, and of the one written down
+    for s in (session, stages):
+        s.rewind(60)
+        s.eval(TOKENS[60:84])
+    follow(3)
+    for s in (session, stages):
+        s.attention = Dense(sinks=4, window=30)
+    follow(3)
+    assert calls(session)["token"] - after["token"] == 3 + 2
+
+
 @pytest.mark.parametrize("policy", POLICIES[3:7], ids=str)
 def test_records(path: Path, policy: Policy) -> None:
     """Both devices record the same, and recording changes nothing."""

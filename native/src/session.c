@@ -106,7 +106,9 @@ int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params 
   s->policy = (attention_policy){.policy = PYLLM_DENSE, .granularity = PYLLM_GROUP, .n_window = 1024};
   atomic_flag_clear(&s->busy);
   trace_init(&s->trace);
+  session_take_device(s);
   status = allocate(s, err);
+  session_give_device(s);
   if (status) pyllm_session_close(s);
   else *out = s;
   return status;
@@ -115,20 +117,34 @@ int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params 
 void pyllm_session_close(pyllm_session *s) {
   if (!s) return;
   const backend *be = &s->model->backend;
+  session_take_device(s);
+  forward_changed(s);
   be->ops->attention->destroy(be, s->attention);
   free_buffers(be, &s->buffers);
+  session_give_device(s);
   policy_free(&s->policy);
   free(s->tokens);
   pyllm_model_close((pyllm_model *)s->model);
   free(s);
 }
 
+void session_take_device(const pyllm_session *s) {
+  if (!s->model->backend.ops->on_host) pool_begin(s->model->backend.pool);
+}
+
+void session_give_device(const pyllm_session *s) {
+  if (!s->model->backend.ops->on_host) pool_end(s->model->backend.pool);
+}
+
 int32_t session_enter(pyllm_session *s, pyllm_error *err) {
-  if (!atomic_flag_test_and_set(&s->busy)) return PYLLM_OK;
-  return fail(err, PYLLM_ERR_ARGUMENT, "the session is in use by another thread");
+  if (atomic_flag_test_and_set(&s->busy))
+    return fail(err, PYLLM_ERR_ARGUMENT, "the session is in use by another thread");
+  session_take_device(s);
+  return PYLLM_OK;
 }
 
 int32_t session_leave(pyllm_session *s, int32_t status) {
+  session_give_device(s);
   atomic_flag_clear(&s->busy);
   return status;
 }
@@ -140,6 +156,7 @@ static int32_t replace_policy(pyllm_session *s, const pyllm_attention *a, pyllm_
   attention_policy p;
   int32_t status = policy_new(a, &shape, &p, err);
   if (status) return status;
+  forward_changed(s);
   status = be->ops->attention->set_policy(be, s->attention, &p, err);
   policy_free(status ? &p : &s->policy);
   if (!status) s->policy = p;
@@ -191,9 +208,10 @@ int32_t pyllm_session_eval(pyllm_session *s, const int32_t *tokens, int32_t n, f
   status = check_eval(s, tokens, n, n_logits, err);
   if (status) return session_leave(s, status);
   atomic_store(&s->abort, false);
-  pool_begin(s->model->backend.pool);
+  bool on_host = s->model->backend.ops->on_host; /* on a GPU the session has the pool already */
+  if (on_host) pool_begin(s->model->backend.pool);
   status = eval_batches(s, tokens, n, logits, n_logits, record, err);
-  pool_end(s->model->backend.pool);
+  if (on_host) pool_end(s->model->backend.pool);
   return session_leave(s, status);
 }
 
@@ -236,7 +254,9 @@ void pyllm_session_abort(pyllm_session *s) { atomic_store(&s->abort, true); }
 
 void pyllm_session_layer_stats(const pyllm_session *s, pyllm_layer_stats *out) {
   const backend *be = &s->model->backend;
+  session_take_device(s);
   be->ops->attention->read_stats(be, s->attention, out);
+  session_give_device(s);
 }
 
 int32_t pyllm_session_stage_stats(const pyllm_session *s, pyllm_stage_stats *out, int32_t n) {

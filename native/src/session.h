@@ -28,6 +28,11 @@ struct pyllm_session {
   attention_policy policy;
   attention_state *attention;
   batch_buffers buffers;
+  struct token_graph {
+    void *stages;   /* the backend's, of one token and its logits; NULL until they were written down */
+    bool warm;      /* a token was evaluated since the policy was set, so that all its kernels are loaded */
+    uint64_t bytes; /* that its stages book */
+  } graph;
   trace trace;
   atomic_bool abort;
   atomic_flag busy; /* held while a call changes the session */
@@ -38,10 +43,18 @@ struct pyllm_session {
 int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
                 const batch_record *record, pyllm_error *err);
 
+/* Forgets the graph of a token, whose stages are about to take other arguments. */
+void forward_changed(pyllm_session *s);
+
 /* session.c: moves the position back to `from`; nothing of positions [from, to) can be read afterwards. */
 void session_cut(pyllm_session *s, int32_t from, int32_t to);
 
-/* One caller at a time changes a session; the second gets an error instead of a corrupted cache. */
+/* A GPU does one thing after another, so whatever works on its memory takes the model first; on the CPU only evaluating
+ * does, for the threads. */
+void session_take_device(const pyllm_session *s);
+void session_give_device(const pyllm_session *s);
+
+/* One caller at a time changes a session; the second gets an error instead of a corrupted cache. Takes the device. */
 int32_t session_enter(pyllm_session *s, pyllm_error *err);
 int32_t session_leave(pyllm_session *s, int32_t status);
 

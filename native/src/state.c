@@ -42,9 +42,13 @@ int32_t pyllm_session_save(const pyllm_session *s, void *buffer, uint64_t size, 
   at += (size_t)s->position * sizeof(int32_t);
   const backend *be = &s->model->backend;
   uint64_t bytes = head_bytes(s, s->position);
+  session_take_device(s);
   for (int32_t i = 0; i < s->model->config.n_layers; i++)
     for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += bytes)
       be->ops->attention->read_blocks(be, s->attention, i, g, head_blocks(s, s->position), at);
+  int32_t status = be->ops->sync(be, err);
+  session_give_device(s);
+  if (status) return status;
   state_header h = {"pyllmkv", STATE_VERSION, s->n_sink, s->position, 0, pyllm_file_fingerprint(s->model->file), 0};
   h.checksum = hash_bytes(0, (unsigned char *)buffer + sizeof h, pyllm_session_state_size(s) - sizeof h);
   memcpy(buffer, &h, sizeof h);
@@ -89,8 +93,9 @@ static int32_t load(pyllm_session *s, const void *buffer, uint64_t size, pyllm_e
   for (int32_t i = 0; i < s->model->config.n_layers; i++)
     for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += bytes)
       be->ops->attention->write_blocks(be, s->attention, i, g, head_blocks(s, h.position), at);
-  s->position = h.position;
-  return PYLLM_OK;
+  status = be->ops->sync(be, err);
+  if (!status) s->position = h.position;
+  return status;
 }
 
 int32_t pyllm_session_load(pyllm_session *s, const void *buffer, uint64_t size, pyllm_error *err) {
@@ -109,7 +114,7 @@ static int32_t moments(pyllm_session *s, int32_t layer, int32_t kv_head, int32_t
                 s->n_sink, s->position);
   const backend *be = &s->model->backend;
   be->ops->attention->read_moments(be, s->attention, layer, kv_head, n_pages, mean, cov);
-  return PYLLM_OK;
+  return be->ops->sync(be, err);
 }
 
 int32_t pyllm_session_moments(pyllm_session *s, int32_t layer, int32_t kv_head, int32_t n_pages, float *mean,
