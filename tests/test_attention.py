@@ -75,6 +75,7 @@ def run(
     chunk: int = 512,
     audit: NDArray[np.bool_] | None = None,
     device: str = "cpu",
+    kv_window: int = 0,
 ) -> Result:
     """audit: (T) bool, whose true masses are recorded. device: "cuda" are the emulated kernels."""
     n, n_heads, head_dim = x.q.shape
@@ -84,7 +85,7 @@ def run(
         np.asarray(policy.static_local if policy.static_local is not None else 0, np.uint8), (n_heads,)
     ).copy()
     shape = ffi.new(
-        "hook_attention_shape *", (n, n_heads, n_kv_heads, head_dim, policy.n_sink, x.scale, chunk)
+        "hook_attention_shape *", (n, n_heads, n_kv_heads, head_dim, policy.n_sink, x.scale, chunk, kv_window)
     )
     attention = ffi.new("pyllm_attention *")
     attention.policy = POLICY_NUMBER[policy.kind]

@@ -59,10 +59,17 @@ paged = st.builds(
 chunks = st.sampled_from([0, 1, 7, 64, 512])
 
 
-def run(x: Inputs, policy: Policy, chunk: int = 512, audit: NDArray[np.bool_] | None = None) -> Result:
+def run(
+    x: Inputs,
+    policy: Policy,
+    chunk: int = 512,
+    audit: NDArray[np.bool_] | None = None,
+    kv_window: int = 0,
+) -> Result:
     """chunk: 0 stands for all but the last query, and that one."""
     n = len(x.q)
-    return run_on(x, policy, chunk=min(chunk or max(n - 1, 1), n), audit=audit, device="cuda")
+    chunk = min(chunk or max(n - 1, 1), n)
+    return run_on(x, policy, chunk=chunk, audit=audit, device="cuda", kv_window=kv_window)
 
 
 def some_inputs(seed: int, n: int, chunk: int, shape: tuple[int, int, int]) -> Inputs:
@@ -251,3 +258,21 @@ def test_records(seed: int, shape: tuple[int, int, int], policy: Policy, n: int,
     theirs = reference.attend(x.q, x.k, x.v, x.scale, policy).decisions
     assert_record(ours, theirs, policy, audit)
     assert_same(ours, run(x, policy, chunk))
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=SEEDS,
+    shape=shapes,
+    policy=policies | paged,
+    n=st.integers(200, 420),
+    chunk=st.sampled_from([0, 7, 64, 100]),
+    kv_window=st.sampled_from([1, 64, 200]),
+)
+def test_a_split_cache_changes_nothing(
+    seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int, kv_window: int
+) -> None:
+    """Whatever its window is beside the policy's: what the GPU does not hold it reads from the host."""
+    x = random_inputs(seed, min(n, 260) if chunk == 7 else n, *shape)
+    policy = with_labels(policy, shape[0], seed)
+    assert_same(run(x, policy, chunk), run(x, policy, chunk, kv_window=kv_window))

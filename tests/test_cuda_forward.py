@@ -9,9 +9,10 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from pyllm import LLM, Adaptive, Calibration, Dense, Oracle, Session, Static, Window
+from emulated import GIGABYTE, lib
+from pyllm import LLM, Adaptive, Calibration, Dense, Oracle, Session, Static, Window, _native
 from pyllm.attention import Policy
-from pyllm.errors import UnsupportedError
+from pyllm.errors import ArgumentError, InsufficientMemoryError, UnsupportedError
 from tiny_models import write_tiny
 
 pytestmark = pytest.mark.usefixtures("emulated_gpu")
@@ -162,6 +163,68 @@ def test_a_session_moves_between_devices(path: Path, tmp_path: Path) -> None:
         assert (tmp_path / "again").read_bytes() == state
         error = np.abs(other.eval(TOKENS[-6:-5]) - logits[-6]).max() / np.abs(logits).max()
         assert error <= (0 if device == "cuda" else 5e-3)
+
+
+@pytest.fixture
+def long_path(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "long.gguf", types=Type.Q8_0, tokenizer=True, sharp=4.0, n_ctx_train=32768)
+
+
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[4], POLICIES[6]], ids=str)
+def test_a_split_cache(path: Path, policy: Policy, tmp_path: Path) -> None:
+    """The same logits, sessions and moments as with all keys and values on the GPU."""
+    whole, split = (
+        LLM(path, device="cuda", kv=kv, attention=policy, n_batch=40, n_ctx=512).session()
+        for kv in ("gpu", "split")
+    )
+    rng = np.random.default_rng(12)
+    ids = rng.integers(0, 300, 330).tolist()
+    for first, stop, rewound in ((0, 300, 170), (170, 260, 90), (90, 95, 95), (95, 330, 330)):
+        for session in (whole, split):
+            session.eval(ids[first : stop - 3])
+        for token in ids[stop - 3 : stop]:
+            assert np.array_equal(whole.eval([token]), split.eval([token]))
+        for session in (whole, split):
+            session.rewind(rewound)
+    assert np.array_equal(whole._native.moments(1, 1, 4)[1], split._native.moments(1, 1, 4)[1])
+    whole.save(tmp_path / "state")
+    split.rewind(100)
+    split.load(tmp_path / "state")
+    split.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "state").read_bytes()
+    assert np.array_equal(whole.eval([7]), split.eval([7]))
+    assert np.array_equal(whole.eval(ids[:70]), split.eval(ids[:70]))
+
+
+def test_a_context_that_only_a_split_cache_fits(long_path: Path) -> None:
+    """Memory is what the arithmetic says: of the GPU's no more than sinks, window and a batch need."""
+    policy = Adaptive(sinks=4, window=64, threshold=0.6, page_bits=2)
+    llm = LLM(long_path, device="cuda", kv="split", attention=policy, n_batch=64)
+    memory = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 64))
+    token_bytes = 2 * 2 * 2 * 32 * 2  # layers, key/value heads, keys and values, dimensions, f16
+    blocks = 1 + (64 + 64) // 64 + 3
+    assert memory.kv_bytes == blocks * 64 * token_bytes
+    assert memory.host_bytes == (1 + 512) * 64 * token_bytes
+    whole = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 0))
+    assert (whole.kv_bytes, whole.host_bytes) == (memory.host_bytes, 0)
+    info = _native.device_info("cuda")
+    lib.hook_emu_memory(info.total_bytes - info.free_bytes + memory.total + whole.kv_bytes // 2)
+    with pytest.raises(InsufficientMemoryError, match=r"a context of 32768 tokens needs .* enough for"):
+        LLM(long_path, device="cuda", attention=policy, n_batch=64).session()
+    session = llm.session()
+    ids = np.random.default_rng(13).integers(0, 300, 200)
+    session.eval(ids[:190])
+    taken = [session.eval([int(token)]) for token in ids[190:]]
+    lib.hook_emu_memory(4 * GIGABYTE)
+    other = LLM(long_path, device="cuda", attention=policy, n_batch=64, n_ctx=256).session()
+    other.eval(ids[:190])
+    assert np.array_equal(taken, [other.eval([int(token)]) for token in ids[190:]])
+
+
+def test_a_split_cache_is_for_gpus(path: Path) -> None:
+    for device, kv in (("cpu", "split"), ("cuda", "both")):
+        with pytest.raises(ArgumentError, match="kv"):
+            LLM(path, device=device, kv=kv)
 
 
 def test_heads_without_kernels(tmp_path: Path) -> None:

@@ -5,11 +5,18 @@
 #include <stdlib.h>
 #include <string.h>
 
-static void memory_needed(const backend *be, const attention_shape *s, pyllm_session_memory *out) {
+static int32_t check_shape(const attention_shape *s, pyllm_error *err) {
+  if (s->kv_window == 0) return PYLLM_OK;
+  return fail(err, PYLLM_ERR_ARGUMENT, "a KV cache split between a GPU's memory and the host's, on the CPU");
+}
+
+static int32_t memory_needed(const backend *be, const attention_shape *s, pyllm_session_memory *out, pyllm_error *err) {
   uint64_t heads = (uint64_t)s->n_layers * (uint64_t)s->n_kv_heads, d = (uint64_t)s->head_dim;
   out->kv_bytes = heads * (uint64_t)kv_blocks(s->n_ctx, s->n_sink) * kv_block_bytes(s->head_dim);
+  out->host_bytes = 0;
   out->moment_bytes = heads * d * (1 + 2 * d) * sizeof(float);
   out->scratch_bytes += attention_bytes(s) + cpu_scratch_bytes(pool_size(be->pool), s);
+  return check_shape(s, err);
 }
 
 static void free_state(const backend *be, attention_state *a) {
@@ -37,6 +44,8 @@ static bool take_memory(const backend *be, attention_state *a) {
 }
 
 static int32_t new_state(const backend *be, const attention_shape *shape, attention_state **out, pyllm_error *err) {
+  int32_t status = check_shape(shape, err);
+  if (status) return status;
   attention_state *a = calloc(1, sizeof *a);
   if (a) a->shape = *shape;
   if (!a || !take_memory(be, a)) {

@@ -10,7 +10,7 @@
  * instructions. The panels of a block (prefill) read the same keys at about the same time and meet in L1.
  *
  * Bytes: per panel the list's keys and values once, 4 head_dim per key; per row 8 head_dim per span for merging. */
-#include "attention.cuh"
+#include "blocks.cuh"
 #include "rows.cuh"
 
 namespace {
@@ -116,7 +116,7 @@ struct key_step {
 };
 
 template <int D>
-__device__ bool find_keys(const device_attention &a, const uint16_t *blocks, const panel_list &l, int32_t first,
+__device__ bool find_keys(const device_attention &a, const head_blocks &blocks, const panel_list &l, int32_t first,
                           const lane_rows &rows, key_step &step) {
   bool seen = false;
   for (int32_t half = 0; half < 2; half++) {
@@ -124,10 +124,10 @@ __device__ bool find_keys(const device_attention &a, const uint16_t *blocks, con
     /* A strip behind the list's end is masked; the address of its first one serves. */
     int32_t key_strip = strip_at(l, key_index < l.n_strips ? key_index : first);
     int32_t strip = strip_at(l, index < l.n_strips ? index : first);
-    step.keys[half] = blocks + key_strip / STRIPS_PER_PAGE * kv_block_halves(D) +
-                      kv_key_at(D, key_strip % STRIPS_PER_PAGE * PYLLM_READ_PAGE, 0);
-    step.values[half] = blocks + strip / STRIPS_PER_PAGE * kv_block_halves(D) +
-                        kv_value_at(D, strip % STRIPS_PER_PAGE * PYLLM_READ_PAGE, 0);
+    step.keys[half] =
+        blocks.at(key_strip / STRIPS_PER_PAGE) + kv_key_at(D, key_strip % STRIPS_PER_PAGE * PYLLM_READ_PAGE, 0);
+    step.values[half] =
+        blocks.at(strip / STRIPS_PER_PAGE) + kv_value_at(D, strip % STRIPS_PER_PAGE * PYLLM_READ_PAGE, 0);
     for (int32_t h = 0; h < 2; h++) {
       step.visible[half][h] = index < l.n_strips ? strip_visible(a.n_sink, strip, rows.position[h]) : 0;
       seen |= step.visible[half][h] > 0;
@@ -216,7 +216,7 @@ __device__ void multiply_values(const float (&weights)[8][4], const key_step &st
 
 /* Fresh state and output of one span; without values the state alone. */
 template <int D>
-__device__ void fold_span(const device_attention &a, const uint16_t *blocks, const panel_list &l, int32_t span,
+__device__ void fold_span(const device_attention &a, const head_blocks &blocks, const panel_list &l, int32_t span,
                           const lane_rows &rows, const query_operands<D> &q, bool with_values, span_result<D> &r) {
   for (int32_t h = 0; h < 2; h++) r.max[h] = -1e30f, r.sum[h] = 0;
 #pragma unroll
@@ -329,10 +329,10 @@ __device__ lane_rows rows_of(const device_attention &a, const panel_list &l, enu
  * spans by turns, panel after panel. No warp waits for another. */
 template <int D>
 __global__ void __launch_bounds__(WARP *warps_of(D))
-    attend_kernel(device_attention a, const uint16_t *kv, enum attend_pass pass, bool apart) {
+    attend_kernel(device_attention a, device_layer layer, enum attend_pass pass, bool apart) {
   panel_list l = list_of(a, pass, blockIdx.z, blockIdx.y);
   query_operands<D> &q = block_shared<attend_shared<D>>().queries[threadIdx.x / WARP];
-  const uint16_t *blocks = kv + (int64_t)l.kv_head * a.n_blocks * kv_block_halves(D);
+  head_blocks blocks(a, layer, l.kv_head);
   int32_t warp = blockIdx.x * warps_of(D) + threadIdx.x / WARP, n_warps = gridDim.x * warps_of(D);
   int32_t n_panels = (l.n_rows + PANEL - 1) / PANEL, n_spans = (l.n_strips + SPAN - 1) / SPAN;
   for (int32_t panel = apart ? 0 : warp; panel < n_panels; panel += apart ? 1 : n_warps) {
@@ -391,7 +391,7 @@ struct attend_launch {
     int32_t most_rows = (n < PYLLM_PAGE ? n : PYLLM_PAGE) * group;
     int32_t warps = apart ? spans : (most_rows + PANEL - 1) / PANEL;
     dim3 grid((unsigned)((warps + warps_of(D) - 1) / warps_of(D)), (unsigned)a.n_kv_heads, (unsigned)most_tiles(n));
-    launch(to, attend_kernel<D>, grid, dim3(WARP * warps_of(D)), sizeof(attend_shared<D>), a, layer.kv, pass, apart);
+    launch(to, attend_kernel<D>, grid, dim3(WARP * warps_of(D)), sizeof(attend_shared<D>), a, layer, pass, apart);
     if (apart)
       launch(to, merge_spans, dim3((unsigned)group, (unsigned)a.n_kv_heads), dim3((D + WARP - 1) / WARP * WARP), 0, a,
              pass);

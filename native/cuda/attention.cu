@@ -24,11 +24,19 @@ struct nothing {
 
 device_attention shape_of(const attention_shape &s) { return attention_of(s, kv_blocks(s.n_ctx, s.n_sink)); }
 
-void memory_needed(const backend *, const attention_shape *s, pyllm_session_memory *out) {
+int32_t check_shape(const attention_shape *s, pyllm_error *err) {
+  if (with_head_dim(s->head_dim, nothing{})) return PYLLM_OK;
+  return fail(err, PYLLM_ERR_UNSUPPORTED, "heads of %d dimensions: the GPU has kernels for 32, 64, 80, 96, 128 and 256",
+              s->head_dim);
+}
+
+int32_t memory_needed(const backend *, const attention_shape *s, pyllm_session_memory *out, pyllm_error *err) {
   uint64_t heads = (uint64_t)s->n_layers * (uint64_t)s->n_kv_heads, d = (uint64_t)s->head_dim;
-  out->kv_bytes = heads * (uint64_t)kv_blocks(s->n_ctx, s->n_sink) * kv_block_bytes(s->head_dim);
+  out->kv_bytes = (uint64_t)s->n_layers * layer_kv_bytes(shape_of(*s));
+  out->host_bytes = (uint64_t)s->n_layers * layer_host_bytes(shape_of(*s));
   out->moment_bytes = heads * d * (d + d / MOMENT_ROWS) * sizeof(float);
   out->scratch_bytes += attention_memory_bytes(shape_of(*s), s->n_batch);
+  return check_shape(s, err);
 }
 
 /* ---- the policy on the device ---- */
@@ -130,9 +138,8 @@ bool take_memory(const backend *be, attention_state *s) {
 }
 
 int32_t create(const backend *be, const attention_shape *shape, attention_state **out, pyllm_error *err) {
-  if (!with_head_dim(shape->head_dim, nothing{}))
-    return fail(err, PYLLM_ERR_UNSUPPORTED,
-                "heads of %d dimensions: the GPU has kernels for 32, 64, 80, 96, 128 and 256", shape->head_dim);
+  int32_t status = check_shape(shape, err);
+  if (status) return status;
   attention_state *s = new (std::nothrow) attention_state{};
   if (s) {
     s->shape = *shape;
@@ -154,7 +161,7 @@ void cut(const backend *be, attention_state *s, int32_t from, int32_t to) {
 
 /* ---- looking in from the host ---- */
 
-uint16_t *head_blocks(attention_state *s, int32_t layer, int32_t kv_head) {
+uint16_t *blocks_at(attention_state *s, int32_t layer, int32_t kv_head) {
   return s->layers[layer].kv + (int64_t)kv_head * s->a.n_blocks * kv_block_halves(s->shape.head_dim);
 }
 
@@ -174,7 +181,7 @@ template <class F> void each_half(int32_t d, F f) {
 void read_blocks(const backend *be, attention_state *s, int32_t layer, int32_t kv_head, int32_t n, void *blocks) {
   int32_t d = s->shape.head_dim;
   size_t bytes = kv_block_bytes(d);
-  be->ops->read(be, blocks, head_blocks(s, layer, kv_head), (size_t)n * bytes);
+  be->ops->read(be, blocks, blocks_at(s, layer, kv_head), (size_t)n * bytes);
   for (int32_t b = 0; b < n; b++) {
     uint16_t *to = (uint16_t *)blocks + b * kv_block_halves(d);
     host_block from;
@@ -191,8 +198,10 @@ void write_blocks(const backend *be, attention_state *s, int32_t layer, int32_t 
     const unsigned char *from = (const unsigned char *)blocks + (size_t)b * bytes; /* of any alignment */
     host_block to;
     each_half(d, [&](int64_t mine, int64_t theirs) { memcpy(&to.half[mine], from + 2 * theirs, sizeof *to.half); });
-    be->ops->write(be, head_blocks(s, layer, kv_head) + b * kv_block_halves(d), to.half, bytes);
+    be->ops->write(be, blocks_at(s, layer, kv_head) + b * kv_block_halves(d), to.half, bytes);
   }
+  bool last = kv_head == s->shape.n_kv_heads - 1; /* of the layer's heads */
+  if (last && n > 0) cuda_fill_recent(queue_of(be), s->a, s->layers[layer], kv_block_start(s->shape.n_sink, n - 1) + 1);
 }
 
 void read_moments(const backend *be, attention_state *s, int32_t layer, int32_t kv_head, int32_t n_pages, float *mean,
@@ -200,6 +209,7 @@ void read_moments(const backend *be, attention_state *s, int32_t layer, int32_t 
   /* As the query sees them that has exactly these pages behind a window of its own token. */
   device_attention a = s->a;
   a.n_window = 1;
+  a.n_recent = 0; /* which blocks are the newest is not this query's to say */
   cuda_begin(be, a.n_sink + n_pages * PYLLM_PAGE, 1);
   const device_layer &l = s->layers[layer];
   size_t d = (size_t)s->shape.head_dim, parts = d / MOMENT_ROWS, head = (size_t)kv_head;

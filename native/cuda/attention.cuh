@@ -36,7 +36,8 @@ typedef struct slot_counts {
 /* One session's attention. Device pointers; passed to kernels by value. */
 typedef struct device_attention {
   int32_t n_heads, n_kv_heads, head_dim, n_sink, n_window;
-  int32_t n_blocks;   /* of one head's KV cache */
+  int32_t n_blocks; /* of one head's KV cache */
+  int32_t n_recent; /* of these, newest ones in the GPU's memory besides where the cache is split (blocks.cuh); or 0 */
   int32_t max_strips; /* of a bulk */
   int32_t max_tiles;  /* of a batch */
   int32_t max_spans;  /* of the longest list of keys */
@@ -82,7 +83,9 @@ typedef struct layer_sketch {
 
 /* One layer's cache. Device pointers. */
 typedef struct device_layer {
-  uint16_t *kv; /* (n_kv_heads, n_blocks) blocks, see kv.cuh */
+  uint16_t *kv;     /* (n_kv_heads, n_blocks) blocks, see kv.cuh */
+  uint16_t *recent; /* (n_kv_heads, 1 + n_recent) blocks; NULL where the cache is not split */
+  void *host_kv;    /* kv as the host knows it, where it is split */
   /* Running moments of the bulk keys. Blocks of MOMENT_ROWS rows of m2 are folded apart, each with its own count and
    * its own copy of the mean, so that none waits for another. */
   int32_t *folded; /* (n_kv_heads, head_dim / 16) pages */
@@ -149,9 +152,11 @@ __device__ inline void count_slot(const device_attention &a, const query_tile &t
 
 /* ---- the stages; each comments its launches where it is written ---- */
 
-/* rope.cu: also forgetting positions [from, end), the last ones. */
+/* rope.cu: also forgetting positions [from, end), the last ones; and filling what a split cache has on the GPU, when the
+ * host's part holds n_tokens. */
 void cuda_rope_store(queue *to, const device_attention &a, const device_layer &layer, const rope_job &job, int32_t n);
 void cuda_cut(queue *to, const device_attention &a, const device_layer &layer, int32_t from, int32_t end);
+void cuda_fill_recent(queue *to, const device_attention &a, const device_layer &layer, int32_t n_tokens);
 /* attend.cu */
 void cuda_attend_local(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
 void cuda_attend_bulk(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
@@ -175,6 +180,9 @@ void cuda_select_pages(queue *to, const device_attention &a, const device_layer 
  * there is then is still to be freed. The sketch of a layer comes and goes with the policy. */
 device_attention attention_of(const attention_shape &s, int32_t n_blocks);
 uint64_t attention_memory_bytes(device_attention a, int32_t n_batch);
+/* Keys and values of one layer: in the GPU's memory, and in the host's. */
+uint64_t layer_kv_bytes(const device_attention &a);
+uint64_t layer_host_bytes(const device_attention &a);
 bool attention_memory_new(const backend *be, device_attention &a, int32_t n_batch);
 void attention_memory_free(const backend *be, device_attention &a);
 bool layer_memory_new(const backend *be, const device_attention &a, device_layer &l);

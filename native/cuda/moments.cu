@@ -1,5 +1,5 @@
 /* Running moments of the bulk keys, and the mass of the bulk that they predict for a query (arXiv 2502.09647). */
-#include "attention.cuh"
+#include "blocks.cuh"
 
 namespace {
 enum { FOLD_THREADS = 256, JUDGE_WARPS = 8, JUDGE_ROWS = 8, MAX_DIM = 256 };
@@ -50,12 +50,13 @@ __global__ void fold_kernel(device_attention a, device_layer layer) {
   float *m2 = layer.m2 + (int64_t)g * d * d + rows;
   int32_t n = *folded;
   query_tile tile = tile_at(a, 0);
+  head_blocks blocks(a, layer, g);
   if (n > tile.n_pages) n = 0;
   for (int32_t i = threadIdx.x; i < d; i += FOLD_THREADS) s.mean[i] = n ? mean[i] : 0;
   __syncthreads();
   for (int32_t t = 0; tile.n; tile = tile_at(a, ++t)) {
     for (; n < tile.n_pages; n++) {
-      load_page(layer.kv + ((int64_t)g * a.n_blocks + 1 + n) * kv_block_halves(d), d, s);
+      load_page(blocks.at(1 + n), d, s);
       merge_page(n, part * MOMENT_ROWS, d, m2, s);
     }
     if (is_last(a, tile) || n == 0) continue;

@@ -1,5 +1,5 @@
 /* Queries and keys of a batch: norms, RoPE, and keys and values into the cache. */
-#include "attention.cuh"
+#include "blocks.cuh"
 
 namespace {
 enum { THREADS = 128 };
@@ -28,9 +28,38 @@ __device__ void rotate_head(float *x, const float *cosine, const float *sine, in
   __syncthreads();
 }
 
+/* Keys and values (head_dim) of one token, NULL for zeros, wherever its block is. */
+__device__ void store_token(const device_attention &a, const device_layer &layer, int32_t g, int32_t position,
+                            const float *key, const float *value) {
+  int32_t block = kv_block_of(a.n_sink, position), slot = position - kv_block_start(a.n_sink, block);
+  uint16_t *stored = stored_block(a, layer, g, block);
+  uint16_t *recent = a.n_recent ? recent_block(a, layer, g, block) : NULL;
+  for (int32_t i = threadIdx.x; i < a.head_dim; i += THREADS) {
+    store_key_value(stored, a.head_dim, slot, i, key ? key[i] : 0, value ? value[i] : 0);
+    if (recent) store_key_value(recent, a.head_dim, slot, i, key ? key[i] : 0, value ? value[i] : 0);
+  }
+}
+
+/* Grid (tokens, n_kv_heads): where a block begins with a token, its slot in the ring still holds an older one. */
+__global__ void open_kernel(device_attention a, device_layer layer) {
+  int32_t position = a.now->position + (int32_t)blockIdx.x, block = kv_block_of(a.n_sink, position);
+  if (position != kv_block_start(a.n_sink, block)) return;
+  uint16_t *to = recent_block(a, layer, blockIdx.y, block);
+  for (int64_t i = threadIdx.x; i < kv_block_halves(a.head_dim); i += THREADS) to[i] = 0;
+}
+
+/* Grid (1 + n_recent, n_kv_heads): the sinks and the newest blocks up to `newest` into the GPU's memory. */
+__global__ void fill_kernel(device_attention a, device_layer layer, int32_t newest) {
+  int32_t block = blockIdx.x == 0 ? 0 : newest - (int32_t)blockIdx.x + 1, g = blockIdx.y;
+  if (block < 0 || (block == 0 && blockIdx.x != 0)) return;
+  const uint4 *from = (const uint4 *)stored_block(a, layer, g, block);
+  uint4 *to = (uint4 *)recent_block(a, layer, g, block);
+  for (int64_t i = threadIdx.x; i < kv_block_halves(a.head_dim) / 8; i += THREADS) to[i] = from[i];
+}
+
 /* Grid (tokens, query heads and behind them key/value heads): reads and writes 4 head_dim bytes each; a key/value head
  * writes 4 head_dim bytes to the cache. */
-__global__ void rope_kernel(device_attention a, rope_job job, uint16_t *kv) {
+__global__ void rope_kernel(device_attention a, rope_job job, device_layer layer) {
   float *partial = block_shared<rope_shared>().partial;
   int64_t token = blockIdx.x;
   int32_t d = a.head_dim, head = blockIdx.y, g = head - a.n_heads;
@@ -39,19 +68,13 @@ __global__ void rope_kernel(device_attention a, rope_job job, uint16_t *kv) {
   norm_head(x, g < 0 ? job.q_norm : job.k_norm, job.norm_eps, d, partial);
   rotate_head(x, job.cosine + angle, job.sine + angle, job.n_rot, job.kind == ROPE_PAIRS);
   if (g < 0) return;
-  int32_t position = a.now->position + (int32_t)token, block = kv_block_of(a.n_sink, position);
-  uint16_t *to = kv + ((int64_t)g * a.n_blocks + block) * kv_block_halves(d);
   const float *value = job.v + (token * a.n_kv_heads + g) * d;
-  for (int32_t i = threadIdx.x; i < d; i += THREADS)
-    store_key_value(to, d, position - kv_block_start(a.n_sink, block), i, x[i], value[i]);
+  store_token(a, layer, g, a.now->position + (int32_t)token, x, value);
 }
 
 /* Grid (positions, n_kv_heads). */
-__global__ void clear_kernel(device_attention a, uint16_t *kv, int32_t from) {
-  int32_t position = from + blockIdx.x, block = kv_block_of(a.n_sink, position), d = a.head_dim;
-  uint16_t *to = kv + ((int64_t)blockIdx.y * a.n_blocks + block) * kv_block_halves(d);
-  for (int32_t i = threadIdx.x; i < d; i += THREADS)
-    store_key_value(to, d, position - kv_block_start(a.n_sink, block), i, 0, 0);
+__global__ void clear_kernel(device_attention a, device_layer layer, int32_t from) {
+  store_token(a, layer, blockIdx.y, from + (int32_t)blockIdx.x, NULL, NULL);
 }
 
 /* One block: what counts pages that are no longer whole counts them no more. */
@@ -65,13 +88,21 @@ __global__ void forget_kernel(device_attention a, device_layer layer, int32_t wh
 } // namespace
 
 void cuda_rope_store(queue *to, const device_attention &a, const device_layer &layer, const rope_job &job, int32_t n) {
+  if (a.n_recent) launch(to, open_kernel, dim3((unsigned)n, (unsigned)a.n_kv_heads), dim3(THREADS), 0, a, layer);
   launch(to, rope_kernel, dim3((unsigned)n, (unsigned)(a.n_heads + a.n_kv_heads)), dim3(THREADS), sizeof(rope_shared),
-         a, job, layer.kv);
+         a, job, layer);
 }
 
 void cuda_cut(queue *to, const device_attention &a, const device_layer &layer, int32_t from, int32_t end) {
   if (from >= end) return;
   int32_t whole_pages = from > a.n_sink ? (from - a.n_sink) / PYLLM_PAGE : 0;
-  launch(to, clear_kernel, dim3((unsigned)(end - from), (unsigned)a.n_kv_heads), dim3(THREADS), 0, a, layer.kv, from);
+  launch(to, clear_kernel, dim3((unsigned)(end - from), (unsigned)a.n_kv_heads), dim3(THREADS), 0, a, layer, from);
   launch(to, forget_kernel, dim3(1), dim3(THREADS), 0, a, layer, whole_pages);
+  cuda_fill_recent(to, a, layer, from);
+}
+
+void cuda_fill_recent(queue *to, const device_attention &a, const device_layer &layer, int32_t n_tokens) {
+  if (!a.n_recent || n_tokens == 0) return;
+  launch(to, fill_kernel, dim3((unsigned)(1 + a.n_recent), (unsigned)a.n_kv_heads), dim3(THREADS), 0, a, layer,
+         kv_block_of(a.n_sink, n_tokens - 1));
 }

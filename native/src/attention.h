@@ -74,6 +74,7 @@ typedef struct attention_batch {
 typedef struct attention_shape {
   int32_t n_layers, n_batch, n_ctx, n_heads, n_kv_heads, head_dim, n_sink;
   float scale;
+  int32_t kv_window; /* of a GPU's cache that is split: tokens whose keys and values it holds itself; 0: not split */
 } attention_shape;
 
 /* Allocates for up to n_batch queries; false when memory is refused (then attention_free still cleans up). */

@@ -10,12 +10,13 @@ static int32_t check_params(const pyllm_session_params *p, pyllm_error *err) {
     return fail(err, PYLLM_ERR_ARGUMENT, "n_batch is %d, expected 1 to 4096", p->n_batch);
   if (p->n_sink < 0 || p->n_sink > PYLLM_PAGE)
     return fail(err, PYLLM_ERR_ARGUMENT, "n_sink is %d, expected 0 to %d", p->n_sink, PYLLM_PAGE);
+  if (p->kv_window < 0) return fail(err, PYLLM_ERR_ARGUMENT, "kv_window is %d, expected at least 0", p->kv_window);
   return PYLLM_OK;
 }
 
 static attention_shape shape_of(const config *c, const pyllm_session_params *p) {
-  return (attention_shape){c->n_layers,   p->n_batch,  p->n_ctx,  c->n_heads,
-                           c->n_kv_heads, c->head_dim, p->n_sink, c->attention_scale};
+  return (attention_shape){c->n_layers, p->n_batch, p->n_ctx,           c->n_heads,  c->n_kv_heads,
+                           c->head_dim, p->n_sink,  c->attention_scale, p->kv_window};
 }
 
 static int32_t logit_rows(int32_t n_batch) { return n_batch < LOGITS_AT_ONCE ? n_batch : LOGITS_AT_ONCE; }
@@ -35,8 +36,7 @@ int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_pa
   attention_shape shape = shape_of(c, p);
   out->scratch_bytes = (uint64_t)p->n_batch * per_token + (uint64_t)p->n_ctx * 4 +
                        (m->backend.ops->on_host ? 0 : (uint64_t)logit_rows(p->n_batch) * (uint64_t)c->n_vocab * 4);
-  m->backend.ops->attention->memory(&m->backend, &shape, out);
-  return PYLLM_OK;
+  return m->backend.ops->attention->memory(&m->backend, &shape, out, err);
 }
 
 static bool new_activation(const backend *be, activation *a, int32_t n, int32_t cols) {
@@ -81,10 +81,9 @@ static void free_buffers(const backend *be, batch_buffers *b) {
   free_activation(be, &b->hidden);
 }
 
-static int32_t allocate(pyllm_session *s, pyllm_error *err) {
+static int32_t allocate(pyllm_session *s, const pyllm_session_params *params, pyllm_error *err) {
   const backend *be = &s->model->backend;
-  pyllm_session_params params = {s->n_ctx, s->n_batch, s->n_sink};
-  attention_shape shape = shape_of(&s->model->config, &params);
+  attention_shape shape = shape_of(&s->model->config, params);
   s->tokens = malloc((size_t)s->n_ctx * sizeof *s->tokens);
   if (!s->tokens || !new_buffers(be, &s->buffers, &s->model->config, s->n_batch))
     return fail(err, PYLLM_ERR_MEMORY, "memory for batches of %d tokens was refused", s->n_batch);
@@ -107,7 +106,9 @@ int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params 
   atomic_flag_clear(&s->busy);
   trace_init(&s->trace);
   session_take_device(s);
-  status = allocate(s, err);
+  pyllm_session_params fitting = *params;
+  fitting.n_batch = s->n_batch;
+  status = allocate(s, &fitting, err);
   session_give_device(s);
   if (status) pyllm_session_close(s);
   else *out = s;
