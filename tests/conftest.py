@@ -63,9 +63,9 @@ def tiny(tiny_model: Path) -> LLM:
 @pytest.fixture
 def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The package runs on the library whose CUDA backend is emulated, a GPU of 4 GB."""
-    from emulated import GIGABYTE, ffi, lib  # builds it: only where it is needed
+    from emulated import GIGABYTE, ffi, lib, set_memory  # builds it: only where it is needed
 
     monkeypatch.setattr(_native, "library", lambda: (ffi, lib))
-    lib.hook_emu_memory(4 * GIGABYTE)
+    set_memory(4 * GIGABYTE)
     yield
-    lib.hook_emu_memory(4 * GIGABYTE)
+    set_memory(4 * GIGABYTE)

@@ -30,5 +30,14 @@ if not is_given:
 ffi, lib = load()
 
 GIGABYTE = 10**9
+# False where a build for a real GPU was given.
+is_emulated = hasattr(lib, "hook_emu_memory")
 
-__all__ = ["GIGABYTE", "check", "ffi", "lib"]
+
+def set_memory(n_bytes: int) -> None:
+    """Of the emulated GPU; a real one has what it has."""
+    if is_emulated:
+        lib.hook_emu_memory(n_bytes)
+
+
+__all__ = ["GIGABYTE", "check", "ffi", "is_emulated", "lib", "set_memory"]

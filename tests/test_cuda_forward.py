@@ -9,7 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from emulated import GIGABYTE, lib
+from emulated import GIGABYTE, is_emulated, set_memory
 from pyllm import LLM, Adaptive, Calibration, Dense, Oracle, Session, Static, Window, _native
 from pyllm.attention import Policy
 from pyllm.errors import ArgumentError, InsufficientMemoryError, UnsupportedError
@@ -196,6 +196,7 @@ def test_a_split_cache(path: Path, policy: Policy, tmp_path: Path) -> None:
     assert np.array_equal(whole.eval(ids[:70]), split.eval(ids[:70]))
 
 
+@pytest.mark.skipif(not is_emulated, reason="the memory of a real GPU cannot be capped")
 def test_a_context_that_only_a_split_cache_fits(long_path: Path) -> None:
     """Memory is what the arithmetic says: of the GPU's no more than sinks, window and a batch need."""
     policy = Adaptive(sinks=4, window=64, threshold=0.6, page_bits=2)
@@ -208,14 +209,14 @@ def test_a_context_that_only_a_split_cache_fits(long_path: Path) -> None:
     whole = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 0))
     assert (whole.kv_bytes, whole.host_bytes) == (memory.host_bytes, 0)
     info = _native.device_info("cuda")
-    lib.hook_emu_memory(info.total_bytes - info.free_bytes + memory.total + whole.kv_bytes // 2)
+    set_memory(info.total_bytes - info.free_bytes + memory.total + whole.kv_bytes // 2)
     with pytest.raises(InsufficientMemoryError, match=r"a context of 32768 tokens needs .* enough for"):
         LLM(long_path, device="cuda", attention=policy, n_batch=64).session()
     session = llm.session()
     ids = np.random.default_rng(13).integers(0, 300, 200)
     session.eval(ids[:190])
     taken = [session.eval([int(token)]) for token in ids[190:]]
-    lib.hook_emu_memory(4 * GIGABYTE)
+    set_memory(4 * GIGABYTE)
     other = LLM(long_path, device="cuda", attention=policy, n_batch=64, n_ctx=256).session()
     other.eval(ids[:190])
     assert np.array_equal(taken, [other.eval([int(token)]) for token in ids[190:]])
