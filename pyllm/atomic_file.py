@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import tempfile
 from pathlib import Path
@@ -17,7 +18,13 @@ def _umask() -> int:
 
 
 def write(path: Path, data: memoryview) -> None:
-    """Replaces `path` by data: until the end it is what it was. Raises OSError, and leaves nothing behind."""
+    """Replaces `path` by data: until the end it is what it was. Raises OSError, and leaves nothing behind.
+
+    A link stays one, to the new file; a device or a pipe is refused, which a file in its place would break.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "there is something else than a file at this place", str(path))
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
         try:
             file.write(data)

@@ -7,7 +7,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from pyllm.generation import Generation, Piece, TokenLogprob
+from pyllm.generation import Candidate, Generation, Piece, TokenLogprob
 from pyllm.session import Progress
 
 
@@ -57,7 +57,7 @@ class Completion:
         self, content: dict[str, Any], logprobs: Sequence[TokenLogprob], reason: str | None
     ) -> dict[str, Any]:
         shaped = None
-        if self.generation.request.n_logprobs is not None:
+        if self.generation.request.logprobs is not None:
             shaped = chat_logprobs(logprobs) if self.chat else text_logprobs(logprobs)
         return {"index": 0, **content, "logprobs": shaped, "finish_reason": reason}
 
@@ -97,8 +97,8 @@ def text_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
 def _best_by_text(entry: TokenLogprob) -> dict[str, float]:
     """Tokens may share a text (parts of characters are all U+FFFD): the best one stands for them."""
     best: dict[str, float] = {}
-    for _, text, logprob in entry.top:
-        best.setdefault(text, logprob)
+    for candidate in entry.top:
+        best.setdefault(candidate.text, candidate.logprob)
     return best
 
 
@@ -106,14 +106,12 @@ def chat_logprobs(entries: Sequence[TokenLogprob]) -> dict[str, Any]:
     """The shape of the chat completions API."""
     return {
         "content": [
-            {
-                **_chat_token(entry.text, entry.logprob),
-                "top_logprobs": [_chat_token(text, logprob) for _, text, logprob in entry.top],
-            }
+            {**_chat_token(entry), "top_logprobs": [_chat_token(candidate) for candidate in entry.top]}
             for entry in entries
         ]
     }
 
 
-def _chat_token(text: str, logprob: float) -> dict[str, Any]:
-    return {"token": text, "logprob": logprob, "bytes": list(text.encode())}
+def _chat_token(entry: Candidate) -> dict[str, Any]:
+    """Its bytes are there for whoever puts characters together that take several tokens."""
+    return {"token": entry.text, "logprob": entry.logprob, "bytes": list(entry.piece)}

@@ -21,6 +21,7 @@ BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16"),
     (codecs.BOM_UTF16_BE, "utf-16"),
 )
+CHUNK = 1 << 24  # bytes read at once
 LARGEST = 10**9  # bytes: a film among documents must not fill the memory before it is found to be binary
 
 # Its remarks on damaged files are for those who configure logging; a DocumentError says what matters.
@@ -37,19 +38,32 @@ def read(path: str | os.PathLike[str]) -> str:
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
-        if size > LARGEST:
-            raise DocumentError(f"{path}: {decimal(size)}, too large for a document")
-        data = path.read_bytes()
+        data = _bytes(path)
+    except DocumentError:
+        raise
     except OSError as error:
         raise DocumentError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:  # a zero byte in the path
+        raise DocumentError(f"{str(path)!r}: cannot be read: {error}") from None
     if not data:
         raise DocumentError(f"{path}: the file is empty")
-    text = _reader(path, data)(path, data)
-    text = re.sub(r"\n{4,}", "\n\n\n", text.replace("\r\n", "\n").replace("\r", "\n")).strip("\n")
+    text = re.sub(r"\n{4,}", "\n\n\n", _line_ends(_reader(path, data)(path, data))).strip("\n")
     if not text.strip():
         raise DocumentError(f"{path}: there is no text in it")
     return text + "\n"
+
+
+def _bytes(path: Path) -> bytes:
+    """All of a file, a pipe or a device, of which only the first tells its size beforehand."""
+    chunks: list[bytes] = []
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while size <= LARGEST and (chunk := file.read(CHUNK)):
+            chunks.append(chunk)
+            size = max(size, sum(map(len, chunks)))
+    if size > LARGEST:
+        raise DocumentError(f"{path}: {decimal(size)}, too large for a document")
+    return b"".join(chunks)
 
 
 def _reader(path: Path, data: bytes) -> Callable[[Path, bytes], str]:
@@ -61,6 +75,15 @@ def _reader(path: Path, data: bytes) -> Callable[[Path, bytes], str]:
 
 
 # ---- text ----
+
+
+def plain_text(name: str, data: bytes) -> str:
+    """The text in data, which came from `name`; lines end in "\\n". Raises DocumentError if it is none."""
+    return _line_ends(_plain(Path(name), data))
+
+
+def _line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def _plain(path: Path, data: bytes) -> str:
@@ -95,7 +118,11 @@ def _decode(path: Path, data: bytes, encoding: str) -> str:
 def _html(path: Path, data: bytes) -> str:
     # The page's own <meta charset> counts; without one, it is read as plain text would be.
     declared = re.search(rb"<meta[^>]+charset", data[:4096], re.IGNORECASE)
-    return _markdown(data if declared else _plain(path, data))
+    source = data if declared else _plain(path, data)
+    try:
+        return _markdown(source)
+    except Exception as error:  # elements in elements, thousands deep, end in a RecursionError
+        raise DocumentError(f"{path}: cannot be read as HTML: {_reason(error)}") from None
 
 
 def _markdown(html: str | bytes) -> str:

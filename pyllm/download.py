@@ -77,6 +77,7 @@ def writing(path: Path) -> Iterator[BinaryIO]:
             finally:
                 if file.tell() == 0:  # nothing to go on from
                     part.unlink(missing_ok=True)
+                    _validator(part).unlink(missing_ok=True)
     except DownloadError:
         raise
     except BlockingIOError:

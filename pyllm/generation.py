@@ -51,34 +51,45 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to be generated. n_logprobs: alternatives reported per token; None for no
+    """One answer to be generated. logprobs: alternatives reported per token; None for no
     log-probabilities."""
 
     sampling: Sampling
     seed: int
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
-    n_logprobs: int | None = None
+    logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if any(not isinstance(text, str) or not text for text in self.stop):
             raise ArgumentError(f"stop: expected non-empty strings, got {list(self.stop)!r}")
-        for name, low in (("max_tokens", 1), ("n_logprobs", 0)):
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ArgumentError(f"seed: expected None or a whole number, got {self.seed!r}")
+        for name, low in (("max_tokens", 1), ("logprobs", 0)):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < low):
                 raise ArgumentError(f"{name}: expected None or a whole number from {low} up, got {value!r}")
 
 
 @dataclass(frozen=True)
-class TokenLogprob:
-    """A generated token. offset: characters of the answer before it; top: (token, text, logprob), best
-    first."""
+class Candidate:
+    """A token and its log-probability. piece: its bytes, maybe part of a character."""
 
     token: int
-    text: str
+    piece: bytes
     logprob: float
+
+    @property
+    def text(self) -> str:
+        return self.piece.decode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class TokenLogprob(Candidate):
+    """A generated token. offset: characters of the answer before it; top: the likeliest, best first."""
+
     offset: int
-    top: tuple[tuple[int, str, float], ...]
+    top: tuple[Candidate, ...]
 
 
 @dataclass(frozen=True)
@@ -182,15 +193,15 @@ class Draft:
 
     def _logprobs(self, token: int, logits: NDArray[np.float32], offset: int) -> tuple[TokenLogprob, ...]:
         """Of the model's own distribution: before penalties and temperature."""
-        n = self._request.n_logprobs
+        n = self._request.logprobs
         if n is None:
             return ()
         peak = float(logits.max())
         logprobs = logits - (peak + np.log(np.exp(logits - peak, dtype=np.float64).sum()))
         best = np.argsort(-logprobs, kind="stable")[:n]
-        decode = self._tokenizer.decode
-        top = tuple((int(i), decode([int(i)]), float(logprobs[i])) for i in best)
-        return (TokenLogprob(token, decode([token]), float(logprobs[token]), offset, top),)
+        piece = self._tokenizer.piece
+        top = tuple(Candidate(int(i), piece(int(i)), float(logprobs[i])) for i in best)
+        return (TokenLogprob(token, piece(token), float(logprobs[token]), offset, top),)
 
 
 class Generation:

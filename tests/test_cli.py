@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -36,7 +37,7 @@ def test_generate(tiny: LLM, tiny_model: Path, capsys: pytest.CaptureFixture[str
 def test_generate_from_standard_input(
     tiny: LLM, tiny_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO(PROMPT))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(PROMPT.encode())))
     assert main(["generate", "-", "-m", str(tiny_model), "--max-tokens", "5", "--seed", "3"]) == 0
     expected = tiny.generate(PROMPT, max_tokens=5, seed=3)["choices"][0]["text"]
     assert capsys.readouterr().out == expected + "\n"
@@ -122,6 +123,42 @@ def test_a_closed_pipe_is_no_traceback(tiny_model: Path) -> None:
     err = child.stderr.read()
     assert child.wait() == 1
     assert err == ""
+
+
+def test_a_full_disk_is_one_line(tiny_model: Path) -> None:
+    for command in (("generate", PROMPT), ("info",)):
+        arguments = [sys.executable, "-m", "pyllm", *command, "-m", str(tiny_model)]
+        with open("/dev/full", "w") as full:
+            found = subprocess.run(arguments, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (found.returncode, found.stderr.count("\n")) == (1, 1), found.stderr
+        assert found.stderr == "pyllm: error: standard input or output: No space left on device\n"
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-"])
+def test_a_closed_stream_is_an_empty_one(tiny_model: Path, closed: str) -> None:
+    command = f'"{sys.executable}" -m pyllm chat -m "{tiny_model}" --max-tokens 3 {closed}'
+    found = subprocess.run(["sh", "-c", command], stdin=subprocess.DEVNULL, capture_output=True, text=True)
+    assert found.returncode == 0
+    assert found.stderr == ""
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8:strict"])
+def test_no_encoding_is_a_traceback(tiny_model: Path, encoding: str) -> None:
+    """Questions that are not the terminal's encoding, and answers that it does not have."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-m", "pyllm", "chat", "-m", str(tiny_model), "--max-tokens", "5"]
+    found = subprocess.run(command, input=b"\xff\xc3 what?\n\xe9\n", env=environment, capture_output=True)
+    assert (found.returncode, found.stderr) == (0, b"")
+    assert found.stdout.count(b"[prompt") == 2
+
+
+def test_standard_input_that_is_no_text(tiny_model: Path) -> None:
+    command = [sys.executable, "-m", "pyllm", "generate", "-", "-m", str(tiny_model)]
+    found = subprocess.run(command, input=b"the hand\0", capture_output=True)
+    assert found.returncode == 1
+    assert found.stderr == (
+        b"pyllm: error: standard input: a binary file, not text (zero byte at offset 8)\n"
+    )
 
 
 def test_ctrl_c_is_one_line(default_model: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import docx
@@ -149,6 +151,7 @@ def truncated_pdf(path: Path) -> None:
         ("d.pdf", lambda path: write_pdf(path, [["text"]], password="p"), "password"),
         ("a.html", lambda path: path.write_text("<script>only()</script>"), "no text"),
         ("b.html", lambda path: path.write_bytes(b"<p>\0</p>"), "binary"),
+        ("c.html", lambda path: path.write_text("<div>" * 5000), "HTML: maximum recursion depth"),
     ],
 )
 def test_unreadable(tmp_path: Path, name: str, make: Callable[[Path], object], cause: str) -> None:
@@ -176,3 +179,20 @@ def test_the_manual_answers_its_questions() -> None:
 def test_the_manual_is_a_long_document_for_the_default_model() -> None:
     n_tokens = len(pyllm.LLM(DEFAULT_MODEL).tokenize(documents.read(DATA / "manual.md")))
     assert 5000 <= n_tokens <= 7000
+
+
+def test_a_path_that_cannot_be() -> None:
+    with pytest.raises(DocumentError, match=r"'a\\x00b': cannot be read: "):
+        documents.read("a\0b")
+
+
+def test_a_pipe_is_read_to_its_end_but_not_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither tells its size beforehand, as /dev/zero does not."""
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(pipe.write_bytes, b"some words\r\nmore of them")
+        assert documents.read(pipe) == "some words\nmore of them\n"
+        monkeypatch.setattr(documents, "LARGEST", 1000)
+        pool.submit(pipe.write_bytes, b"word " * 300)
+        with pytest.raises(DocumentError, match=r"pipe: 1\.5 kB, too large"):
+            documents.read(pipe)

@@ -216,7 +216,7 @@ def test_control_brings_a_damaged_sketch_back(sharp: LLM) -> None:
 
 
 def answer(session: Session, llm: LLM, prompt: list[int], n: int, **sampling: Any) -> list[TokenLogprob]:
-    request = Request(Sampling(**{"temperature": 0.0, **sampling}), 1, n, n_logprobs=0)
+    request = Request(Sampling(**{"temperature": 0.0, **sampling}), 1, n, logprobs=0)
     generation = VerifiedGeneration(session, llm.tokenizer, prompt, request, continuing=True)
     pieces = list(generation.pieces())
     assert [piece.finish_reason for piece in pieces[:-1]] == [None] * (len(pieces) - 1)

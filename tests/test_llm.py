@@ -17,6 +17,7 @@ from pyllm import (
     ArgumentError,
     ContextError,
     FileError,
+    FormatError,
     PyllmError,
     TemplateError,
 )
@@ -123,7 +124,7 @@ def test_bytes_that_are_no_text_do_not_break_the_stream(tiny: LLM) -> None:
     flat = Sampling(temperature=100.0, top_k=0, top_p=1.0, min_p=0.0)
     broken = 0
     for seed in range(20):  # some of which draw an end of generation at once
-        request = Request(flat, seed=seed, max_tokens=200, n_logprobs=0)
+        request = Request(flat, seed=seed, max_tokens=200, logprobs=0)
         pieces = list(Generation(tiny.session(), tiny.tokenizer, [5], request, continuing=True).pieces())
         ids = [entry.token for piece in pieces for entry in piece.logprobs]
         text = "".join(piece.text for piece in pieces)
@@ -190,6 +191,29 @@ def test_logprobs_are_the_models(tiny: LLM) -> None:
     ]
     assert [len(token["top_logprobs"]) for token in content] == [2, 2, 2]
     assert all(token["logprob"] == token["top_logprobs"][0]["logprob"] for token in content)
+
+
+def test_logprobs_as_the_chat_api_asks_for_them(tiny: LLM) -> None:
+    def content(**options: Any) -> Any:
+        shaped = tiny.chat(MESSAGES, max_tokens=3, temperature=0, **options)["choices"][0]["logprobs"]
+        return shaped and shaped["content"]
+
+    assert content(logprobs=True, top_logprobs=2) == content(logprobs=2)
+    assert [token["top_logprobs"] for token in content(logprobs=True)] == [[], [], []]
+    assert content(logprobs=False) is None
+    with pytest.raises(ArgumentError, match="goes with logprobs=True"):
+        content(top_logprobs=2)
+
+
+def test_bytes_of_tokens_make_the_characters_that_their_texts_cannot(tiny: LLM) -> None:
+    (token,) = tiny.chat(MESSAGES, max_tokens=1, temperature=0, logprobs=320)["choices"][0]["logprobs"][
+        "content"
+    ]
+    by_bytes = [bytes(candidate["bytes"]) for candidate in token["top_logprobs"]]
+    assert set(by_bytes) >= {bytes([byte]) for byte in range(256)}
+    assert all(
+        entry["token"] == bytes(entry["bytes"]).decode("utf-8", "replace") for entry in token["top_logprobs"]
+    )
 
 
 def test_seeds_repeat(tiny_model: Path) -> None:
@@ -259,6 +283,8 @@ def test_a_stream_whose_session_went_elsewhere_says_so(tiny: LLM) -> None:
         ({"max_tokens": 0}, "max_tokens"),
         ({"logprobs": True}, "logprobs"),
         ({"stop": ["a", ""]}, "stop"),
+        ({"seed": "a"}, "seed"),
+        ({"seed": 1.5}, "seed"),
     ],
 )
 def test_wrong_options(tiny: LLM, options: dict[str, Any], name: str) -> None:
@@ -273,6 +299,10 @@ def test_wrong_prompts(tiny_model: Path) -> None:
     with pytest.raises(ArgumentError, match="320"):
         llm.generate([1, 320])
     for stream in (False, True):
+        wrongs: list[Any] = [[1.5], [-1], [[1]], None]
+        for wrong in wrongs:
+            with pytest.raises(ArgumentError, match="token id"):
+                llm.generate(wrong, stream=stream)
         with pytest.raises(ContextError, match=r"51 tokens.*holds 50.*needs [\d.]+ .?B"):
             llm.generate([1] * 51, stream=stream)
     for messages in ([], "hello", [{"role": "user"}], [{"content": "x"}], [None]):
@@ -314,6 +344,31 @@ def test_no_chat_template(tiny: LLM) -> None:
     assert tiny.generate(PROMPT, max_tokens=1)["usage"]["completion_tokens"] == 1
     with pytest.raises(TemplateError, match="generate"):
         tiny.chat(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    ("source", "cause"),
+    [
+        ("{% for %}", "line 1: "),
+        ("{{ messages[0].x.y }}", "line 1: .*'x'"),
+        ("", "makes nothing of these messages"),
+        (5, "not text but int"),
+    ],
+)
+def test_a_broken_chat_template_names_its_file(tiny: LLM, source: object, cause: str) -> None:
+    tiny.metadata["tokenizer.chat_template"] = source
+    with pytest.raises(TemplateError, match=rf"^[^:]*tiny\.gguf: the chat template.*{cause}"):
+        tiny.chat(MESSAGES)
+
+
+@pytest.mark.parametrize("rows", [319, 321])
+def test_tokens_and_embeddings_are_of_one_number(tmp_path: Path, rows: int) -> None:
+    """The tokenizer has 320: of more rows the last could not be said, of fewer the last token not be read."""
+    path = write_tiny(tmp_path / "odd.gguf", tokenizer=True, n_embeddings=rows)
+    with pytest.raises(
+        FormatError, match=rf"odd\.gguf: key tokenizer\.ggml\.tokens has 320 .* has {rows} rows"
+    ):
+        LLM(path)
 
 
 def test_memory_is_checked_before_the_model_is_opened(

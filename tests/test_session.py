@@ -175,6 +175,23 @@ def test_a_session_that_cannot_be_saved_leaves_nothing(tiny: LLM, tmp_path: Path
         session.save(tmp_path / "nowhere" / "s")
 
 
+def test_saving_replaces_files_and_nothing_else(tiny: LLM, tmp_path: Path) -> None:
+    """A saved file in the place of a pipe, or of a device such as /dev/null, would break who else uses it."""
+    session = tiny.session()
+    session.eval([1, 2, 3])
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FileError, match=r"pipe: .*something else than a file"):
+        session.save(tmp_path / "pipe")
+    assert (tmp_path / "pipe").is_fifo()
+    (tmp_path / "there").write_text("old")
+    (tmp_path / "link").symlink_to("there")
+    session.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    other = tiny.session()
+    other.load(tmp_path / "there")
+    assert other.tokens == [1, 2, 3]
+
+
 def test_a_session_of_another_fine_tune_is_refused(tiny: LLM, tiny_model: Path, tmp_path: Path) -> None:
     last = max(tiny.tensors(), key=lambda tensor: tensor.offset)
     changed = bytearray(tiny_model.read_bytes())

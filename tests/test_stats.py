@@ -44,3 +44,12 @@ def test_what_answers_carry() -> None:
         "pages_read": 25.0,
         "evaluated": {"dense": 9},
     }
+
+
+def test_printed_it_is_one_line_for_people() -> None:
+    assert str(Stats(counts(LONG), {"dense": 9}, 1200, 2.0)) == (
+        "heads local 25.0 %, bulk work 37.5 %, bulk read 25.0 %, pages read 25.0 %, "
+        "prefill 1,200 tokens at 600 t/s, decode 0 tokens"
+    )
+    assert str(Stats(counts(LOCAL), {})).startswith("heads local 100.0 %, bulk work 0.0 %")
+    assert "pages read –" in str(Stats(counts(LOCAL), {}))

@@ -246,6 +246,11 @@ def test_an_id_out_of_range_is_refused(bad: int) -> None:
             decode(bad)
 
 
+def test_bytes_are_no_text() -> None:
+    with pytest.raises(ArgumentError, match="expected a str, got bytes"):
+        smollm().encode(b"text")  # type: ignore[arg-type]
+
+
 def test_a_lone_surrogate_is_refused() -> None:
     with pytest.raises(ArgumentError, match="lone surrogate at index 1"):
         smollm().encode("a\ud800b")

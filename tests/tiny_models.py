@@ -79,6 +79,7 @@ def write_tiny(
     dim: int = 256,
     n_ff: int = 512,
     n_vocab: int = 320,
+    n_embeddings: int | None = None,
     types: Type | Mapping[str, Type] = Type.F32,
     tied: bool = True,
     rope_base: float = 10000.0,
@@ -100,8 +101,9 @@ def write_tiny(
     normalizes its heads, so there by √sharp for all), so that decisions vary between heads and queries.
     same_layers: all have the first one's matrices, so that large models are written soon.
     tokenizer: adds a byte-level BPE vocabulary with a chat template, for which n_vocab must be at least 267.
+    n_embeddings: rows of the embedding table, where they are not to be n_vocab.
     """
-    shape = Shape(n_layers, n_heads, n_kv_heads, head_dim, dim, n_ff, n_vocab)
+    shape = Shape(n_layers, n_heads, n_kv_heads, head_dim, dim, n_ff, n_embeddings or n_vocab)
     writer = gguf.GGUFWriter(str(path), arch)
     _write_config(writer, shape, rope_base, rope_scaling, attention_scale, n_ctx_train)
     if tokenizer:

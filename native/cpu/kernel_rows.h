@@ -19,33 +19,33 @@ static void rms_norm(const float *x, const float *w, float eps, int32_t n, float
   for (int32_t i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 
-/* VL values' high and low bytes by turns, four and four. (GCC 12 would convert the lanes one by one.) */
-static inline void store_planes(vi high, vi low, int8_t *planes) {
-#if VL == 16
-  __m128i h = _mm512_cvtepi32_epi8((__m512i)high), l = _mm512_cvtepi32_epi8((__m512i)low);
+/* VL values as `quantized` holds them. (GCC 12 would convert lanes one by one.) */
+static inline void store_q(vi q, int8_t *planes) {
+#if defined(__AVX512VNNI__)
+  vi high = (q + 128) >> 8;
+  __m128i h = _mm512_cvtepi32_epi8((__m512i)high), l = _mm512_cvtepi32_epi8((__m512i)(q - (high << 8)));
   _mm_storeu_si128((__m128i *)(void *)planes, _mm_unpacklo_epi32(h, l));
   _mm_storeu_si128((__m128i *)(void *)(planes + 16), _mm_unpackhi_epi32(h, l));
+#elif VL == 16
+  __m256i words = _mm256_shufflelo_epi16(_mm512_cvtepi32_epi16((__m512i)q), _MM_SHUFFLE(3, 1, 2, 0));
+  _mm256_storeu_si256((__m256i *)(void *)planes, _mm256_shufflehi_epi16(words, _MM_SHUFFLE(3, 1, 2, 0)));
 #elif VL == 8
-  __m256i both = _mm256_packs_epi32((__m256i)high, (__m256i)low); /* per half: high, low, four words each */
-  both = _mm256_packs_epi16(both, both);                          /* per half: high, low, four bytes each, twice */
-  int64_t halves[2] = {_mm256_extract_epi64(both, 0), _mm256_extract_epi64(both, 2)};
-  memcpy(planes, halves, sizeof halves);
+  __m128i words = _mm_packs_epi32(_mm256_castsi256_si128((__m256i)q), _mm256_extracti128_si256((__m256i)q, 1));
+  words = _mm_shufflehi_epi16(_mm_shufflelo_epi16(words, _MM_SHUFFLE(3, 1, 2, 0)), _MM_SHUFFLE(3, 1, 2, 0));
+  _mm_storeu_si128((__m128i *)(void *)planes, words);
 #else
-  for (int lane = 0; lane < VL; lane++) {
-    planes[lane] = (int8_t)high[lane];
-    planes[4 + lane] = (int8_t)low[lane];
-  }
+  int16_t words[VL] = {(int16_t)q[0], (int16_t)q[2], (int16_t)q[1], (int16_t)q[3]};
+  memcpy(planes, words, sizeof words);
 #endif
 }
 
-/* 16 values times inverse, rounded, as two planes of 8 bits; returns their sum. */
+/* 16 values times inverse, rounded; returns their sum. */
 static inline int32_t round_half_group(const float *x, float inverse, int8_t *planes) {
   vi sum = viset(0);
   for (int i = 0; i < ACT_HALF; i += VL) {
     /* Adding and subtracting 1.5 * 2^23 rounds to nearest even, as rint does, in every instruction set. */
     vi q = __builtin_convertvector((vload(x + i) * inverse + 12582912.0f) - 12582912.0f, vi);
-    vi high = (q + 128) >> 8;
-    store_planes(high, q - (high << 8), planes + 2 * i);
+    store_q(q, planes + 2 * i);
     sum += q;
   }
   int32_t total = 0;

@@ -91,11 +91,11 @@ static inline __attribute__((always_inline)) void sketch_sixteen(int rows, int b
     for (int r = 0; r < rows; r++) {
       int32_t weights;
       memcpy(&weights, q[r].weight + 16 * sixteen + 4 * i, sizeof weights);
-      for (int v = 0; v < SKETCH_VECS; v++) part[r][v] = dot_add(part[r][v], codes + 4 * VL * v, weights, 4);
+      for (int v = 0; v < SKETCH_VECS; v++) part[r][v] = dot_bytes(part[r][v], codes + 4 * VL * v, weights);
     }
   }
   for (int r = 0; r < rows; r++)
-    for (int v = 0; v < SKETCH_VECS; v++) acc[r][v] = DOT_IN_32_BITS ? part[r][v] : acc[r][v] + dot_sum(part[r][v], 4);
+    for (int v = 0; v < SKETCH_VECS; v++) acc[r][v] = DOT_IN_32_BITS ? part[r][v] : acc[r][v] + dot_sum(part[r][v]);
 }
 
 static inline __attribute__((always_inline)) void sketch_rows(int rows, int bits, const uint8_t *page, int32_t head_dim,

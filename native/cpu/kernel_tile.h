@@ -14,17 +14,22 @@ enum {
   SLAB_FROM = 4    /* tokens from which unpacking first is worth it */
 };
 
-/* Tiles and tokens at once: each pair of them holds a total and two sums in registers. Two tiles need fewer loads for a
- * product, which tells where a product is one instruction. */
+/* What quants are multiplied as: with VNNI bytes, with either plane of the activations apart; otherwise words, with whole
+ * activations. And how many tiles and tokens at once: each pair of them holds its sums in registers. */
 #if defined(__AVX512VNNI__)
-enum { SLAB_TILES = 2, SLAB_TOKENS = 4 };
+enum { TILE_WORDS = 0, SLAB_TILES = 2, SLAB_TOKENS = 4 };
 #elif VL == 16
-enum { SLAB_TILES = 1, SLAB_TOKENS = 6 };
+enum { TILE_WORDS = 1, SLAB_TILES = 2, SLAB_TOKENS = 6 };
 #elif VL == 8
-enum { SLAB_TILES = 1, SLAB_TOKENS = 2 };
+enum { TILE_WORDS = 1, SLAB_TILES = 1, SLAB_TOKENS = 3 };
 #else
-enum { SLAB_TILES = 1, SLAB_TOKENS = 1 };
+enum { TILE_WORDS = 1, SLAB_TILES = 1, SLAB_TOKENS = 1 };
 #endif
+
+enum { TILE_SUMS = TILE_WORDS ? 1 : 2, VEC_BYTES = 4 * VL, FOUR_BYTES = (TILE_WORDS ? 2 : 1) * 4 * TILE_ROWS };
+
+/* 4 columns of all 16 rows: per vector of rows their bytes, or the words of columns 0 and 2 and then of 1 and 3. */
+typedef uint8_t four_columns[FOUR_BYTES];
 
 /* Scales and minima of the tile's 16 rows in one group of 32 columns; two of each where the group is 16. */
 typedef struct group_scales {
@@ -58,20 +63,38 @@ static inline __attribute__((always_inline)) void load_scales(tile_format f, con
   }
 }
 
-/* 4 columns of all 16 rows as bytes; i < 8 counts fours of columns in the group. */
+/* Quants of columns 4 i to 4 i + 3, i < 8, of VL rows from byte `at` on: of the bytes that `ones` has a 1 for, moved down
+ * by `by` bits. */
+static inline __attribute__((always_inline)) vwords unpack(tile_format f, const uint8_t *group, int i, int at, int by,
+                                                           uint16_t ones) {
+  vwords w = (vwords)vload_bytes(group + (f.bits < 8 ? i % 4 : i) * 4 * TILE_ROWS + at);
+  if (f.bits == 8) return w >> by & (uint16_t)(255 * ones);
+  vwords q = w >> ((i < 4 ? 0 : 4) + by) & (uint16_t)(15 * ones);
+  if (f.bits == 4) return q;
+  vwords above = (vwords)vload_bytes(group + (f.bits == 6 ? 4 + i / 4 : 4) * 4 * TILE_ROWS + at);
+  int down = (f.bits == 6 ? i % 4 * 2 : i) - 4 + by;
+  return q | ((down > 0 ? above >> down : above << -down) & (uint16_t)((f.bits == 6 ? 0x30 : 0x10) * ones));
+}
+
 static inline __attribute__((always_inline)) void load_quants(tile_format f, const uint8_t *group, int i,
-                                                              uint8_t out[4 * TILE_ROWS]) {
+                                                              four_columns out) {
   for (int v = 0; v < TILE_VECS; v++) {
-    int at = 4 * VL * v;
-    vbytes b = vload_bytes(group + (f.bits < 8 ? i % 4 : i) * 4 * TILE_ROWS + at);
-    if (f.bits < 8) b = i < 4 ? b & 15 : b >> 4;
-    if (f.bits == 5 || f.bits == 6) {
-      vbytes above = vload_bytes(group + (f.bits == 6 ? 4 + i / 4 : 4) * 4 * TILE_ROWS + at);
-      int bit = f.bits == 6 ? i % 4 * 2 : i;
-      b |= (bit > 4 ? above >> (bit - 4) : above << (4 - bit)) & (uint8_t)(f.bits == 6 ? 0x30 : 0x10);
+    int at = VEC_BYTES * v;
+    if (TILE_WORDS) {
+      vwords even = unpack(f, group, i, at, 0, 0x0001), odd = unpack(f, group, i, at, 8, 0x0001);
+      memcpy(out + 2 * at, &even, sizeof even);
+      memcpy(out + 2 * at + VEC_BYTES, &odd, sizeof odd);
+    } else {
+      vwords both = unpack(f, group, i, at, 0, 0x0101);
+      memcpy(out + at, &both, sizeof both);
     }
-    memcpy(out + at, &b, sizeof b);
   }
+}
+
+/* acc with the products of half of four columns and activations in words, or of four columns and one plane. */
+static inline vi add_products(vi acc, const uint8_t *four, int v, int half, int32_t x) {
+  if (TILE_WORDS) return dot_words(acc, four + VEC_BYTES * (2 * v + half), x);
+  return dot_bytes(acc, four + VEC_BYTES * v, x);
 }
 
 /* Two neighbouring tiles; the same one twice where there is one. */
@@ -82,7 +105,7 @@ typedef struct tile_pair {
 
 /* Some columns of neighbouring tiles, unpacked. */
 typedef struct slab {
-  uint8_t quants[SLAB_GROUPS][8][SLAB_TILES][4 * TILE_ROWS];
+  four_columns quants[SLAB_GROUPS][8][SLAB_TILES];
   group_scales scales[SLAB_GROUPS][SLAB_TILES];
 } slab;
 
@@ -92,48 +115,40 @@ typedef struct slab_rows {
   int32_t cols; /* of a whole token */
 } slab_rows;
 
-typedef vi tile_sums[2][SLAB_TOKENS][SLAB_TILES][TILE_VECS]; /* with the high and with the low plane */
-typedef vf tile_totals[SLAB_TILES][TILE_VECS];               /* of one token */
+typedef vi tile_sums[TILE_SUMS][SLAB_TOKENS][SLAB_TILES][TILE_VECS]; /* whole, or with the high and the low plane */
+typedef vf tile_totals[SLAB_TILES][TILE_VECS];                       /* of one token */
 
-/* Sums of the products of n fours of columns with both planes of the activations. quants: (n, SLAB_TILES, 16, 4). x: of
- * the first token. */
-static inline __attribute__((always_inline)) void sum_products(int tiles, int tokens, int n, int bits,
-                                                               const uint8_t (*quants)[SLAB_TILES][4 * TILE_ROWS],
+/* Sums of the products of n fours of columns with the activations. quants: (n, SLAB_TILES). x: of the first token. */
+static inline __attribute__((always_inline)) void sum_products(int tiles, int tokens, int n,
+                                                               const four_columns (*quants)[SLAB_TILES],
                                                                const int8_t *x, int64_t cols, tile_sums sum) {
-  int holds = dot_holds(bits) < n ? dot_holds(bits) : n;
+  for (int p = 0; p < TILE_SUMS; p++)
+    for (int t = 0; t < tokens; t++)
+      for (int k = 0; k < tiles; k++)
+        for (int v = 0; v < TILE_VECS; v++) sum[p][t][k][v] = viset(0);
 #pragma GCC unroll 8
-  for (int first = 0; first < n; first += holds) {
-    tile_sums part;
-#pragma GCC unroll 8
-    for (int i = first; i < first + holds; i++)
-      for (int t = 0; t < tokens; t++)
-        for (int p = 0; p < 2; p++) {
-          int32_t four;
-          memcpy(&four, x + 2 * t * cols + 8 * i + 4 * p, sizeof four);
-          for (int k = 0; k < tiles; k++)
-            for (int v = 0; v < TILE_VECS; v++)
-              part[p][t][k][v] =
-                  dot_add(i == first ? viset(0) : part[p][t][k][v], quants[i][k] + 4 * VL * v, four, bits);
-        }
+  for (int i = 0; i < n; i++)
     for (int p = 0; p < 2; p++)
-      for (int t = 0; t < tokens; t++)
+      for (int t = 0; t < tokens; t++) {
+        int32_t half;
+        memcpy(&half, x + 2 * t * cols + 8 * i + 4 * p, sizeof half);
         for (int k = 0; k < tiles; k++)
           for (int v = 0; v < TILE_VECS; v++) {
-            vi whole = dot_sum(part[p][t][k][v], bits);
-            sum[p][t][k][v] = first ? sum[p][t][k][v] + whole : whole;
+            vi *to = &sum[p % TILE_SUMS][t][k][v];
+            *to = add_products(*to, quants[i][k], v, p, half);
           }
-  }
+      }
 }
 
 /* Adds group g of the activations times its quants, or half of both, to the tokens' totals. */
 static inline __attribute__((always_inline)) void add_group(int tiles, int tokens, tile_format f, int32_t g, int half,
-                                                            const uint8_t (*quants)[SLAB_TILES][4 * TILE_ROWS],
+                                                            const four_columns (*quants)[SLAB_TILES],
                                                             const group_scales *s, const slab_rows *r,
                                                             tile_totals *total) {
   int halves = f.group == 16 ? 2 : 1, n = 8 / halves;
   tile_sums sum;
-  sum_products(tiles, tokens, n, f.bits, quants + half * n,
-               r->x.planes + ((int64_t)g * ACT_GROUP + half * ACT_HALF) * 2, r->cols, sum);
+  sum_products(tiles, tokens, n, quants + half * n, r->x.planes + ((int64_t)g * ACT_GROUP + half * ACT_HALF) * 2,
+               r->cols, sum);
   for (int t = 0; t < tokens; t++) {
     const int32_t *sums = r->x.sum + (int64_t)t * (r->cols / ACT_HALF) + 2 * g;
     const float *product = r->x.product + (int64_t)t * (r->cols / ACT_HALF) + 2 * g;
@@ -142,7 +157,8 @@ static inline __attribute__((always_inline)) void add_group(int tiles, int token
     vf scale = vset(r->x.scale[(int64_t)t * (r->cols / ACT_GROUP) + g]);
     for (int k = 0; k < tiles; k++)
       for (int v = 0; v < TILE_VECS; v++) {
-        vi q = (sum[0][t][k][v] << 8) + sum[1][t][k][v]; /* below 2^29 */
+        vi q = sum[0][t][k][v]; /* below 2^29 */
+        if (!TILE_WORDS) q = (q << 8) + sum[1 % TILE_SUMS][t][k][v];
         if (!f.has_min) q += start;
         total[t][k][v] += __builtin_convertvector(q, vf) * (s[k].scale[half][v] * scale);
         if (f.has_min) total[t][k][v] += s[k].min[half][v] * minimum;
@@ -249,12 +265,12 @@ static inline __attribute__((always_inline)) void tile_directly(tile_format f, c
     for (int line = 0; line < group_bytes; line += 64) __builtin_prefetch(group + from->bytes + line, 0, 1);
     __builtin_prefetch(from->scales[tile] + from->bytes + g * scale_bytes, 0, 1);
     group_scales s;
-    uint8_t quants[8][SLAB_TILES][4 * TILE_ROWS];
+    four_columns quants[8][SLAB_TILES];
     load_scales(f, from->scales[tile], g, &s);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) load_quants(f, group, i, quants[i][0]);
     for (int half = 0; half < (f.group == 16 ? 2 : 1); half++)
-      add_group(1, 1, f, g, half, (const uint8_t (*)[SLAB_TILES][4 * TILE_ROWS]) quants, &s, r, &total);
+      add_group(1, 1, f, g, half, (const four_columns(*)[SLAB_TILES])quants, &s, r, &total);
   }
   memcpy(out, total[0], sizeof total[0]);
 }

@@ -13,6 +13,7 @@
 extern const kernels JOIN(kernels_, ISA);
 const kernels JOIN(kernels_, ISA) = {
     .name = TEXT(ISA),
+    .words = TILE_WORDS,
     .strip_gemm = strip_gemm,
     .tile_gemm = tile_gemm,
     .attend_strips = attend_strips,

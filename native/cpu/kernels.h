@@ -9,6 +9,7 @@
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
+#include <string.h>
 
 enum { STRIP = 16, TILE_ROWS = 16, ACT_GROUP = 32, ACT_HALF = 16, KV_BLOCK = 64, KV_STRIPS = 4, ATTEND_ROWS = 64 };
 
@@ -38,17 +39,27 @@ typedef struct tile_format {
   bool scaled, has_min;
 } tile_format;
 
-/* Activations rounded to 16 bits, x = scale * q with one scale per 32 values, in two 8-bit planes q = 256 high + low,
- * so that 8-bit products serve. (With 8 bits alone the rounding of activations costs about 0.005 nats of KL on the
+/* Activations rounded to 16 bits, x = scale * q with one scale per 32 values. Four columns' q are 8 bytes as products take
+ * them: two 8-bit planes q = 256 high + low, four high bytes and then their four low ones, so that 8-bit products serve;
+ * or, where kernels.words, words of the columns 0, 2, 1, 3. (With 8 bits alone the rounding of activations costs about 0.005 nats of KL on the
  * default model, as much as the attention policies are allowed; see docs/performance.md.) */
 typedef struct quantized {
-  int8_t *planes; /* (n, cols / 4, 2, 4) four high bytes, then their four low bytes */
+  int8_t *planes; /* (n, cols / 4, 8) */
   float *scale;   /* (n, cols / 32) */
   int32_t *sum;   /* (n, cols / 16) sums of q */
   float *product; /* (n, cols / 16) scale * sum */
 } quantized;
 
 enum { ACT_MAX = 127 * 256 }; /* largest |q|: its high byte fits */
+
+/* q of column i of a row. */
+static inline int32_t quantized_at(const int8_t *planes, bool words, size_t i) {
+  const int8_t *four = planes + i / 4 * 8;
+  if (!words) return 256 * four[i % 4] + four[4 + i % 4];
+  int16_t q;
+  memcpy(&q, four + 2 * ((int[]){0, 2, 1, 3}[i % 4]), sizeof q);
+  return q;
+}
 
 /* Running softmax of one query: maximum and sum of e^(score - maximum). */
 typedef struct softmax_state {
@@ -70,6 +81,7 @@ typedef struct attend_args {
 
 typedef struct kernels {
   const char *name;
+  bool words; /* how `quantized` holds four columns */
 
   /* out[r, j] = alpha ? alpha[r] * out[r, j] + dot : dot, with dot = sum_i a[r, i] * b[i, j], j < 16. */
   void (*strip_gemm)(int32_t rows, const float *a, int64_t lda, const strips *b, const float *alpha, float *out,

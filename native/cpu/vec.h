@@ -20,6 +20,7 @@ typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
 typedef uint32_t vu __attribute__((vector_size(VL * 4)));
 typedef uint8_t vbytes __attribute__((vector_size(VL * 4)));
+typedef uint16_t vwords __attribute__((vector_size(VL * 4)));
 typedef double vpair __attribute__((vector_size(VL * 4))); /* VL / 2 pairs of floats moved as one */
 
 /* Shuffles of two vectors of VL lanes read as one of 2 VL. */
@@ -139,8 +140,7 @@ static inline void vstore_i8(int8_t *p, vi v) {
 
 /* Bytes shifted by n bits; what comes over from the neighbour means nothing. */
 static inline vbytes vshift(vbytes v, int right) {
-  typedef uint16_t words __attribute__((vector_size(VL * 4)));
-  return right >= 0 ? (vbytes)((words)v >> right) : (vbytes)((words)v << -right);
+  return right >= 0 ? (vbytes)((vwords)v >> right) : (vbytes)((vwords)v << -right);
 }
 
 /* VL integers, widened. (GCC 12 would convert vectors of bytes one by one.) */
@@ -210,15 +210,7 @@ static inline vf vexp_below(vf x, float max) {
 #endif
 }
 
-/* Sums of products of bytes, in two steps: products are added up in a part for as long as that holds them, and the part
- * is then added to 32 bits. lane: sum over j < 4 of w[4 lane + j] * x[j], w unsigned of `bits` bits, x signed. */
-#if defined(__AVX512VNNI__) || VL == 4
-enum { DOT_IN_32_BITS = 1 };
-#else
-enum { DOT_IN_32_BITS = 0 }; /* in 16 */
-#endif
-
-/* Has a sum made where it stands. GCC would make a part's sums after all of its products, which no registers hold. */
+/* Has a sum made where it stands. GCC would make sums after all of their products, more than registers hold. */
 #if VL == 16 && defined(EMULATED_AVX512)
 #define MAKE_NOW(v) (void)(v)
 #elif VL == 16
@@ -227,58 +219,60 @@ enum { DOT_IN_32_BITS = 0 }; /* in 16 */
 #define MAKE_NOW(v) __asm__("" : "+x"(v))
 #endif
 
-/* How many products of a lane with 4 columns a part holds: pairs of (2^bits - 1) * 128 are to stay below 2^15. */
-static inline int dot_holds(int bits) {
-  if (DOT_IN_32_BITS) return 8;
-  return bits == 4 ? 8 : bits == 5 ? 4 : bits == 6 ? 2 : 1;
-}
-
-static inline vi dot_add(vi part, const uint8_t *w, int32_t x, int bits) {
-#if VL == 16 && defined(__AVX512VNNI__)
-  (void)bits;
-  return (vi)_mm512_dpbusd_epi32((__m512i)part, _mm512_loadu_si512(w), _mm512_set1_epi32(x));
-#elif VL == 16
-  __m512i a = _mm512_loadu_si512(w), b = _mm512_set1_epi32(x);
-  if (bits < 8) {
-    __m512i sum = _mm512_add_epi16((__m512i)part, _mm512_maddubs_epi16(a, b));
-    MAKE_NOW(sum);
-    return (vi)sum;
-  }
-  __m512i even =
-      _mm512_madd_epi16(_mm512_and_si512(a, _mm512_set1_epi16(0xff)), _mm512_srai_epi16(_mm512_slli_epi16(b, 8), 8));
-  __m512i odd = _mm512_madd_epi16(_mm512_srli_epi16(a, 8), _mm512_srai_epi16(b, 8));
-  return part + (vi)even + (vi)odd;
-#elif VL == 8
-  __m256i a = _mm256_loadu_si256((const __m256i *)w), b = _mm256_set1_epi32(x);
-  if (bits < 8) {
-    __m256i sum = _mm256_add_epi16((__m256i)part, _mm256_maddubs_epi16(a, b));
-    MAKE_NOW(sum);
-    return (vi)sum;
-  }
-  /* Pairs of 255 * 127 would saturate 16 bits: even and odd bytes apart. */
-  __m256i even =
-      _mm256_madd_epi16(_mm256_and_si256(a, _mm256_set1_epi16(0xff)), _mm256_srai_epi16(_mm256_slli_epi16(b, 8), 8));
-  __m256i odd = _mm256_madd_epi16(_mm256_srli_epi16(a, 8), _mm256_srai_epi16(b, 8));
-  return part + (vi)even + (vi)odd;
+/* acc[lane] += sum over j < 4 of w[4 lane + j] * x[j], w unsigned of up to 4 bits, x signed bytes. Without
+ * DOT_IN_32_BITS a lane of acc is two sums of 16 bits, which hold up to 8 of these; dot_sum makes 32 bits of them. */
+#if defined(__AVX512VNNI__) || VL == 4
+enum { DOT_IN_32_BITS = 1 };
 #else
-  (void)bits;
+enum { DOT_IN_32_BITS = 0 };
+#endif
+
+static inline vi dot_bytes(vi acc, const uint8_t *w, int32_t x) {
+#if defined(__AVX512VNNI__)
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), _mm512_set1_epi32(x));
+#elif VL == 16
+  acc = (vi)_mm512_add_epi16((__m512i)acc, _mm512_maddubs_epi16(_mm512_loadu_si512(w), _mm512_set1_epi32(x)));
+  MAKE_NOW(acc);
+  return acc;
+#elif VL == 8
+  __m256i weights = _mm256_loadu_si256((const __m256i *)w);
+  acc = (vi)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16(weights, _mm256_set1_epi32(x)));
+  MAKE_NOW(acc);
+  return acc;
+#else
   int8_t four[4];
   memcpy(four, &x, sizeof four);
   for (int lane = 0; lane < VL; lane++)
-    for (int j = 0; j < 4; j++) part[lane] += w[4 * lane + j] * four[j];
-  return part;
+    for (int j = 0; j < 4; j++) acc[lane] += w[4 * lane + j] * four[j];
+  return acc;
 #endif
 }
 
-/* A part as 32 bits. */
-static inline vi dot_sum(vi part, int bits) {
+static inline vi dot_sum(vi acc) {
 #if VL == 16 && !defined(__AVX512VNNI__)
-  if (bits < 8) return (vi)_mm512_madd_epi16((__m512i)part, _mm512_set1_epi16(1));
+  return (vi)_mm512_madd_epi16((__m512i)acc, _mm512_set1_epi16(1));
 #elif VL == 8
-  if (bits < 8) return (vi)_mm256_madd_epi16((__m256i)part, _mm256_set1_epi16(1));
+  return (vi)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1));
+#else
+  return acc;
 #endif
-  (void)bits;
-  return part;
+}
+
+/* acc[lane] += sum over j < 2 of w[2 lane + j] * x[j], words. */
+static inline vi dot_words(vi acc, const void *w, int32_t x) {
+#if VL == 16
+  acc += (vi)_mm512_madd_epi16(_mm512_loadu_si512(w), _mm512_set1_epi32(x));
+  MAKE_NOW(acc);
+#elif VL == 8
+  acc += (vi)_mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)w), _mm256_set1_epi32(x));
+  MAKE_NOW(acc);
+#else
+  int16_t two[2], words[2 * VL];
+  memcpy(two, &x, sizeof two);
+  memcpy(words, w, sizeof words);
+  for (int lane = 0; lane < VL; lane++) acc[lane] += words[2 * lane] * two[0] + words[2 * lane + 1] * two[1];
+#endif
+  return acc;
 }
 
 #endif

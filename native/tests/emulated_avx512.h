@@ -77,6 +77,13 @@ EMU __m128i emu_cvtepi32_epi8(__m512i a) {
   memcpy(&out, bytes, sizeof out);
   return out;
 }
+EMU __m256i emu_cvtepi32_epi16(__m512i a) {
+  __m256i out;
+  int16_t words[16];
+  EACH(16) words[i] = (int16_t)((emu_i32)a)[i];
+  memcpy(&out, words, sizeof out);
+  return out;
+}
 EMU __m512 emu_cvtph_ps(__m256i a) {
   __m256 half[2] = {_mm256_cvtph_ps(_mm256_castsi256_si128(a)), _mm256_cvtph_ps(_mm256_extracti128_si256(a, 1))};
   __m512 out;
@@ -168,6 +175,7 @@ EMU __m512 emu_dpbf16_ps(__m512 acc, emu_bf16x32 a, emu_bf16x32 b) {
 #define _mm512_cmp_ps_mask(a, b, predicate) emu_cmp_nlt_ps(a, b) /* the one predicate in use: _CMP_NLT_UQ */
 #define _mm512_add_epi16 emu_add_epi16
 #define _mm512_and_si512 emu_and_si512
+#define _mm512_cvtepi32_epi16 emu_cvtepi32_epi16
 #define _mm512_cvtepi32_epi8 emu_cvtepi32_epi8
 #define _mm512_cvtepi8_epi32 emu_cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 emu_cvtepu16_epi32

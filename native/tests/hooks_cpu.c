@@ -12,8 +12,7 @@ int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyl
   float scale, product[2];
   for (int32_t i = 0; i < n; i += ACT_GROUP) {
     k->quantize(x + i, ACT_GROUP, planes, &scale, sum, product);
-    for (int32_t j = 0; j < ACT_GROUP; j++)
-      out[i + j] = scale * (float)(256 * planes[j / 4 * 8 + j % 4] + planes[j / 4 * 8 + 4 + j % 4]);
+    for (int32_t j = 0; j < ACT_GROUP; j++) out[i + j] = scale * (float)quantized_at(planes, k->words, (size_t)j);
   }
   return PYLLM_OK;
 }

@@ -41,7 +41,7 @@ static int32_t close_run(stage_run *run, int32_t status, pyllm_error *err) {
   return status;
 }
 
-/* Two planes of 8 bits; false where sums and products are not those of the planes. */
+/* 16 bits; false where sums and products are not theirs. */
 static bool read_planes(const backend *be, const activation *a, int32_t n, float *out) {
   size_t count = (size_t)n * (size_t)a->cols, groups = count / ACT_GROUP, halves = count / ACT_HALF;
   int8_t *planes = malloc(2 * count + 1);
@@ -55,7 +55,7 @@ static bool read_planes(const backend *be, const activation *a, int32_t n, float
   for (size_t h = 0; h < halves; h++) {
     int32_t total = 0;
     for (size_t i = h * ACT_HALF; i < (h + 1) * ACT_HALF; i++) {
-      int32_t q = 256 * planes[i / 4 * 8 + i % 4] + planes[i / 4 * 8 + 4 + i % 4];
+      int32_t q = quantized_at(planes, be->ops->on_host && be->kernels->words, i);
       out[i] = scale[h / 2] * (float)q;
       total += q;
     }

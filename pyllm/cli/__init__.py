@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -50,21 +51,45 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line and returns its exit status: 0, 1 for an error, 2 for wrong usage, 130 for
     Ctrl-C."""
-    args = build_parser().parse_args(argv)
+    _prepare_streams()
     try:
+        args = build_parser().parse_args(argv)
         status: int = args.run(args)
         sys.stdout.flush()
         return status
     except PyllmError as error:
-        print(f"pyllm: error: {_one_line(str(error))}", file=sys.stderr)
-        return FAILED
+        return _failed(str(error))
     except KeyboardInterrupt:
         print("pyllm: interrupted", file=sys.stderr)
         return INTERRUPTED
+    except MemoryError:
+        return _failed("the system refused more memory")
     except BrokenPipeError:
-        # The reader has gone; what Python would flush at exit has nowhere to go either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_output()
         return FAILED
+    except OSError as error:  # of a stream: files have errors of their own
+        _drop_output()
+        return _failed(f"{error.filename or 'standard input or output'}: {error.strerror or error}")
+
+
+def _prepare_streams() -> None:
+    """What the caller closed is empty, and what an encoding does not have is replaced, never an exception."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (for the rest of the process)
+    for stream in (sys.stdin, sys.stdout):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _failed(message: str) -> int:
+    print(f"pyllm: error: {_one_line(message)}", file=sys.stderr)
+    return FAILED
+
+
+def _drop_output() -> None:
+    """The reader has gone or the disk is full: what Python would flush at exit has nowhere to go either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _one_line(text: str) -> str:

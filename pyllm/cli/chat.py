@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import os
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -177,12 +178,17 @@ class Repl:
 
     def doc(self, argument: str) -> None:
         if not argument:
-            document = self.conversation.document
-            return self.line(
-                f"{document.name}, {len(document.text):,} characters" if document else "no document"
-            )
-        self.conversation.open(None if argument == "none" else Document.read(argument))
+            return self.show_document()
+        if argument == "none":
+            self.conversation.open(None)
+            return self.show_document()
+        # No shell is between, which would have done this.
+        self.conversation.open(Document.read(os.path.expanduser(argument)))
         self.read_document()
+
+    def show_document(self) -> None:
+        document = self.conversation.document
+        self.line(f"{document.name}, {len(document.text):,} characters" if document else "no document")
 
     def reset(self, argument: str) -> None:
         self.conversation.reset()

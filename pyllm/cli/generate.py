@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
+from pyllm import documents
 from pyllm.cli import options
 from pyllm.cli.terminal import prefill_bar, status_line
 
@@ -20,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     llm = options.open_llm(args)
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = args.prompt
+    if prompt == "-":
+        prompt = documents.plain_text("standard input", sys.stdin.buffer.read())
     with prefill_bar() as tick:
         chunks = llm.generate(prompt, stream=True, progress=tick, **options.sampling(args))
         chunk = next(chunks)

@@ -89,9 +89,11 @@ class Tokenizer:
         """The ids of a text.
 
         add_special: BOS before and EOS after, where the file asks for them. parse_special: the text of a
-        control token means that token; otherwise it is text like any other. Raises ArgumentError for a lone
-        surrogate.
+        control token means that token; otherwise it is text like any other. Raises ArgumentError for what is
+        no text or has a lone surrogate.
         """
+        if not isinstance(text, str):
+            raise ArgumentError(f"text: expected a str, got {type(text).__name__}")
         try:
             text.encode()
         except UnicodeEncodeError as error:
