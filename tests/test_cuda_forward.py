@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -220,6 +221,43 @@ def test_a_context_that_only_a_split_cache_fits(long_path: Path) -> None:
     other = LLM(long_path, device="cuda", attention=policy, n_batch=64, n_ctx=256).session()
     other.eval(ids[:190])
     assert np.array_equal(taken, [other.eval([int(token)]) for token in ids[190:]])
+
+
+@pytest.mark.skipif(not is_emulated, reason="the memory of a real GPU cannot be capped")
+def test_a_policy_whose_memory_is_refused_leaves_the_last_one(path: Path) -> None:
+    policy = Adaptive(sinks=4, window=20, threshold=0.6, page_bits=3, page_share=0.01)
+    session, other = (LLM(path, device="cuda", attention=policy, n_ctx=256).session() for _ in range(2))
+    for s in (session, other):
+        s.eval(TOKENS[:140])
+    for refused in (
+        Dense(sinks=4, window=20, page_bits=4),
+        Adaptive(sinks=4, window=20, estimate="maximum", calibration=calibration("prompt")),
+    ):
+        set_memory(1)
+        with pytest.raises(InsufficientMemoryError, match=r"memory for .* was refused"):
+            session.attention = refused
+        set_memory(4 * GIGABYTE)
+        assert session.attention == policy
+        assert np.array_equal(session.eval(TOKENS[140:143]), other.eval(TOKENS[140:143]))
+
+
+def test_sessions_of_one_model_take_turns(path: Path) -> None:
+    """Two threads with a session each, one of which rewinds while the other's token may be written down."""
+    llm = LLM(path, device="cuda", attention=POLICIES[4], n_ctx=256)
+
+    def follow(seed: int) -> list[NDArray[np.float32]]:
+        ids = np.random.default_rng(seed).integers(0, 300, 100)
+        session, logits = llm.session(), []
+        session.eval(ids[:90])
+        for _ in range(3):
+            logits += [session.eval([int(token)]) for token in ids[90:94]]
+            session.rewind(90)
+        return logits
+
+    alone = [follow(seed) for seed in (20, 21)]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(follow, (20, 21)))
+    assert np.array_equal(alone, together)
 
 
 def test_a_split_cache_is_for_gpus(path: Path) -> None:
