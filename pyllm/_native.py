@@ -12,7 +12,7 @@ import re
 import struct
 import threading
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -257,24 +257,38 @@ class Model:
 
 @dataclass(frozen=True)
 class SessionMemory:
-    """Bytes a session needs when its context is full."""
+    """Bytes a session needs when its context is full; host_bytes of the host's memory beside a GPU's."""
 
     kv_bytes: int
+    host_bytes: int
     moment_bytes: int
     scratch_bytes: int
 
     @property
     def total(self) -> int:
+        """Of the device's memory."""
         return self.kv_bytes + self.moment_bytes + self.scratch_bytes
 
 
-def session_memory(model: Model, n_ctx: int, n_batch: int, n_sink: int) -> SessionMemory:
+@dataclass(frozen=True)
+class SessionParams:
+    """The fields of pyllm_session_params."""
+
+    n_ctx: int
+    n_batch: int
+    n_sink: int
+    kv_window: int = 0
+
+    def native(self) -> Any:
+        return library()[0].new("pyllm_session_params *", asdict(self))
+
+
+def session_memory(model: Model, params: SessionParams) -> SessionMemory:
     """What a session with these parameters would need."""
     ffi, lib = library()
-    params = ffi.new("pyllm_session_params *", {"n_ctx": n_ctx, "n_batch": n_batch, "n_sink": n_sink})
     out = ffi.new("pyllm_session_memory *")
-    check(lib.pyllm_session_memory_needed, model.handle, params, out)
-    return SessionMemory(out.kv_bytes, out.moment_bytes, out.scratch_bytes)
+    check(lib.pyllm_session_memory_needed, model.handle, params.native(), out)
+    return SessionMemory(out.kv_bytes, out.host_bytes, out.moment_bytes, out.scratch_bytes)
 
 
 class NativeSession:
@@ -284,11 +298,10 @@ class NativeSession:
     is waited for and never joined by a second one.
     """
 
-    def __init__(self, model: Model, n_ctx: int, n_batch: int, n_sink: int) -> None:
+    def __init__(self, model: Model, params: SessionParams) -> None:
         ffi, lib = library()
-        params = ffi.new("pyllm_session_params *", {"n_ctx": n_ctx, "n_batch": n_batch, "n_sink": n_sink})
         out = ffi.new("pyllm_session **")
-        check(lib.pyllm_session_open, model.handle, params, out)
+        check(lib.pyllm_session_open, model.handle, params.native(), out)
         self.handle = ffi.gc(out[0], lib.pyllm_session_close)
         self.info = model.info
         self.lock = threading.Lock()

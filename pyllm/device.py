@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from typing import Any
 
 from rich.filesize import decimal
 
 from pyllm import _native
-from pyllm.errors import ArgumentError, InsufficientMemoryError
+from pyllm.errors import ArgumentError, DeviceError, InsufficientMemoryError
 from pyllm.memory import available_memory
 
 
 def choose(device: str, file: _native.File) -> str:
     """The device that a model from this file is opened on: "cpu", "cuda" or "cuda:N".
 
-    "auto" is the CPU: sessions cannot be opened on a GPU yet.
+    "auto" is "cuda" where a GPU is there whose free memory holds the weights, and otherwise the CPU.
     Raises ArgumentError for other names, DeviceError where a GPU asked for cannot be used, and
     InsufficientMemoryError where the weights do not fit, with the numbers.
     """
     if not isinstance(device, str) or not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", device):
         raise ArgumentError(f"device: expected 'auto', 'cpu', 'cuda' or 'cuda:N', got {device!r}")
     if device == "auto":
-        device = "cpu"  # until attention runs on a GPU
+        with contextlib.suppress(DeviceError, InsufficientMemoryError):
+            require_weights("cuda", file)
+            return "cuda"
+        device = "cpu"
     require_weights(device, file)
     return device
 

@@ -17,7 +17,7 @@ from pyllm import _native
 from pyllm.attention import Adaptive, Policy, is_preset, needs_profile, parse
 from pyllm.completion import Completion
 from pyllm.cpus import available_cpus
-from pyllm.device import choose
+from pyllm.device import available_on, choose
 from pyllm.errors import ArgumentError, FormatError, TemplateError, UnsupportedError
 from pyllm.generation import Generation, Request, Sampling
 from pyllm.guard import Guard
@@ -36,7 +36,10 @@ class LLM:
 
     model: a known name, a path or a file name in the models directory. n_ctx: tokens of context, by default
     what the model was trained on. n_batch: tokens evaluated at once in prefill. n_threads: by default the
-    CPUs this process may use. device: "auto", "cpu", "cuda" or "cuda:N"; `device` then tells. attention: for
+    CPUs this process may use. device: "cpu", "cuda", "cuda:N", or "auto", a GPU where there is one that holds
+    the model and a session; `device` then tells. kv: "gpu", or on a GPU "split", with all keys and values in
+    the host's memory but those of the sinks, the window and a batch of tokens: for contexts that its own
+    memory does not hold. attention: for
     all its sessions, a policy, its text form ("dense", "adaptive:0.8") or a preset of the model's profile
     ("conservative", "balanced", "aggressive", "balanced:FILE" of another profile); by default "balanced"
     where there is a profile, or else Adaptive(0.9) in groups. isa: one of `pyllm.cpus.ISAS`, by default
@@ -57,6 +60,7 @@ class LLM:
         n_batch: int = 512,
         n_threads: int | None = None,
         device: str = "auto",
+        kv: str = "gpu",
         attention: Policy | str | None = None,
         isa: str | None = None,
         seed: int | None = None,
@@ -67,16 +71,22 @@ class LLM:
         self._file = _native.File(self.paths)
         self.metadata = self._file.values()
         self.tokenizer = self._open_tokenizer()
-        self.device = choose(device, self._file)
         threads = available_cpus() if n_threads is None else _whole("n_threads", n_threads, 1, 256)
-        self._model = _native.Model(
-            self._file, threads, isa or os.environ.get("PYLLM_ISA") or None, self.device
-        )
+        isa = isa or os.environ.get("PYLLM_ISA") or None
+        self.device = choose(device, self._file)
+        self.kv = _kv(kv, self.device)
+        self._model = _native.Model(self._file, threads, isa, self.device)
         self.info = self._model.info
         self._require_one_vocabulary()
         self.n_ctx = self._context(n_ctx)
         self.n_batch = _whole("n_batch", n_batch, 1, 4096)
         self.attention = self.policy(attention)
+        if device == "auto" and self.device != "cpu" and not self._has_room():
+            del self._model  # before there is another
+            self.device = choose("cpu", self._file)
+            self.kv = _kv(kv, self.device)
+            self._model = _native.Model(self._file, threads, isa, self.device)
+            self.info = self._model.info
         self.guard = guard
         self._seeds = random.Random(seed)
 
@@ -85,6 +95,14 @@ class LLM:
             return Tokenizer(self.metadata)
         except (FormatError, UnsupportedError) as error:
             raise type(error)(f"{self.paths[0]}: {error}") from None
+
+    def _has_room(self) -> bool:
+        """Whether the device has kernels and memory for a session."""
+        try:
+            needed, available = self.session_memory(self.n_ctx), available_on(self.device)
+        except UnsupportedError:
+            return False
+        return available is None or needed <= available
 
     def _require_one_vocabulary(self) -> None:
         """A token of only one of the two could be neither read nor said."""
@@ -209,6 +227,7 @@ class LLM:
             self._model,
             n_ctx=self.n_ctx if n_ctx is None else self._context(n_ctx),
             n_batch=self.n_batch,
+            split=self.kv == "split",
             attention=self.attention if attention is None else self.policy(attention),
             policy=self.policy,
             guard=guard or self.guard,
@@ -216,8 +235,10 @@ class LLM:
         )
 
     def session_memory(self, n_ctx: int) -> int:
-        """Bytes that a session with a context of n_ctx tokens needs."""
-        return _native.session_memory(self._model, n_ctx, self.n_batch, self.attention.sinks).total
+        """Bytes of the device's memory that a session with a context of n_ctx tokens needs."""
+        window = min(self.attention.window, n_ctx) if self.kv == "split" else 0
+        params = _native.SessionParams(n_ctx, self.n_batch, self.attention.sinks, window)
+        return _native.session_memory(self._model, params).total
 
     @cached_property
     def default_session(self) -> Session:
@@ -330,6 +351,14 @@ class LLM:
         generation = kind(session, self.tokenizer, ids, request, continuing=not chat)
         session.require_room(generation.n_prompt)
         return Completion(generation, self.name, chat)
+
+
+def _kv(kv: str, device: str) -> str:
+    if kv not in ("gpu", "split"):
+        raise ArgumentError(f"kv: expected 'gpu' or 'split', got {kv!r}")
+    if kv == "split" and device == "cpu":
+        raise ArgumentError("kv: 'split' is between a GPU and the host, and the model is on the CPU")
+    return kv
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

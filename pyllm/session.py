@@ -32,8 +32,9 @@ Progress = Callable[[int, int], None]
 class Session:
     """Made by `LLM.session()`. Safe to use from several threads: a second one waits for the first.
 
-    n_ctx: tokens it can hold. policy: finds the policy that a text stands for. `revision` changes with the
-    contents, so that whoever goes on where they left off can tell that nobody else was there meanwhile.
+    n_ctx: tokens it can hold. split: keys and values of a GPU's session lie in the host's memory but for the
+    sinks, the window and a batch. policy: finds the policy that a text stands for. `revision` changes with
+    the contents, so that whoever goes on where they left off can tell that nobody else was there meanwhile.
     identity: of the model, for the guard's log.
     """
 
@@ -43,6 +44,7 @@ class Session:
         *,
         n_ctx: int,
         n_batch: int,
+        split: bool = False,
         attention: Policy,
         policy: Callable[[Policy | str], Policy],
         guard: Guard | None = None,
@@ -56,8 +58,9 @@ class Session:
         self.revision = 0
         self._model = model
         self._policy = policy
+        self._kv_window = min(attention.window, n_ctx) if split else 0
         self._require_memory()
-        self._native = _native.NativeSession(model, n_ctx, n_batch, self.sinks)
+        self._native = _native.NativeSession(model, self._params(n_ctx))
         self._evaluated: Counter[str] = Counter()
         self._seconds = {"prefill": 0.0, "decode": 0.0}
         self._tokens = {"prefill": 0, "decode": 0}
@@ -66,19 +69,31 @@ class Session:
         self.attention = attention
         self.guard = guard
 
+    def _params(self, n_ctx: int) -> _native.SessionParams:
+        return _native.SessionParams(n_ctx, self.n_batch, self.sinks, self._kv_window)
+
     def _require_memory(self) -> None:
-        needed, available = self.memory_needed(self.n_ctx), available_on(self._model.device)
+        self._require(self._model.device, self.memory_needed)
+        if self._kv_window:
+            self._require("cpu", self.host_memory_needed)
+
+    def _require(self, device: str, memory_needed: Callable[[int], int]) -> None:
+        needed, available = memory_needed(self.n_ctx), available_on(device)
         if available is None or needed <= available:
             return
-        fits = bisect_right(range(1, self.n_ctx), available, key=self.memory_needed)
+        fits = bisect_right(range(1, self.n_ctx), available, key=memory_needed)
         raise InsufficientMemoryError(
-            f"a context of {self.n_ctx} tokens needs {decimal(needed)} of {memory_of(self._model.device)}, "
+            f"a context of {self.n_ctx} tokens needs {decimal(needed)} of {memory_of(device)}, "
             f"but only {decimal(available)} is available: enough for {fits or 'no'} tokens"
         )
 
     def memory_needed(self, n_ctx: int) -> int:
-        """Bytes that a session like this one needs for a context of n_ctx tokens."""
-        return _native.session_memory(self._model, n_ctx, self.n_batch, self.sinks).total
+        """Bytes of the device's memory that a session like this one needs for a context of n_ctx tokens."""
+        return _native.session_memory(self._model, self._params(n_ctx)).total
+
+    def host_memory_needed(self, n_ctx: int) -> int:
+        """Bytes of the host's memory that it needs besides, where its cache is split."""
+        return _native.session_memory(self._model, self._params(n_ctx)).host_bytes
 
     # ---- the timeline ----
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import secrets
 import signal
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pyllm import LLM
+from pyllm import LLM, _native
 from pyllm.errors import FileError
 from pyllm.models import DEFAULT_MODEL, resolve
 from tiny_models import write_tiny
@@ -57,3 +58,14 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def tiny(tiny_model: Path) -> LLM:
     return LLM(tiny_model)
+
+
+@pytest.fixture
+def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The package runs on the library whose CUDA backend is emulated, a GPU of 4 GB."""
+    from emulated import GIGABYTE, ffi, lib, set_memory  # builds it: only where it is needed
+
+    monkeypatch.setattr(_native, "library", lambda: (ffi, lib))
+    set_memory(4 * GIGABYTE)
+    yield
+    set_memory(4 * GIGABYTE)

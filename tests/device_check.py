@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from pyllm import LLM, Adaptive, Dense, InsufficientMemoryError, Session
+from pyllm import LLM, Adaptive, Dense, InsufficientMemoryError, Session, Window
 from pyllm.attention import Policy
 from tiny_models import write_tiny
 
@@ -29,7 +29,7 @@ ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "native"
 # The library of the tests with the CUDA library beside it, and no emulated one.
 GPU_BUILD = NATIVE / "build" / "gpu"
-NATIVE_TESTS = ("tests/test_cuda_rows.py", "tests/test_cuda_linear.py")
+NATIVE_TESTS = tuple(f"tests/test_cuda_{name}.py" for name in ("rows", "linear", "attention", "forward"))
 
 # Llama 3 8B; about Q4_K_M, which has Q6_K in half the layers' attn_v and ffn_down.
 SHAPE = {
@@ -88,8 +88,11 @@ def sanitizer(seconds: float) -> str:
         path = write_tiny(Path(folder) / "tiny.gguf", types=Type.Q4_K, tokenizer=True, sharp=4.0)
         program = (
             f"from pyllm import LLM, Adaptive\n"
-            f"s = LLM({str(path)!r}, device='cuda', attention=Adaptive(0.6, window=64)).session()\n"
-            f"s.eval(list(range(300)))\n[s.eval([t]) for t in range(8)]\n"
+            f"for kv in ('gpu', 'split'):\n"
+            f"  a = Adaptive(0.6, window=64, page_bits=3)\n"
+            f"  s = LLM({str(path)!r}, device='cuda', kv=kv, attention=a).session()\n"
+            f"  s.eval(list(range(300)))\n"
+            f"  for t in range(8): s.eval([t])\n"
         )
         checked = ["compute-sanitizer", "--error-exitcode", "9", sys.executable, "-c", program]
         return run(checked, seconds).strip().splitlines()[-1]
@@ -110,38 +113,45 @@ def largest_session(llm: LLM) -> Session:
 
 
 def speed(seconds: float) -> list[dict[str, Any]]:
-    """Tokens per second of every policy at every depth that the time allows."""
+    """Tokens per second of every policy at every depth that time allows, the cache on the GPU and split."""
     end = time.monotonic() + seconds
-    rng = np.random.default_rng(0)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "synthetic-8b.gguf"
         write_tiny(path, types=TYPES, tied=False, tokenizer=True, same_layers=True, **SHAPE)  # type: ignore[arg-type]
         llm = LLM(path, device="cuda", attention=Adaptive())
-        session = largest_session(llm)
-        ids = rng.integers(0, llm.info.n_vocab, session.n_ctx)
-        for depth in (depth for depth in DEPTHS if depth + N_PREFILL + N_DECODE <= session.n_ctx):
-            while session.position < depth and time.monotonic() < end:
-                session.attention = Dense()
-                session.eval(ids[session.position : min(depth, session.position + 4 * N_PREFILL)])
-            for name, policy in POLICIES.items():
-                if session.position < depth or time.monotonic() > end:
-                    break
-                session.attention = policy
-                session.eval(ids[depth : depth + 2])  # moments and sketches catch up
-                session.rewind(depth)
-                prefill = timed(lambda: session.eval(ids[-N_PREFILL:]))
-                decode = timed(lambda: [session.eval([int(t)]) for t in ids[:N_DECODE]])
-                session.rewind(depth)
-                rows.append(
-                    {
-                        "depth": depth,
-                        "attention": name,
-                        "prefill_tokens_per_second": N_PREFILL / prefill,
-                        "decode_tokens_per_second": N_DECODE / decode,
-                    }
-                )
+        for llm.kv in ("gpu", "split"):
+            left = end - time.monotonic()
+            speed_of(llm, end if llm.kv == "split" else time.monotonic() + left * 0.6, rows)
     return rows
+
+
+def speed_of(llm: LLM, end: float, rows: list[dict[str, Any]]) -> None:
+    session = largest_session(llm)
+    ids = np.random.default_rng(0).integers(0, llm.info.n_vocab, session.n_ctx)
+    for depth in (depth for depth in DEPTHS if depth + N_PREFILL + N_DECODE <= session.n_ctx):
+        while session.position < depth and time.monotonic() < end:
+            session.attention = Window()  # of random weights it does not matter what the cache holds
+            session.eval(ids[session.position : min(depth, session.position + 4 * N_PREFILL)])
+        for name, policy in POLICIES.items():
+            if session.position < depth or time.monotonic() > end:
+                break
+            session.attention = policy
+            session.eval(ids[depth : depth + 2])  # moments and sketches catch up
+            session.rewind(depth)
+            prefill = timed(lambda: session.eval(ids[-N_PREFILL:]))
+            session.eval(ids[:1])  # kernels are loaded and
+            session.eval(ids[1:2])  # a token's graph is written
+            decode = timed(lambda: [session.eval([int(t)]) for t in ids[2:N_DECODE]])
+            session.rewind(depth)
+            row = {
+                "kv": llm.kv,
+                "depth": depth,
+                "attention": name,
+                "prefill_tokens_per_second": N_PREFILL / prefill,
+                "decode_tokens_per_second": (N_DECODE - 2) / decode,
+            }
+            rows.append(row)
 
 
 STEPS: dict[str, tuple[Callable[[float], Any], float]] = {

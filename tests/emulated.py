@@ -29,4 +29,15 @@ if not is_given:
     build("emu")
 ffi, lib = load()
 
-__all__ = ["check", "ffi", "lib"]
+GIGABYTE = 10**9
+# False where a build for a real GPU was given.
+is_emulated = hasattr(lib, "hook_emu_memory")
+
+
+def set_memory(n_bytes: int) -> None:
+    """Of the emulated GPU; a real one has what it has."""
+    if is_emulated:
+        lib.hook_emu_memory(n_bytes)
+
+
+__all__ = ["GIGABYTE", "check", "ffi", "is_emulated", "lib", "set_memory"]

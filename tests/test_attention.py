@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from native import check, ffi, lib
+from emulated import ffi, lib
+from native import check
 from pyllm.reference import attention as reference
 from pyllm.reference import moments
 from pyllm.reference.attention import Policy
-from test_linear import ISAS, floats, products
+from test_linear import ISAS, products
 
 SEEDS = st.integers(0, 2**32 - 1)
 POLICY_NUMBER = {"dense": 0, "window": 1, "static": 2, "oracle": 3, "adaptive": 4}
@@ -57,6 +58,12 @@ def random_inputs(seed: int, n: int, n_heads: int, n_kv_heads: int, head_dim: in
     return Inputs(*(np.ascontiguousarray(x, np.float32) for x in (q, k, v)))
 
 
+def floats(x: NDArray[np.float32]) -> Any:
+    assert x.dtype == np.float32
+    assert x.flags.c_contiguous
+    return ffi.from_buffer("float[]", x)
+
+
 RECORDED = ("local_mass", "estimate", "true_mass", "read_mass", "mean_score", "deviation")
 
 
@@ -67,8 +74,10 @@ def run(
     n_threads: int = 1,
     chunk: int = 512,
     audit: NDArray[np.bool_] | None = None,
+    device: str = "cpu",
+    kv_window: int = 0,
 ) -> Result:
-    """audit: (T) bool; records what was decided."""
+    """audit: (T) bool, whose true masses are recorded. device: "cuda" are the emulated kernels."""
     n, n_heads, head_dim = x.q.shape
     n_kv_heads = x.k.shape[1]
     thresholds = np.full(n_heads, policy.thresholds, np.float32)
@@ -76,7 +85,7 @@ def run(
         np.asarray(policy.static_local if policy.static_local is not None else 0, np.uint8), (n_heads,)
     ).copy()
     shape = ffi.new(
-        "hook_attention_shape *", (n, n_heads, n_kv_heads, head_dim, policy.n_sink, x.scale, chunk)
+        "hook_attention_shape *", (n, n_heads, n_kv_heads, head_dim, policy.n_sink, x.scale, chunk, kv_window)
     )
     attention = ffi.new("pyllm_attention *")
     attention.policy = POLICY_NUMBER[policy.kind]
@@ -92,8 +101,6 @@ def run(
     attention.thresholds = floats(thresholds)
     attention.static_local = ffi.from_buffer("uint8_t[]", static)
     output = np.full_like(x.q, np.nan)
-    is_long = np.full((n, n_heads), 255, np.uint8)
-    masses = np.full((2, n, n_heads), np.nan, np.float32)
     stats = ffi.new("pyllm_layer_stats *")
     recorded: dict[str, NDArray[Any]] = {name: np.zeros((n, n_heads), np.float32) for name in RECORDED}
     recorded["is_long"] = np.full((n, n_heads), 255, np.uint8)
@@ -103,19 +110,20 @@ def run(
     }
     if audit is not None:
         arrays["audit"] = ffi.from_buffer("uint8_t[]", audit)
-    record = ffi.NULL if audit is None else ffi.new("pyllm_record *", arrays)
+    record = ffi.new("pyllm_record *", arrays)
     err = ffi.new("pyllm_error *")
     check(
         lib.hook_attention(
-            isa.encode(), n_threads, shape, attention, floats(x.q), floats(x.k), floats(x.v), floats(output),
-            ffi.from_buffer("uint8_t[]", is_long), floats(masses[0]), floats(masses[1]), stats, record, err,
+            device.encode(), isa.encode(), n_threads, shape, attention, floats(x.q), floats(x.k), floats(x.v),
+            floats(output), stats, record, err,
         ),
         err,
     )  # fmt: skip
+    is_long = recorded["is_long"]
     assert (is_long <= 1).all()
-    assert np.isfinite(output).all()
+    assert np.isfinite(output).all() or not np.isfinite(x.q).all()
     counts = {name: int(getattr(stats, name)) for name in FIELDS}
-    return Result(output, is_long == 1, masses[0], masses[1], counts, recorded)
+    return Result(output, is_long == 1, recorded["local_mass"], recorded["estimate"], counts, recorded)
 
 
 def assert_same(a: Result, b: Result) -> None:

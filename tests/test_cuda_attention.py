@@ -7,7 +7,6 @@ largest value.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-import emulated
-from emulated import ffi, lib
-from native import check
 from pyllm.reference import attention as reference
 from pyllm.reference.attention import Policy
 from test_attention import (
@@ -31,6 +27,9 @@ from test_attention import (
     random_inputs,
     with_labels,
 )
+from test_attention import run as run_on
+from test_estimates import assert_estimates, calibrated, forms, kinds
+from test_record import assert_record, audits
 
 shapes = st.sampled_from(
     [(4, 2, 64), (6, 2, 80), (3, 1, 96), (7, 1, 32), (18, 1, 32), (2, 1, 128), (2, 2, 256)]
@@ -60,41 +59,17 @@ paged = st.builds(
 chunks = st.sampled_from([0, 1, 7, 64, 512])
 
 
-def floats(x: NDArray[np.float32]) -> Any:
-    return ffi.from_buffer("float[]", x)
-
-
-def run(x: Inputs, policy: Policy, chunk: int = 512) -> Result:
-    n, n_heads, head_dim = x.q.shape
-    thresholds = np.full(n_heads, policy.thresholds, np.float32)
-    labels = policy.static_local if policy.static_local is not None else 0
-    static = np.broadcast_to(np.asarray(labels, np.uint8), (n_heads,)).copy()
+def run(
+    x: Inputs,
+    policy: Policy,
+    chunk: int = 512,
+    audit: NDArray[np.bool_] | None = None,
+    kv_window: int = 0,
+) -> Result:
+    """chunk: 0 stands for all but the last query, and that one."""
+    n = len(x.q)
     chunk = min(chunk or max(n - 1, 1), n)
-    shape = ffi.new(
-        "hook_attention_shape *", (n, n_heads, x.k.shape[1], head_dim, policy.n_sink, x.scale, chunk)
-    )
-    attention = ffi.new("pyllm_attention *")
-    attention.policy = POLICY_NUMBER[policy.kind]
-    attention.granularity = int(policy.granularity == "group")
-    attention.n_window = policy.n_window
-    attention.page_bits, attention.page_share = policy.page_bits, policy.page_share
-    attention.page_drop = policy.page_drop
-    attention.thresholds = floats(thresholds)
-    attention.static_local = ffi.from_buffer("uint8_t[]", static)
-    output = np.full_like(x.q, np.nan)
-    is_long = np.full((n, n_heads), 255, np.uint8)
-    masses = np.full((2, n, n_heads), np.nan, np.float32)
-    stats, err = ffi.new("pyllm_layer_stats *"), ffi.new("pyllm_error *")
-    check(
-        lib.hook_cuda_attention(
-            shape, attention, floats(x.q), floats(x.k), floats(x.v), floats(output),
-            ffi.from_buffer("uint8_t[]", is_long), floats(masses[0]), floats(masses[1]), stats, err,
-        ),
-        err,
-    )  # fmt: skip
-    assert (is_long <= 1).all()
-    counts = {name: int(getattr(stats, name)) for name in FIELDS}
-    return Result(output, is_long == 1, masses[0], masses[1], counts, {})
+    return run_on(x, policy, chunk=chunk, audit=audit, device="cuda", kv_window=kv_window)
 
 
 def some_inputs(seed: int, n: int, chunk: int, shape: tuple[int, int, int]) -> Inputs:
@@ -217,27 +192,87 @@ def test_larger_shares_read_less_and_none_reads_everything(
     assert np.allclose(run(x, Policy("dense", n_window=64), chunk).output, results[0].output, atol=2e-3)
 
 
+@settings(max_examples=10, deadline=None)
+@given(
+    seed=SEEDS,
+    shape=shapes,
+    form=forms,
+    kind=kinds,
+    from_other_text=st.booleans(),
+    granularity=st.sampled_from(["head", "group"]),
+    threshold=st.sampled_from([0.3, 0.6, 0.9]),
+    n=st.integers(100, 330),
+    chunk=chunks,
+)
+def test_every_form_of_the_estimate(
+    seed: int,
+    shape: tuple[int, int, int],
+    form: str,
+    kind: str,
+    from_other_text: bool,
+    granularity: str,
+    threshold: float,
+    n: int,
+    chunk: int,
+) -> None:
+    x = some_inputs(seed, n, chunk, shape)
+    policy = Policy(
+        "adaptive",
+        n_window=64,
+        granularity=granularity,
+        thresholds=threshold,
+        gaussian=form,
+        estimate=kind,
+        coefficients=np.random.default_rng(seed).uniform(-1, 1, (1, shape[0], 3)).astype(np.float32),
+        **(calibrated(seed, shape) if from_other_text else {}),
+    )
+    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy).decisions
+    assert_estimates(run(x, policy, chunk), theirs, policy, shape[1])
+
+
+def test_unknown_estimates_are_never_local(rng: np.random.Generator) -> None:
+    """At a threshold of 0 everything is local, but for what nobody can tell."""
+    x = random_inputs(int(rng.integers(2**32)), 200, 4, 2, 32)
+    policy = Policy(
+        "adaptive",
+        n_window=64,
+        thresholds=0.0,
+        estimate="maximum",
+        coefficients=np.zeros((1, 4, 3), np.float32),
+        means=(rng.choice([-1.0, 1.0], (1, 2, 32)) * 3e38).astype(np.float32),
+        covariances=np.broadcast_to(np.eye(32, dtype=np.float32) * 3e38, (1, 2, 32, 32)).copy(),
+    )
+    result = run(x, policy)
+    unknown = np.isnan(result.record["estimate"])
+    unknown[: 16 + 64 + 63] = False  # no bulk
+    assert unknown.any()
+    assert np.array_equal(result.is_long, unknown)
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS, shape=shapes, policy=policies | paged, n=st.integers(1, 300), chunk=chunks)
+def test_records(seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int) -> None:
+    x = some_inputs(seed, n, chunk, shape)
+    policy, audit = with_labels(policy, shape[0], seed), audits(seed, len(x.q))
+    ours = run(x, policy, chunk, audit)
+    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy).decisions
+    assert_record(ours, theirs, policy, audit)
+    assert_same(ours, run(x, policy, chunk))
+
+
 @settings(max_examples=8, deadline=None)
 @given(
     seed=SEEDS,
-    n_pages=st.integers(1, 6),
-    head_dim=st.sampled_from([32, 64, 80, 96, 128, 256]),
-    offset=st.sampled_from([0.0, 3.0, 100.0]),
+    shape=shapes,
+    policy=policies | paged,
+    n=st.integers(200, 420),
+    chunk=st.sampled_from([0, 7, 64, 100]),
+    kv_window=st.sampled_from([1, 64, 200]),
 )
-def test_moments(seed: int, n_pages: int, head_dim: int, offset: float) -> None:
-    rng = np.random.default_rng(seed)
-    drift = np.cumsum(rng.standard_normal((n_pages * reference.PAGE, head_dim)), 0) * 0.1
-    keys = (rng.standard_normal(drift.shape) + drift + offset).astype(np.float32)
-    mean = np.full((n_pages, head_dim), np.nan, np.float32)
-    cov = np.full((n_pages, head_dim, head_dim), np.nan, np.float32)
-    err = ffi.new("pyllm_error *")
-    check(
-        emulated.lib.hook_cuda_moments(floats(keys), n_pages, head_dim, floats(mean), floats(cov), err), err
-    )
-    stored = keys.astype(np.float16).astype(np.float64)
-    for page in range(n_pages):
-        seen = stored[: (page + 1) * reference.PAGE]
-        deviation = seen.std(0)
-        assert np.allclose(mean[page], seen.mean(0), rtol=2e-6, atol=2e-6)
-        scale = np.outer(deviation, deviation) + 1e-6 * (1 + offset)
-        assert (np.abs(cov[page] - np.cov(seen.T, ddof=0)) <= 2e-5 * scale).all()
+def test_a_split_cache_changes_nothing(
+    seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int, kv_window: int
+) -> None:
+    """Whatever its window is beside the policy's: what the GPU does not hold it reads from the host."""
+    x = random_inputs(seed, min(n, 260) if chunk == 7 else n, *shape)
+    policy = with_labels(policy, shape[0], seed)
+    assert_same(run(x, policy, chunk), run(x, policy, chunk, kv_window=kv_window))

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from emulated import ffi, lib
+from emulated import GIGABYTE, lib
 from pyllm import LLM, _native
 from pyllm.errors import ArgumentError, DeviceError, InsufficientMemoryError
-
-GIGABYTE = 10**9
-
-
-@pytest.fixture
-def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The package runs on the library whose CUDA backend is emulated."""
-    monkeypatch.setattr(_native, "library", lambda: (ffi, lib))
-    lib.hook_emu_memory(4 * GIGABYTE)
-    yield
-    lib.hook_emu_memory(4 * GIGABYTE)
+from tiny_models import write_tiny
 
 
 @pytest.mark.usefixtures("emulated_gpu")
@@ -59,6 +48,24 @@ def test_weights_that_do_not_fit(tiny_model: Path) -> None:
     with pytest.raises(InsufficientMemoryError, match=r"on cuda \(emulated.*only .* 1 of 2 layers would fit"):
         LLM(tiny_model, device="cuda")
     assert LLM(tiny_model, device="auto").device == "cpu"
+
+
+@pytest.mark.usefixtures("emulated_gpu")
+def test_auto_takes_a_gpu_that_holds_the_model_and_a_session(tiny_model: Path, tmp_path: Path) -> None:
+    llm = LLM(tiny_model)
+    assert llm.device == "cuda"
+    needed = llm.session_memory(llm.n_ctx)
+    del llm
+    free = _native.device_info("cuda").free_bytes
+    weights = _native.Model.memory(_native.File([tiny_model]))
+    lib.hook_emu_memory(4 * GIGABYTE - free + weights + needed // 2)
+    llm = LLM(tiny_model)
+    assert llm.device == "cpu"
+    assert llm.session().eval([1, 2, 3]).shape == (llm.info.n_vocab,)
+    assert LLM(tiny_model, n_ctx=64, n_batch=16).device == "cuda"
+    lib.hook_emu_memory(4 * GIGABYTE)
+    odd = write_tiny(tmp_path / "odd.gguf", head_dim=48, n_heads=8, tokenizer=True)
+    assert LLM(odd).device == "cpu"  # no kernels for such heads
 
 
 def test_this_machine(tiny_model: Path) -> None:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from native import lib
 from pyllm.reference import attention as reference
 from pyllm.reference import moments
-from test_attention import SEEDS, assert_same, random_inputs, run, shapes
+from test_attention import SEEDS, Result, assert_same, random_inputs, run, shapes
 from test_linear import ISAS, floats, products
 
 forms = st.sampled_from(moments.FORMS)
@@ -102,6 +102,31 @@ def calibrated(seed: int, shape: tuple[int, int, int]) -> dict[str, Any]:
     }
 
 
+def assert_estimates(
+    ours: Result, theirs: reference.Decisions, policy: reference.Policy, n_kv_heads: int
+) -> None:
+    """Estimates are numpy's, and decisions follow from them."""
+    n, threshold = len(ours.is_long), float(np.asarray(policy.thresholds))
+    bulk = theirs.has_bulk
+    for name, expected in (("mean_score", theirs.mean_score), ("deviation", theirs.deviation)):
+        scale = 1 + np.abs(expected[bulk]).max(initial=0)
+        assert np.allclose(ours.record[name][bulk], expected[bulk], atol=2e-5 * scale, rtol=1e-4)
+        assert np.isnan(ours.record[name][~bulk]).all()
+    scale = 1 + np.abs(theirs.mean_score[bulk]).max(initial=0) + (theirs.deviation[bulk] ** 2).max(initial=0)
+    found = ours.record["estimate"]
+    assert np.allclose(found[bulk], theirs.bulk_mass_estimate[bulk], atol=5e-5 * scale, rtol=0)
+    with np.errstate(over="ignore"):
+        share = 1 / (1 + np.exp(found - ours.local_mass))
+    is_long = (share < np.float32(threshold)) & bulk[:, None]
+    unsure = (np.abs(share - threshold) < 1e-5).reshape(n, n_kv_heads, -1)
+    groups = is_long.reshape(n, n_kv_heads, -1)
+    if policy.granularity == "group":
+        groups = np.broadcast_to(groups.any(2, keepdims=True), groups.shape)
+        unsure = np.broadcast_to(unsure.any(2, keepdims=True), unsure.shape)
+    sure = ~unsure.reshape(n, -1)
+    assert np.array_equal(ours.is_long[sure], groups.reshape(n, -1)[sure])
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @settings(max_examples=12, deadline=None)
 @given(
@@ -127,7 +152,6 @@ def test_attention(
     n: int,
     chunk: int,
 ) -> None:
-    """Estimates are numpy's, and decisions follow from them."""
     n = n if chunk > 1 else min(n, 200)
     x = random_inputs(seed, n, *shape)
     b = np.random.default_rng(seed + 1).uniform(-1, 1, (1, shape[0], 3)).astype(np.float32)
@@ -144,23 +168,7 @@ def test_attention(
     audit = np.zeros(n, bool)
     ours = run(x, policy, isa, chunk=min(chunk, n), audit=audit)
     theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk, products=products(isa)).decisions
-    bulk = theirs.has_bulk
-    for name, expected in (("mean_score", theirs.mean_score), ("deviation", theirs.deviation)):
-        scale = 1 + np.abs(expected[bulk]).max(initial=0)
-        assert np.allclose(ours.record[name][bulk], expected[bulk], atol=2e-5 * scale, rtol=1e-4)
-        assert np.isnan(ours.record[name][~bulk]).all()
-    scale = 1 + np.abs(theirs.mean_score[bulk]).max(initial=0) + (theirs.deviation[bulk] ** 2).max(initial=0)
-    found = ours.record["estimate"]
-    assert np.allclose(found[bulk], theirs.bulk_mass_estimate[bulk], atol=5e-5 * scale, rtol=0)
-    with np.errstate(over="ignore"):
-        share = 1 / (1 + np.exp(found - ours.local_mass))
-    is_long = (share < np.float32(threshold)) & bulk[:, None]
-    unsure = (np.abs(share - threshold) < 1e-5).reshape(n, shape[1], -1)
-    groups = is_long.reshape(n, shape[1], -1)
-    if granularity == "group":
-        groups = np.broadcast_to(groups.any(2, keepdims=True), groups.shape)
-        unsure = np.broadcast_to(unsure.any(2, keepdims=True), unsure.shape)
-    assert np.array_equal(ours.is_long[~unsure.reshape(n, -1)], groups.reshape(n, -1)[~unsure.reshape(n, -1)])
+    assert_estimates(ours, theirs, policy, shape[1])
     assert_same(ours, run(x, policy, isa, 2, n, audit))
 
 

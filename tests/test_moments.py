@@ -7,21 +7,25 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from native import check, ffi, lib
-from test_linear import ISAS, SEEDS, floats
+from emulated import ffi, lib
+from native import check
+from test_attention import floats
+from test_linear import ISAS, SEEDS
 
 PAGE = 64
 
 
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize(("device", "isa"), [*(("cpu", isa) for isa in ISAS), ("cuda", ISAS[-1])])
 @settings(max_examples=15, deadline=None)
 @given(
     seed=SEEDS,
     n_pages=st.integers(1, 12),
-    head_dim=st.sampled_from([16, 32, 48, 64, 80, 128]),
+    head_dim=st.sampled_from([32, 64, 80, 96, 128, 256]),
     offset=st.sampled_from([0.0, 3.0, 100.0]),
 )
-def test_mean_and_covariance(isa: str, seed: int, n_pages: int, head_dim: int, offset: float) -> None:
+def test_mean_and_covariance(
+    device: str, isa: str, seed: int, n_pages: int, head_dim: int, offset: float
+) -> None:
     rng = np.random.default_rng(seed)
     drift = np.cumsum(rng.standard_normal((n_pages * PAGE, head_dim)), 0) * 0.1
     keys = (rng.standard_normal(drift.shape) + drift + offset).astype(np.float32)
@@ -29,7 +33,10 @@ def test_mean_and_covariance(isa: str, seed: int, n_pages: int, head_dim: int, o
     cov = np.full((n_pages, head_dim, head_dim), np.nan, np.float32)
     err = ffi.new("pyllm_error *")
     check(
-        lib.hook_moments(isa.encode(), floats(keys), n_pages, head_dim, floats(mean), floats(cov), err), err
+        lib.hook_moments(
+            device.encode(), isa.encode(), floats(keys), n_pages, head_dim, floats(mean), floats(cov), err
+        ),
+        err,
     )
     stored = keys.astype(np.float16).astype(np.float64)
     for page in range(n_pages):

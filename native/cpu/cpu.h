@@ -7,6 +7,45 @@
 
 enum { MAX_DIM = 512 }; /* of a head */
 
+/* Running mean and covariance of the first n_pages bulk pages of one key/value head (Chan's merge, f32). */
+typedef struct key_moments {
+  int32_t n_pages;
+  float *mean;   /* (head_dim) */
+  float *m2;     /* (head_dim, head_dim) sum of (k - mean)(k - mean)^T */
+  float *strips; /* m2 / n as (head_dim / 16) strips of (head_dim / 2, 16, 2) */
+} key_moments;
+
+/* Low-bit copy of the first n_pages bulk pages' keys of one key/value head, for choosing what to read of them. */
+typedef struct key_sketch {
+  int32_t n_pages;
+  unsigned char *pages; /* (n_blocks, page_bytes); NULL until a policy asks for it */
+} key_sketch;
+
+/* One layer's KV cache, head-major, in blocks of 64 tokens:
+ *   block (g, b) at kv + (g * n_blocks + b) * 2 * 64 * head_dim: its keys, then its values, f16.
+ *   keys   (4, head_dim / 2, 16, 2): strips of 16 tokens, dimension pairs interleaved.
+ *   values (4, head_dim / 16, 8, 16, 2): strips of 16 tokens, of 16 dimensions, token pairs interleaved.
+ * Both are strips as kernels.h defines them, so scores and weighted values are the same matrix product. */
+typedef struct layer_cache {
+  int32_t n_blocks;
+  uint16_t *kv;            /* (n_kv_heads, n_blocks, 2, 64 * head_dim) */
+  key_moments *moments;    /* (n_kv_heads) */
+  key_sketch *sketches;    /* (n_kv_heads) */
+  int32_t sketch_bits;     /* 2, 3 or 4; 0 where there is none */
+  const float *calibrated; /* (n_kv_heads) the policy's covariances as key_moments.strips; NULL where it has none */
+} layer_cache;
+
+struct attention_state {
+  attention_shape shape;
+  attention_policy policy; /* its arrays are the session's */
+  attention_batch batch;
+  layer_cache *layers; /* (n_layers) */
+  unsigned char
+      *sketches;     /* (n_layers, n_kv_heads, n_blocks) pages, that of layers' sketches; NULL before there are any */
+  float *calibrated; /* (n_layers, n_kv_heads, head_dim * head_dim), likewise */
+  pyllm_layer_stats *stats; /* (n_layers) */
+};
+
 /* One span of one work item, and its first row in the partial results. */
 typedef struct span_unit {
   int32_t item, span, row;
@@ -45,9 +84,11 @@ typedef struct cpu_scratch {
   float *page_memory;
 } cpu_scratch;
 
-static inline const uint16_t *cache_blocks(const layer_cache *cache, int32_t kv_head, int32_t head_dim) {
+static inline uint16_t *cache_blocks(const layer_cache *cache, int32_t kv_head, int32_t head_dim) {
   return cache->kv + (int64_t)kv_head * cache->n_blocks * 2 * KV_BLOCK * head_dim;
 }
+
+extern const attention_ops cpu_attention_ops;
 
 void *cpu_alloc(const backend *be, size_t bytes);
 void cpu_release(const backend *be, void *memory);
@@ -69,9 +110,27 @@ void cpu_record(const backend *be, attention_batch *b, const layer_cache *cache,
                 const pyllm_record *out);
 void cpu_finish(const backend *be, const attention_batch *b, bool rounded, activation *out);
 void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
+
+/* scratch.c: memory that the attention stages of one session work in; NULL when it is refused. */
 void *cpu_scratch_new(const backend *be, const attention_shape *shape);
 void cpu_scratch_free(void *scratch);
 uint64_t cpu_scratch_bytes(int32_t n_threads, const attention_shape *shape);
+
+/* cache.c: one layer's; false when memory is refused, and then it is still to be freed. */
+bool cpu_cache_new(layer_cache *cache, const attention_shape *shape);
+void cpu_cache_free(layer_cache *cache, const attention_shape *shape);
+/* Makes room for sketches of `bits`, empty, in the layer's part of pages (n_layers, n_kv_heads, n_blocks). */
+void cpu_cache_sketch(layer_cache *cache, const attention_shape *shape, int32_t bits, int32_t layer,
+                      unsigned char *pages);
+/* Forgets positions [from, to), the last ones. */
+void cpu_cache_cut(layer_cache *cache, const attention_shape *shape, int32_t from, int32_t to);
+
+/* out: scale * cov (head_dim, head_dim), symmetric, as key_moments.strips has it. */
+void covariance_strips(const float *cov, int32_t head_dim, float scale, float *out);
+
+/* Folds pages into one head's moments until it holds exactly n_pages; starts over where it holds more.
+ * blocks: the head's KV blocks. */
+void moments_fold(const struct kernels *k, key_moments *m, const uint16_t *blocks, int32_t head_dim, int32_t n_pages);
 
 /* Marks in b->wanted what the scored queries of each tile want of the bulk, after is_long is decided. */
 void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy);

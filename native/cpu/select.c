@@ -32,7 +32,7 @@ typedef struct key_model {
 static key_model key_model_of(const select_job *job, int32_t kv_head) {
   const attention_policy *p = job->policy;
   size_t head = (size_t)job->layer * (size_t)job->b->n_kv_heads + (size_t)kv_head, d = (size_t)job->b->head_dim;
-  if (p->means) return (key_model){p->means + head * d, p->covariance_strips + head * d * d};
+  if (p->means) return (key_model){p->means + head * d, job->cache->calibrated + (size_t)kv_head * d * d};
   return (key_model){job->cache->moments[kv_head].mean, job->cache->moments[kv_head].strips};
 }
 
@@ -54,8 +54,10 @@ static void judge_rows(const select_job *job, int64_t row, int32_t n, const key_
     if (variance < 0) variance = 0; /* by rounding */
     b->mean_score[row] = b->scale * k->dot(q, keys->mean, d);
     b->deviation[row] = sqrtf(variance);
-    size_t head = (size_t)(job->layer * b->n_heads) + (size_t)(row % b->n_heads);
-    b->bulk_mass[row] = bulk_estimate(job->policy, head, job->tile->n_pages * KV_BLOCK, b->mean_score[row], variance);
+    const attention_policy *p = job->policy;
+    const float *c = p->coefficients ? p->coefficients + 3 * (job->layer * b->n_heads + row % b->n_heads) : NULL;
+    b->bulk_mass[row] =
+        bulk_estimate(p->gaussian, p->estimate, c, job->tile->n_pages * KV_BLOCK, b->mean_score[row], variance);
   }
 }
 

@@ -10,15 +10,18 @@
  * instructions. The panels of a block (prefill) read the same keys at about the same time and meet in L1.
  *
  * Bytes: per panel the list's keys and values once, 4 head_dim per key; per row 8 head_dim per span for merging. */
-#include "attention.cuh"
+#include "blocks.cuh"
+#include "rows.cuh"
 
 namespace {
 
 enum attend_pass {
   LOCAL, /* every row over its sinks and window: begins state and out */
   BULK,  /* the work list's rows over its strips: continues state and out */
-  TRUTH  /* every row that has a bulk over all of it: mass_state and bulk_mass alone */
+  TRUTH, /* every row that has a bulk over all of it: mass_state and bulk_mass alone */
+  AUDIT  /* the same for the audited queries */
 };
+__device__ bool without_values(enum attend_pass pass) { return pass == TRUTH || pass == AUDIT; }
 
 /* One slot's rows and strips under a pass. */
 struct panel_list {
@@ -37,7 +40,7 @@ __device__ panel_list list_of(const device_attention &a, enum attend_pass pass, 
   l.n_strips = l.tile.n_pages * STRIPS_PER_PAGE;
   int64_t slot = (int64_t)tile_index * a.n_kv_heads + kv_head;
   if (pass == LOCAL) {
-    int32_t last = a.place->position + l.tile.first + l.tile.n - 1;
+    int32_t last = a.now->position + l.tile.first + l.tile.n - 1;
     int32_t behind = last + 1 - kv_block_start(a.n_sink, 1 + l.tile.n_pages); /* keys; none while all are sinks */
     l.head = strips_of(a.n_sink);
     l.jump = (1 + l.tile.n_pages) * STRIPS_PER_PAGE - l.head;
@@ -113,7 +116,7 @@ struct key_step {
 };
 
 template <int D>
-__device__ bool find_keys(const device_attention &a, const uint16_t *blocks, const panel_list &l, int32_t first,
+__device__ bool find_keys(const device_attention &a, const head_blocks &blocks, const panel_list &l, int32_t first,
                           const lane_rows &rows, key_step &step) {
   bool seen = false;
   for (int32_t half = 0; half < 2; half++) {
@@ -121,10 +124,10 @@ __device__ bool find_keys(const device_attention &a, const uint16_t *blocks, con
     /* A strip behind the list's end is masked; the address of its first one serves. */
     int32_t key_strip = strip_at(l, key_index < l.n_strips ? key_index : first);
     int32_t strip = strip_at(l, index < l.n_strips ? index : first);
-    step.keys[half] = blocks + key_strip / STRIPS_PER_PAGE * kv_block_halves(D) +
-                      kv_key_at(D, key_strip % STRIPS_PER_PAGE * PYLLM_READ_PAGE, 0);
-    step.values[half] = blocks + strip / STRIPS_PER_PAGE * kv_block_halves(D) +
-                        kv_value_at(D, strip % STRIPS_PER_PAGE * PYLLM_READ_PAGE, 0);
+    step.keys[half] =
+        blocks.at(key_strip / STRIPS_PER_PAGE) + kv_key_at(D, key_strip % STRIPS_PER_PAGE * PYLLM_READ_PAGE, 0);
+    step.values[half] =
+        blocks.at(strip / STRIPS_PER_PAGE) + kv_value_at(D, strip % STRIPS_PER_PAGE * PYLLM_READ_PAGE, 0);
     for (int32_t h = 0; h < 2; h++) {
       step.visible[half][h] = index < l.n_strips ? strip_visible(a.n_sink, strip, rows.position[h]) : 0;
       seen |= step.visible[half][h] > 0;
@@ -213,7 +216,7 @@ __device__ void multiply_values(const float (&weights)[8][4], const key_step &st
 
 /* Fresh state and output of one span; without values the state alone. */
 template <int D>
-__device__ void fold_span(const device_attention &a, const uint16_t *blocks, const panel_list &l, int32_t span,
+__device__ void fold_span(const device_attention &a, const head_blocks &blocks, const panel_list &l, int32_t span,
                           const lane_rows &rows, const query_operands<D> &q, bool with_values, span_result<D> &r) {
   for (int32_t h = 0; h < 2; h++) r.max[h] = -1e30f, r.sum[h] = 0;
 #pragma unroll
@@ -258,7 +261,7 @@ struct row_results {
 };
 
 __device__ row_results results_of(const device_attention &a, enum attend_pass pass, int64_t row) {
-  if (pass == TRUTH) return {a.mass_state + row, NULL, a.bulk_mass + row};
+  if (without_values(pass)) return {a.mass_state + row, NULL, a.bulk_mass + row};
   return {a.state + row, a.out + row * a.head_dim, pass == LOCAL ? a.local_mass + row : NULL};
 }
 
@@ -311,29 +314,36 @@ template <int D> struct attend_shared {
   query_operands<D> queries[warps_of(D)];
 };
 
+__device__ lane_rows rows_of(const device_attention &a, const panel_list &l, enum attend_pass pass, int32_t panel) {
+  lane_rows rows;
+  for (int32_t h = 0; h < 2; h++) {
+    int32_t i = panel * PANEL + lane_group() + 8 * h, row = i < l.n_rows ? row_at(a, l, i) : -1;
+    if (pass == AUDIT && row >= 0 && !a.audited[row / a.n_heads]) row = -1;
+    rows.row[h] = row;
+    rows.position[h] = row < 0 ? -1 : a.now->position + row / a.n_heads;
+  }
+  return rows;
+}
+
 /* Grid (x, n_kv_heads, tiles). Prefill: warp x of a slot walks panel x. Decode (apart): the warps of a slot take its
  * spans by turns, panel after panel. No warp waits for another. */
 template <int D>
 __global__ void __launch_bounds__(WARP *warps_of(D))
-    attend_kernel(device_attention a, const uint16_t *kv, enum attend_pass pass, bool apart) {
+    attend_kernel(device_attention a, device_layer layer, enum attend_pass pass, bool apart) {
   panel_list l = list_of(a, pass, blockIdx.z, blockIdx.y);
   query_operands<D> &q = block_shared<attend_shared<D>>().queries[threadIdx.x / WARP];
-  const uint16_t *blocks = kv + (int64_t)l.kv_head * a.n_blocks * kv_block_halves(D);
+  head_blocks blocks(a, layer, l.kv_head);
   int32_t warp = blockIdx.x * warps_of(D) + threadIdx.x / WARP, n_warps = gridDim.x * warps_of(D);
   int32_t n_panels = (l.n_rows + PANEL - 1) / PANEL, n_spans = (l.n_strips + SPAN - 1) / SPAN;
   for (int32_t panel = apart ? 0 : warp; panel < n_panels; panel += apart ? 1 : n_warps) {
-    lane_rows rows;
-    for (int32_t h = 0; h < 2; h++) {
-      int32_t i = panel * PANEL + lane_group() + 8 * h;
-      rows.row[h] = i < l.n_rows ? row_at(a, l, i) : -1;
-      rows.position[h] = i < l.n_rows ? a.place->position + rows.row[h] / a.n_heads : -1;
-    }
+    lane_rows rows = rows_of(a, l, pass, panel);
+    if (!__any_sync(ALL_LANES, rows.row[0] >= 0 || rows.row[1] >= 0)) continue;
     load_queries(a, rows, q);
     __syncwarp();
     for (int32_t span = apart ? warp : 0; span < n_spans; span += apart ? n_warps : 1) {
       span_result<D> r;
-      fold_span(a, blocks, l, span, rows, q, pass != TRUTH, r);
-      if (apart) leave_span(a, rows, span, pass != TRUTH, r);
+      fold_span(a, blocks, l, span, rows, q, !without_values(pass), r);
+      if (apart) leave_span(a, rows, span, !without_values(pass), r);
       else merge_in_place(a, pass, rows, r, pass != BULK && span == 0);
     }
     __syncwarp();
@@ -381,17 +391,31 @@ struct attend_launch {
     int32_t most_rows = (n < PYLLM_PAGE ? n : PYLLM_PAGE) * group;
     int32_t warps = apart ? spans : (most_rows + PANEL - 1) / PANEL;
     dim3 grid((unsigned)((warps + warps_of(D) - 1) / warps_of(D)), (unsigned)a.n_kv_heads, (unsigned)most_tiles(n));
-    launch(to, attend_kernel<D>, grid, dim3(WARP * warps_of(D)), sizeof(attend_shared<D>), a, layer.kv, pass, apart);
+    launch(to, attend_kernel<D>, grid, dim3(WARP * warps_of(D)), sizeof(attend_shared<D>), a, layer, pass, apart);
     if (apart)
       launch(to, merge_spans, dim3((unsigned)group, (unsigned)a.n_kv_heads), dim3((D + WARP - 1) / WARP * WARP), 0, a,
              pass);
   }
 };
 
-/* Grid (rows), one thread per dimension: reads and writes 4 head_dim bytes per row. */
-__global__ void finish_kernel(device_attention a, float *values) {
-  int64_t row = blockIdx.x, at = row * a.head_dim + threadIdx.x;
-  if ((int32_t)threadIdx.x < a.head_dim) values[at] = a.out[at] * (1.0f / a.state[row].y);
+enum { FINISH_THREADS = 256 };
+
+struct finish_shared {
+  float partial[WARP];
+};
+
+/* Grid (tokens): reads and writes 4 head_dim bytes per row. */
+__global__ void finish_kernel(device_attention a, int32_t n, bool rounded, activation out) {
+  int64_t token = blockIdx.x, first = token * out.cols;
+  for (int32_t i = threadIdx.x; i < out.cols; i += FINISH_THREADS)
+    out.values[first + i] = a.out[first + i] * (1.0f / a.state[token * a.n_heads + i / a.head_dim].y);
+  round_row(out, token, n, rounded, block_shared<finish_shared>().partial);
+}
+
+/* Grid: enough threads for (n, n_heads). */
+__global__ void mass_kernel(device_attention a, int32_t n, float *mass) {
+  int32_t row = blockIdx.x * FINISH_THREADS + threadIdx.x;
+  if (row < n * a.n_heads) mass[row] = mass_of(a.state[row]);
 }
 } // namespace
 
@@ -403,11 +427,15 @@ void cuda_attend_bulk(queue *to, const device_attention &a, const device_layer &
   with_head_dim(a.head_dim, attend_launch{to, a, layer, BULK, n});
 }
 
-void cuda_true_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n) {
-  with_head_dim(a.head_dim, attend_launch{to, a, layer, TRUTH, n});
+void cuda_true_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n, bool audited) {
+  with_head_dim(a.head_dim, attend_launch{to, a, layer, audited ? AUDIT : TRUTH, n});
 }
 
-void cuda_finish_rows(queue *to, const device_attention &a, int32_t n, float *values) {
-  launch(to, finish_kernel, dim3((unsigned)(n * a.n_heads)), dim3((unsigned)(a.head_dim + WARP - 1) / WARP * WARP), 0,
-         a, values);
+void cuda_read_mass(queue *to, const device_attention &a, int32_t n, float *mass) {
+  unsigned blocks = (unsigned)(n * a.n_heads + FINISH_THREADS - 1) / FINISH_THREADS;
+  launch(to, mass_kernel, dim3(blocks), dim3(FINISH_THREADS), 0, a, n, mass);
+}
+
+void cuda_finish(queue *to, const device_attention &a, int32_t n, bool rounded, const activation &out) {
+  launch(to, finish_kernel, dim3((unsigned)n), dim3(FINISH_THREADS), sizeof(finish_shared), a, n, rounded, out);
 }

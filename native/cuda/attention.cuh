@@ -14,20 +14,17 @@
 #ifndef PYLLM_CUDA_ATTENTION_CUH
 #define PYLLM_CUDA_ATTENTION_CUH
 #include "cuda.cuh"
+#include "estimate.h"
 #include "kv.cuh"
 
 enum {
+  MAX_HEAD_DIM = 256,
   SPAN = 8,                                /* strips: 128 keys */
   PANEL = 16,                              /* query rows of one warp: the matrix instruction's */
   MOMENT_ROWS = 16,                        /* of a covariance, folded by one block */
   SKETCH_CHANNELS = 32,                    /* of a page, sketched by one block */
   SCORED_MOST = PYLLM_PAGE / SCORED_STRIDE /* queries of a tile that are asked for pages */
 };
-
-/* Where the batch stands: written by the host before the batch, or by the kernel that draws a token. */
-typedef struct batch_place {
-  int32_t position, n; /* of the first query; queries */
-} batch_place;
 
 /* What is on a slot's part of the work list. */
 typedef struct slot_counts {
@@ -39,19 +36,23 @@ typedef struct slot_counts {
 /* One session's attention. Device pointers; passed to kernels by value. */
 typedef struct device_attention {
   int32_t n_heads, n_kv_heads, head_dim, n_sink, n_window;
-  int32_t n_blocks;   /* of one head's KV cache */
+  int32_t n_blocks; /* of one head's KV cache */
+  int32_t n_recent; /* of these, newest ones in the GPU's memory besides where the cache is split (blocks.cuh); or 0 */
   int32_t max_strips; /* of a bulk */
   int32_t max_tiles;  /* of a batch */
   int32_t max_spans;  /* of the longest list of keys */
   float scale;        /* c */
 
-  batch_place *place; /* (1) */
+  const step *now;    /* (1) the batch */
   const float *q;     /* (n, n_heads, head_dim) after RoPE */
   float2 *state;      /* (n, n_heads) maximum of the scores, base 2, and sum of 2^(score - maximum) */
   float *out;         /* (n, n_heads, head_dim) weighted values under state */
   float *local_mass;  /* (n, n_heads) L, natural */
   float *bulk_mass;   /* (n, n_heads) estimated or true M; meaningful where a bulk exists and the policy asks */
+  float *mean_score;  /* (n, n_heads) c q.mu; where a bulk exists, adaptive only */
+  float *deviation;   /* (n, n_heads) s, likewise */
   uint8_t *is_long;   /* (n, n_heads) */
+  uint8_t *audited;   /* (n) 1 where a record wants the true bulk mass */
   float2 *mass_state; /* (n, n_heads) scratch of the oracle */
 
   /* The bulk's work list, by slot. */
@@ -74,25 +75,34 @@ typedef struct device_attention {
   float *strip_mass;    /* (n_kv_heads, 16 * group, max_strips) of one tile: logsumexp of a strip's estimated scores */
 } device_attention;
 
+/* One layer's sketch of the bulk keys: pages as in src/sketch.h, SKETCH_CHANNELS channels folded apart. */
+typedef struct layer_sketch {
+  int32_t *folded; /* (n_kv_heads, ceil(head_dim / 32)) pages; NULL without a page tier */
+  uint8_t *pages;  /* (n_kv_heads, n_blocks, page bytes) */
+} layer_sketch;
+
 /* One layer's cache. Device pointers. */
 typedef struct device_layer {
-  uint16_t *kv; /* (n_kv_heads, n_blocks) blocks, see kv.cuh */
+  uint16_t *kv;     /* (n_kv_heads, n_blocks) blocks, see kv.cuh */
+  uint16_t *recent; /* (n_kv_heads, 1 + n_recent) blocks; NULL where the cache is not split */
+  void *host_kv;    /* kv as the host knows it, where it is split */
   /* Running moments of the bulk keys. Blocks of MOMENT_ROWS rows of m2 are folded apart, each with its own count and
    * its own copy of the mean, so that none waits for another. */
   int32_t *folded; /* (n_kv_heads, head_dim / 16) pages */
   float *mean;     /* (n_kv_heads, head_dim / 16, head_dim) */
   float *m2;       /* (n_kv_heads, head_dim, head_dim) sum of (k - mean)(k - mean)^T */
-  /* Sketch of the bulk keys: pages as in cpu/sketch.h, SKETCH_CHANNELS channels folded apart. */
-  int32_t *sketched;        /* (n_kv_heads, ceil(head_dim / 32)) pages */
-  uint8_t *sketch;          /* (n_kv_heads, n_blocks, page bytes); NULL without a page tier */
+  layer_sketch sketch;
   pyllm_layer_stats *stats; /* (1) */
 } device_layer;
 
 /* What one layer's selection goes by: its row of attention_policy. */
 typedef struct device_policy {
   int32_t policy, granularity;
-  const float *thresholds;     /* (n_heads) */
-  const uint8_t *static_local; /* (n_heads) */
+  const float *thresholds;     /* (n_heads) or NULL */
+  const uint8_t *static_local; /* (n_heads) or NULL */
+  int32_t gaussian, estimate;
+  const float *coefficients;        /* (n_heads, 3) or NULL */
+  const float *means, *covariances; /* (n_kv_heads, head_dim), (n_kv_heads, head_dim, head_dim); NULL: the prompt's */
   int32_t page_bits;
   float page_share, page_drop;
 } device_policy;
@@ -104,13 +114,13 @@ __device__ inline query_tile tile_at(const device_attention &a, int32_t index) {
   query_tile tile = {0, 0, 0};
   for (int32_t i = 0; i <= index; i++) {
     int32_t first = tile.first + tile.n;
-    if (first >= a.place->n) return {first, 0, 0};
-    tile = tile_from(a.n_sink, a.n_window, a.place->position, first, a.place->n);
+    if (first >= a.now->n) return {first, 0, 0};
+    tile = tile_from(a.n_sink, a.n_window, a.now->position, first, a.now->n);
   }
   return tile;
 }
 __device__ inline bool is_last(const device_attention &a, const query_tile &tile) {
-  return tile.first + tile.n == a.place->n;
+  return tile.first + tile.n == a.now->n;
 }
 
 /* The i-th row of a tile and key/value head, query-major. */
@@ -142,14 +152,23 @@ __device__ inline void count_slot(const device_attention &a, const query_tile &t
 
 /* ---- the stages; each comments its launches where it is written ---- */
 
+/* rope.cu: also forgetting positions [from, end), the last ones; and filling what a split cache has on the GPU, when the
+ * host's part holds n_tokens. */
+void cuda_rope_store(queue *to, const device_attention &a, const device_layer &layer, const rope_job &job, int32_t n);
+void cuda_cut(queue *to, const device_attention &a, const device_layer &layer, int32_t from, int32_t end);
+void cuda_fill_recent(queue *to, const device_attention &a, const device_layer &layer, int32_t n_tokens);
 /* attend.cu */
 void cuda_attend_local(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
 void cuda_attend_bulk(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
-void cuda_true_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
-void cuda_finish_rows(queue *to, const device_attention &a, int32_t n, float *values);
+/* Of the queries in a.audited, where `audited`; otherwise of all. */
+void cuda_true_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n, bool audited);
+/* mass (n, n_heads): logsumexp of all that the rows have read. */
+void cuda_read_mass(queue *to, const device_attention &a, int32_t n, float *mass);
+void cuda_finish(queue *to, const device_attention &a, int32_t n, bool rounded, const activation &out);
 /* moments.cu */
 void cuda_fold_moments(queue *to, const device_attention &a, const device_layer &layer);
-void cuda_estimate_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
+void cuda_estimate_bulk_mass(queue *to, const device_attention &a, const device_layer &layer,
+                             const device_policy &policy, int32_t n);
 /* select.cu: masses, decisions, the work list and the statistics, under any policy. */
 void cuda_select_long(queue *to, const device_attention &a, const device_layer &layer, const device_policy &policy,
                       int32_t n);
@@ -158,17 +177,21 @@ void cuda_select_pages(queue *to, const device_attention &a, const device_layer 
                        int32_t n);
 
 /* attention_memory.cu: shapes; then arrays, zeroed, in the backend's memory. _new: false when some was refused; what
- * there is then is still to be freed. layer_sketch_new replaces the sketch's pages; the counts are the caller's. */
+ * there is then is still to be freed. The sketch of a layer comes and goes with the policy. */
 device_attention attention_of(const attention_shape &s, int32_t n_blocks);
 uint64_t attention_memory_bytes(device_attention a, int32_t n_batch);
+/* Keys and values of one layer: in the GPU's memory, and in the host's. */
+uint64_t layer_kv_bytes(const device_attention &a);
+uint64_t layer_host_bytes(const device_attention &a);
 bool attention_memory_new(const backend *be, device_attention &a, int32_t n_batch);
 void attention_memory_free(const backend *be, device_attention &a);
 bool layer_memory_new(const backend *be, const device_attention &a, device_layer &l);
 void layer_memory_free(const backend *be, const device_attention &a, device_layer &l);
-bool layer_sketch_new(const backend *be, const device_attention &a, device_layer &l, int32_t bits);
+bool layer_sketch_new(const backend *be, const device_attention &a, layer_sketch &sketch, int32_t bits);
+void layer_sketch_free(const backend *be, layer_sketch &sketch);
 
 /* Blocks that sketch one page apart. */
-inline size_t sketch_parts(int32_t head_dim) { return (size_t)(head_dim + SKETCH_CHANNELS - 1) / SKETCH_CHANNELS; }
+ANYWHERE int32_t sketch_parts(int32_t head_dim) { return (head_dim + SKETCH_CHANNELS - 1) / SKETCH_CHANNELS; }
 
 /* Tiles of a batch of n queries, at most. */
 inline int32_t most_tiles(int32_t n) { return n == 1 ? 1 : n / PYLLM_PAGE + 4; }

@@ -8,12 +8,14 @@ template <class F> void each_array(device_attention &a, int32_t n_batch, F f) {
   size_t d = (size_t)a.head_dim, heads = (size_t)a.n_heads, kv_heads = (size_t)a.n_kv_heads;
   size_t rows = (size_t)n_batch * heads, slots = (size_t)a.max_tiles * kv_heads, strips = (size_t)a.max_strips;
   size_t group = heads / kv_heads;
-  f(a.place, 1);
   f(a.state, rows);
   f(a.out, rows * d);
   f(a.local_mass, rows);
   f(a.bulk_mass, rows);
+  f(a.mean_score, rows);
+  f(a.deviation, rows);
   f(a.is_long, rows);
+  f(a.audited, (size_t)n_batch);
   f(a.mass_state, rows);
   f(a.counts, slots);
   f(a.rows, slots * PYLLM_PAGE * group);
@@ -30,11 +32,12 @@ template <class F> void each_array(device_attention &a, int32_t n_batch, F f) {
 /* The same for a layer's cache; the sketch comes and goes with the policy. */
 template <class F> void each_array(const device_attention &a, device_layer &l, F f) {
   size_t d = (size_t)a.head_dim, g = (size_t)a.n_kv_heads, parts = d / MOMENT_ROWS;
-  f(l.kv, g * (size_t)a.n_blocks * (size_t)kv_block_halves(a.head_dim));
+  size_t halves = (size_t)kv_block_halves(a.head_dim);
+  if (a.n_recent) f(l.recent, g * (1 + (size_t)a.n_recent) * halves);
+  else f(l.kv, g * (size_t)a.n_blocks * halves);
   f(l.folded, g * parts);
   f(l.mean, g * parts * d);
   f(l.m2, g * d * d);
-  f(l.sketched, g * sketch_parts(a.head_dim));
   f(l.stats, 1);
 }
 
@@ -59,15 +62,31 @@ struct give_back {
 };
 } // namespace
 
+/* What a batch and the window before each of its queries touch, and so much that no two of them share a place. */
+static int32_t recent_blocks(const attention_shape &s, int32_t n_blocks) {
+  if (s.kv_window == 0) return 0;
+  int64_t blocks = ((int64_t)s.kv_window + s.n_batch) / PYLLM_PAGE + 3, most = n_blocks > 1 ? n_blocks - 1 : 1;
+  return (int32_t)(blocks < most ? blocks : most);
+}
+
 device_attention attention_of(const attention_shape &s, int32_t n_blocks) {
   device_attention a = {};
   a.n_heads = s.n_heads, a.n_kv_heads = s.n_kv_heads, a.head_dim = s.head_dim, a.n_sink = s.n_sink, a.scale = s.scale;
   a.n_blocks = n_blocks;
+  a.n_recent = recent_blocks(s, n_blocks);
   a.max_strips = (s.n_ctx / PYLLM_PAGE + 1) * STRIPS_PER_PAGE;
   a.max_tiles = most_tiles(s.n_batch);
   a.max_spans = (s.n_ctx / PYLLM_READ_PAGE + STRIPS_PER_PAGE + 1 + SPAN - 1) / SPAN;
   return a;
 }
+
+static uint64_t head_bytes(const device_attention &a, int32_t n_blocks) {
+  return (uint64_t)a.n_kv_heads * (uint64_t)n_blocks * kv_block_bytes(a.head_dim);
+}
+
+uint64_t layer_kv_bytes(const device_attention &a) { return head_bytes(a, a.n_recent ? 1 + a.n_recent : a.n_blocks); }
+
+uint64_t layer_host_bytes(const device_attention &a) { return a.n_recent ? head_bytes(a, a.n_blocks) : 0; }
 
 uint64_t attention_memory_bytes(device_attention a, int32_t n_batch) {
   uint64_t bytes = 0;
@@ -86,17 +105,25 @@ void attention_memory_free(const backend *be, device_attention &a) { each_array(
 bool layer_memory_new(const backend *be, const device_attention &a, device_layer &l) {
   bool ok = true;
   each_array(a, l, take_memory{be, &ok});
+  if (a.n_recent) ok = (l.kv = (uint16_t *)cuda_alloc_mapped(be, layer_host_bytes(a), &l.host_kv)) != NULL && ok;
   return ok;
 }
 
 void layer_memory_free(const backend *be, const device_attention &a, device_layer &l) {
   each_array(a, l, give_back{be});
-  give_back{be}(l.sketch, 0);
+  cuda_free_mapped(be, l.host_kv);
+  l.host_kv = NULL;
+  layer_sketch_free(be, l.sketch);
 }
 
-bool layer_sketch_new(const backend *be, const device_attention &a, device_layer &l, int32_t bits) {
+bool layer_sketch_new(const backend *be, const device_attention &a, layer_sketch &sketch, int32_t bits) {
   bool ok = true;
-  give_back{be}(l.sketch, 0);
-  take_memory{be, &ok}(l.sketch, (size_t)a.n_kv_heads * (size_t)a.n_blocks * sketch_page_bytes(bits, a.head_dim));
+  take_memory{be, &ok}(sketch.folded, (size_t)(a.n_kv_heads * sketch_parts(a.head_dim)));
+  take_memory{be, &ok}(sketch.pages, (size_t)a.n_kv_heads * (size_t)a.n_blocks * sketch_page_bytes(bits, a.head_dim));
   return ok;
+}
+
+void layer_sketch_free(const backend *be, layer_sketch &sketch) {
+  give_back{be}(sketch.folded, 0);
+  give_back{be}(sketch.pages, 0);
 }

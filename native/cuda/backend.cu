@@ -88,19 +88,18 @@ void release(const backend *be, void *memory) {
   cudaFree(memory);
 }
 
-void copy(const backend *be, void *to, const void *from, size_t bytes, cudaMemcpyKind kind) {
+/* cudaMemcpyDefault: the GPU's addresses may be of mapped memory of the host. */
+void copy(const backend *be, void *to, const void *from, size_t bytes) {
   queue *q = begin(be);
-  if (!q->error) check(q, cudaMemcpyAsync(to, from, bytes, kind, q->stream));
+  if (!q->error) check(q, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, q->stream));
   if (!q->error) check(q, cudaStreamSynchronize(q->stream));
 }
 
-void write(const backend *be, void *to, const void *from, size_t bytes) {
-  copy(be, to, from, bytes, cudaMemcpyHostToDevice);
-}
+void write(const backend *be, void *to, const void *from, size_t bytes) { copy(be, to, from, bytes); }
 
 void read(const backend *be, void *to, const void *from, size_t bytes) {
   memset(to, 0, bytes); /* after a failure nothing comes */
-  copy(be, to, from, bytes, cudaMemcpyDeviceToHost);
+  copy(be, to, from, bytes);
 }
 
 int32_t sync(const backend *be, pyllm_error *err) {
@@ -133,6 +132,26 @@ static void graph_run(const backend *be, void *graph) {
 static void graph_free(const backend *be, void *graph) {
   begin(be);
   if (graph) cudaGraphExecDestroy((cudaGraphExec_t)graph);
+}
+
+void *cuda_alloc_mapped(const backend *be, size_t bytes, void **host) {
+  queue *q = begin(be);
+  void *memory = nullptr;
+  *host = nullptr;
+  if (q->error || cudaHostAlloc(host, bytes, cudaHostAllocMapped)) {
+    cudaGetLastError();
+    *host = nullptr;
+    return nullptr;
+  }
+  memset(*host, 0, bytes);
+  check(q, cudaHostGetDevicePointer(&memory, *host, 0));
+  return memory;
+}
+
+void cuda_free_mapped(const backend *be, void *host) {
+  queue *q = begin(be);
+  if (host && !q->error) check(q, cudaStreamSynchronize(q->stream)); /* kernels may still write there */
+  cudaFreeHost(host);
 }
 
 enum { EMBEDDINGS = 64 }; /* where they begin in the staging memory */
@@ -192,6 +211,7 @@ static const ops cuda_ops = {
     .norm = cuda_norm,
     .linear = cuda_linear,
     .angles = cuda_angles,
+    .attention = &cuda_attention_ops,
     .swiglu = cuda_swiglu,
 };
 

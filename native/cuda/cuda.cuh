@@ -30,9 +30,15 @@ struct device {
 enum { FEW_TOKENS = 4 };
 inline bool few_tokens(int32_t n) { return n <= FEW_TOKENS; }
 
+extern const attention_ops cuda_attention_ops; /* attention.cu */
+
 inline queue *queue_of(const backend *be) { return &((device *)be->device)->queue; }
 inline const step *step_of(const backend *be) { return ((device *)be->device)->step; }
 
+/* Memory of the host, zeroed, that kernels read and write where it is: its address on the GPU, and on the host; NULL when it
+ * is refused. Freed by its address on the host, which may be NULL. */
+void *cuda_alloc_mapped(const backend *be, size_t bytes, void **host);
+void cuda_free_mapped(const backend *be, void *host);
 void cuda_begin(const backend *be, int32_t position, int32_t n);
 void cuda_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
                 int32_t n, float *x);

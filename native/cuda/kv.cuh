@@ -13,11 +13,11 @@ extern "C" {
 }
 
 /* Halves of one block; its values begin half way. */
-GEOMETRY int64_t kv_block_halves(int32_t head_dim) { return 2 * PYLLM_PAGE * (int64_t)head_dim; }
+ANYWHERE int64_t kv_block_halves(int32_t head_dim) { return 2 * PYLLM_PAGE * (int64_t)head_dim; }
 
 /* Dimension i of the key of a block's token `slot`, from where the block begins; and of its value. */
-GEOMETRY int64_t kv_key_at(int32_t head_dim, int32_t slot, int32_t i) { return slot * head_dim + i; }
-GEOMETRY int64_t kv_value_at(int32_t head_dim, int32_t slot, int32_t i) {
+ANYWHERE int64_t kv_key_at(int32_t head_dim, int32_t slot, int32_t i) { return slot * head_dim + i; }
+ANYWHERE int64_t kv_value_at(int32_t head_dim, int32_t slot, int32_t i) {
   return PYLLM_PAGE * head_dim + (slot / PYLLM_READ_PAGE * head_dim + i) * PYLLM_READ_PAGE + slot % PYLLM_READ_PAGE;
 }
 

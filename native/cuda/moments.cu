@@ -1,5 +1,5 @@
 /* Running moments of the bulk keys, and the mass of the bulk that they predict for a query (arXiv 2502.09647). */
-#include "attention.cuh"
+#include "blocks.cuh"
 
 namespace {
 enum { FOLD_THREADS = 256, JUDGE_WARPS = 8, JUDGE_ROWS = 8, MAX_DIM = 256 };
@@ -50,12 +50,13 @@ __global__ void fold_kernel(device_attention a, device_layer layer) {
   float *m2 = layer.m2 + (int64_t)g * d * d + rows;
   int32_t n = *folded;
   query_tile tile = tile_at(a, 0);
+  head_blocks blocks(a, layer, g);
   if (n > tile.n_pages) n = 0;
   for (int32_t i = threadIdx.x; i < d; i += FOLD_THREADS) s.mean[i] = n ? mean[i] : 0;
   __syncthreads();
   for (int32_t t = 0; tile.n; tile = tile_at(a, ++t)) {
     for (; n < tile.n_pages; n++) {
-      load_page(layer.kv + ((int64_t)g * a.n_blocks + 1 + n) * kv_block_halves(d), d, s);
+      load_page(blocks.at(1 + n), d, s);
       merge_page(n, part * MOMENT_ROWS, d, m2, s);
     }
     if (is_last(a, tile) || n == 0) continue;
@@ -67,15 +68,31 @@ __global__ void fold_kernel(device_attention a, device_layer layer) {
   if (threadIdx.x == 0) *folded = n;
 }
 
-/* G(variance, N): ln of the mean of e^x over N draws of a centred Gaussian; the paper's form, of infinitely many. */
-__device__ float log_mean_exp(float variance, float n) {
-  (void)n;
-  return variance / 2;
+/* What a key/value head's keys are taken to be like for one tile: mean (head_dim), and weight times the covariance,
+ * (head_dim, head_dim). */
+struct key_model {
+  const float *mean, *square;
+  float weight;
+};
+
+__device__ key_model key_model_of(const device_attention &a, const device_layer &layer, const device_policy &p,
+                                  const query_tile &tile, int32_t tile_index, int32_t g) {
+  int64_t d = a.head_dim, slot = (int64_t)tile_index * a.n_kv_heads + g;
+  if (p.means) return {p.means + g * d, p.covariances + g * d * d, 1};
+  float n = (float)(tile.n_pages * PYLLM_PAGE);
+  if (is_last(a, tile)) return {layer.mean + g * (d / MOMENT_ROWS) * d, layer.m2 + g * d * d, n};
+  return {a.tile_mean + slot * d, a.tile_m2 + slot * d * d, n};
 }
 
-/* M^ = ln N + c q.mean + G(c^2 q'Sq, N), from q.mean and q'(N S)q. */
-__device__ float estimated_mass(float scale, float n, float product, float square) {
-  return logf(n) + scale * product + log_mean_exp(scale * scale * square / n, n);
+/* mean_score, deviation and bulk_mass of a row, from its q.mean and q'Sq. */
+__device__ void judge_row(const device_attention &a, const device_policy &p, int32_t n_keys, int64_t row, float product,
+                          float square) {
+  float variance = a.scale * a.scale * square;
+  if (variance < 0) variance = 0; /* by rounding */
+  a.mean_score[row] = a.scale * product;
+  a.deviation[row] = sqrtf(variance);
+  const float *coefficients = p.coefficients ? p.coefficients + 3 * (row % a.n_heads) : NULL;
+  a.bulk_mass[row] = bulk_estimate(p.gaussian, p.estimate, coefficients, n_keys, a.mean_score[row], variance);
 }
 
 struct judge_shared {
@@ -86,7 +103,8 @@ struct judge_shared {
 /* Grid (8 rows of a slot, n_kv_heads, tiles): bulk_mass of rows with a bulk. Warps share the rows of the covariance among
  * them, so that it is read once per block: 4 head_dim^2 bytes for 8 rows, in decode once for the head group. */
 template <int D>
-__global__ void __launch_bounds__(WARP *JUDGE_WARPS) judge_kernel(device_attention a, device_layer layer) {
+__global__ void __launch_bounds__(WARP *JUDGE_WARPS)
+    judge_kernel(device_attention a, device_layer layer, device_policy policy) {
   judge_shared &s = block_shared<judge_shared>();
   constexpr int32_t COLUMNS = (D + WARP - 1) / WARP; /* of a lane */
   query_tile tile = tile_at(a, blockIdx.z);
@@ -94,9 +112,7 @@ __global__ void __launch_bounds__(WARP *JUDGE_WARPS) judge_kernel(device_attenti
   int32_t n_rows = tile.n * group_of(a) - first;
   if (tile.n_pages == 0 || n_rows <= 0) return;
   if (n_rows > JUDGE_ROWS) n_rows = JUDGE_ROWS;
-  int64_t slot = (int64_t)blockIdx.z * a.n_kv_heads + g;
-  const float *m2 = is_last(a, tile) ? layer.m2 + (int64_t)g * D * D : a.tile_m2 + slot * D * D;
-  const float *mean = is_last(a, tile) ? layer.mean + (int64_t)g * (D / MOMENT_ROWS) * D : a.tile_mean + slot * D;
+  key_model keys = key_model_of(a, layer, policy, tile, blockIdx.z, g);
   for (int32_t i = threadIdx.x; i < JUDGE_ROWS * D; i += WARP * JUDGE_WARPS) {
     int32_t r = i / D;
     s.q[r][i % D] = r < n_rows ? a.q[(int64_t)tile_row(a, tile, g, first + r) * D + i % D] : 0;
@@ -110,7 +126,7 @@ __global__ void __launch_bounds__(WARP *JUDGE_WARPS) judge_kernel(device_attenti
   for (int32_t i = warp; i < D; i += JUDGE_WARPS) {
     float row[COLUMNS];
 #pragma unroll
-    for (int32_t k = 0; k < COLUMNS; k++) row[k] = k * WARP + lane < D ? m2[i * D + k * WARP + lane] : 0;
+    for (int32_t k = 0; k < COLUMNS; k++) row[k] = k * WARP + lane < D ? keys.square[i * D + k * WARP + lane] : 0;
 #pragma unroll
     for (int32_t r = 0; r < JUDGE_ROWS; r++) {
       float sum = 0;
@@ -124,26 +140,26 @@ __global__ void __launch_bounds__(WARP *JUDGE_WARPS) judge_kernel(device_attenti
     float sum = warp_sum(square[r]);
     if (lane == 0) s.square[warp][r] = sum;
   }
-  for (int32_t i = lane; i < D; i += WARP) product = fmaf(s.q[warp][i], mean[i], product); /* of row `warp` */
+  for (int32_t i = lane; i < D; i += WARP) product = fmaf(s.q[warp][i], keys.mean[i], product); /* of row `warp` */
   product = warp_sum(product);
   __syncthreads();
   if (lane != 0 || warp >= n_rows) return;
   float sum = 0;
   for (int32_t w = 0; w < JUDGE_WARPS; w++) sum += s.square[w][warp];
-  a.bulk_mass[tile_row(a, tile, g, first + warp)] =
-      estimated_mass(a.scale, (float)(tile.n_pages * PYLLM_PAGE), product, sum);
+  judge_row(a, policy, tile.n_pages * PYLLM_PAGE, tile_row(a, tile, g, first + warp), product, sum / keys.weight);
 }
 
 struct judge_launch {
   queue *to;
   const device_attention &a;
   const device_layer &layer;
+  const device_policy &policy;
   int32_t n;
 
   template <int D> void run() const {
     int32_t rows = (n < PYLLM_PAGE ? n : PYLLM_PAGE) * (a.n_heads / a.n_kv_heads);
     dim3 grid((unsigned)((rows + JUDGE_ROWS - 1) / JUDGE_ROWS), (unsigned)a.n_kv_heads, (unsigned)most_tiles(n));
-    launch(to, judge_kernel<D>, grid, dim3(WARP * JUDGE_WARPS), sizeof(judge_shared), a, layer);
+    launch(to, judge_kernel<D>, grid, dim3(WARP * JUDGE_WARPS), sizeof(judge_shared), a, layer, policy);
   }
 };
 } // namespace
@@ -153,7 +169,8 @@ void cuda_fold_moments(queue *to, const device_attention &a, const device_layer 
          sizeof(fold_shared), a, layer);
 }
 
-void cuda_estimate_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n) {
-  cuda_fold_moments(to, a, layer);
-  with_head_dim(a.head_dim, judge_launch{to, a, layer, n});
+void cuda_estimate_bulk_mass(queue *to, const device_attention &a, const device_layer &layer,
+                             const device_policy &policy, int32_t n) {
+  if (!policy.means) cuda_fold_moments(to, a, layer);
+  with_head_dim(a.head_dim, judge_launch{to, a, layer, policy, n});
 }

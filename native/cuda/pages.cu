@@ -1,6 +1,6 @@
 /* The page tier: which strips of the bulk the long heads of a slot read, judged by a low-bit sketch of the bulk's keys.
  * Terms and rules: cpu/pages.c; the sketch's bytes: src/sketch.h, whose words of 4 channels by token are what dp4a takes. */
-#include "attention.cuh"
+#include "blocks.cuh"
 #include "sketch.h"
 #include <float.h>
 
@@ -57,14 +57,14 @@ __global__ void fold_kernel(device_attention a, device_layer layer, int32_t bits
   fold_shared &s = block_shared<fold_shared>();
   int32_t d = a.head_dim, g = blockIdx.y, part = blockIdx.x, first = part * SKETCH_CHANNELS;
   int32_t n = d - first < SKETCH_CHANNELS ? d - first : SKETCH_CHANNELS, units = n / 16; /* of 16 channels */
-  int32_t *sketched = layer.sketched + g * gridDim.x + part;
-  int32_t page = *sketched, end = bulk_pages(a.n_sink, a.n_window, a.place->position + a.place->n - 1);
+  int32_t *sketched = layer.sketch.folded + g * gridDim.x + part;
+  int32_t page = *sketched, end = bulk_pages(a.n_sink, a.n_window, a.now->position + a.now->n - 1);
+  head_blocks blocks(a, layer, g);
   __syncthreads(); /* all have read the count */
   for (; page < end; page++) {
-    uint8_t *to = layer.sketch + ((int64_t)g * a.n_blocks + page) * (int64_t)sketch_page_bytes(bits, d);
+    uint8_t *to = layer.sketch.pages + ((int64_t)g * a.n_blocks + page) * (int64_t)sketch_page_bytes(bits, d);
     uint16_t *lo = (uint16_t *)to;
-    const uint16_t *keys = layer.kv + ((int64_t)g * a.n_blocks + 1 + page) * kv_block_halves(d) + first;
-    round_keys(keys, bits, d, n, lo + first, lo + d + first, s);
+    round_keys(blocks.at(1 + page) + first, bits, d, n, lo + first, lo + d + first, s);
     uint8_t *low = to + 4 * d, *high = low + sketch_low_bytes(d);
     for (int32_t i = threadIdx.x; i < STRIPS_PER_PAGE * units * 64; i += FOLD_THREADS) {
       int32_t strip = i / (units * 64), unit = i / 64 % units, at = i % 64, token = 16 * strip + at / 4;
@@ -165,8 +165,8 @@ __global__ void __launch_bounds__(WARP *SCORE_WARPS) score_kernel(device_attenti
   page_queries &q = block_shared<score_shared>().warps[warp];
   for (int32_t page = blockIdx.x * SCORE_WARPS + warp; page < tile.n_pages; page += gridDim.x * SCORE_WARPS)
     for (int32_t r = 0; r < n_rows; r += SCORE_ROWS)
-      score_page<BITS>(a, layer.sketch + ((int64_t)g * a.n_blocks + page) * page_bytes, a.scored_rows + slot * most + r,
-                       n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS, q,
+      score_page<BITS>(a, layer.sketch.pages + ((int64_t)g * a.n_blocks + page) * page_bytes,
+                       a.scored_rows + slot * most + r, n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS, q,
                        a.strip_mass + ((int64_t)g * most + r) * a.max_strips + page * STRIPS_PER_PAGE);
 }
 

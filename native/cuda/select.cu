@@ -9,15 +9,10 @@ struct select_shared {
   int32_t asks[PYLLM_PAGE];       /* 1 where its long heads score the sketch */
 };
 
-/* NaN in either mass makes the head long: the safe side. */
-__device__ bool head_is_long(const device_policy &p, int32_t head, float local_mass, float bulk_mass) {
-  switch (p.policy) {
-  case PYLLM_WINDOW: return false;
-  case PYLLM_STATIC: return !p.static_local[head];
-  case PYLLM_ORACLE:
-  case PYLLM_ADAPTIVE: return !(1.0f / (1.0f + expf(bulk_mass - local_mass)) >= p.thresholds[head]);
-  default: return true;
-  }
+__device__ bool is_long_head(const device_attention &a, const device_policy &p, int64_t row, int32_t head) {
+  bool local_label = p.static_local && p.static_local[head];
+  return head_is_long(p.policy, local_label, p.thresholds ? p.thresholds[head] : 0, a.local_mass[row],
+                      a.bulk_mass[row]);
 }
 
 /* is_long of a query's heads of one group; returns how many are. */
@@ -26,7 +21,7 @@ __device__ int32_t decide(const device_attention &a, const device_policy &p, int
   int32_t group = group_of(a), n = 0;
   int64_t row = query * a.n_heads + kv_head * group;
   for (int32_t i = 0; i < group; i++) {
-    bool is_long = bulk && head_is_long(p, kv_head * group + i, a.local_mass[row + i], a.bulk_mass[row + i]);
+    bool is_long = bulk && is_long_head(a, p, row + i, kv_head * group + i);
     a.is_long[row + i] = is_long;
     n += is_long;
   }
@@ -91,8 +86,8 @@ __global__ void select_kernel(device_attention a, device_policy policy, pyllm_la
 
 void cuda_select_long(queue *to, const device_attention &a, const device_layer &layer, const device_policy &policy,
                       int32_t n) {
-  if (policy.policy == PYLLM_ADAPTIVE) cuda_estimate_bulk_mass(to, a, layer, n);
-  if (policy.policy == PYLLM_ORACLE) cuda_true_bulk_mass(to, a, layer, n);
+  if (policy.policy == PYLLM_ADAPTIVE) cuda_estimate_bulk_mass(to, a, layer, policy, n);
+  if (policy.policy == PYLLM_ORACLE) cuda_true_bulk_mass(to, a, layer, n, false);
   launch(to, select_kernel, dim3((unsigned)a.n_kv_heads, (unsigned)most_tiles(n)), dim3(SELECT_THREADS),
          sizeof(select_shared), a, policy, layer.stats);
   if (policy.page_bits) cuda_select_pages(to, a, layer, policy, n);

@@ -123,6 +123,9 @@ typedef struct pyllm_session_params {
   int32_t n_ctx;   /* tokens the KV cache can hold */
   int32_t n_batch; /* tokens evaluated at once in prefill, 1..4096 */
   int32_t n_sink;  /* 0..PYLLM_PAGE attention sinks; fixed for the session, because pages start behind them */
+  int32_t
+      kv_window; /* on a GPU: keys and values of so many last tokens, of a batch and of the sinks lie in its memory, all
+                        others in the host's, where it reads them; 0: all in its memory */
 } pyllm_session_params;
 
 enum pyllm_policy { PYLLM_DENSE = 0, PYLLM_WINDOW = 1, PYLLM_STATIC = 2, PYLLM_ORACLE = 3, PYLLM_ADAPTIVE = 4 };
@@ -169,7 +172,8 @@ typedef struct pyllm_record {
 } pyllm_record;
 
 typedef struct pyllm_session_memory {
-  uint64_t kv_bytes;      /* keys and values, when the context is full */
+  uint64_t kv_bytes;   /* keys and values, when the context is full */
+  uint64_t host_bytes; /* of the host's memory, where the device is a GPU and kv_window is not 0; the others are its */
   uint64_t moment_bytes;  /* running means and covariances of the bulk keys */
   uint64_t scratch_bytes; /* activations of one batch */
 } pyllm_session_memory;

@@ -1,5 +1,5 @@
 #include "attention.h"
-#include <math.h>
+#include "estimate.h"
 #include <stdlib.h>
 
 /* Tiles of n queries: full ones, and cut ones at both ends and where the first page leaves the window. */
@@ -177,15 +177,10 @@ void attention_list_everything(attention_batch *b, const uint8_t *queries) {
 
 void attention_list_long(attention_batch *b, bool paged) { list_bulk(b, (row_filter){NULL, b->is_long}, paged); }
 
-/* NaN in either mass makes the head long: the safe side. */
-static bool head_is_long(const attention_policy *p, size_t layer_head, float local_mass, float bulk_mass) {
-  switch (p->policy) {
-  case PYLLM_WINDOW: return false;
-  case PYLLM_STATIC: return !p->static_local[layer_head];
-  case PYLLM_ORACLE:
-  case PYLLM_ADAPTIVE: return !(1.0f / (1.0f + expf(bulk_mass - local_mass)) >= p->thresholds[layer_head]);
-  default: return true;
-  }
+static bool is_long_head(const attention_policy *p, size_t layer_head, float local_mass, float bulk_mass) {
+  bool local_label = p->static_local && p->static_local[layer_head];
+  float threshold = p->thresholds ? p->thresholds[layer_head] : 0;
+  return head_is_long(p->policy, local_label, threshold, local_mass, bulk_mass);
 }
 
 static void decide_query(attention_batch *b, const attention_policy *p, int32_t layer, int32_t query) {
@@ -195,7 +190,7 @@ static void decide_query(attention_batch *b, const attention_policy *p, int32_t 
     for (int32_t i = 0; i < group; i++) {
       size_t row = (size_t)query * (size_t)b->n_heads + (size_t)(g * group + i);
       size_t layer_head = (size_t)layer * (size_t)b->n_heads + (size_t)(g * group + i);
-      is_long[i] = head_is_long(p, layer_head, b->local_mass[row], b->bulk_mass[row]);
+      is_long[i] = is_long_head(p, layer_head, b->local_mass[row], b->bulk_mass[row]);
       any |= is_long[i];
     }
     if (p->granularity == PYLLM_GROUP)

@@ -68,12 +68,13 @@ typedef struct attention_batch {
   softmax_state *mass_state; /* (n, n_heads) scratch of the oracle */
   uint8_t *wanted;           /* (n_tiles, n_kv_heads, max_strips) strips of the bulk that some scored query wants */
   tile_read *reads;          /* (n_tiles, n_kv_heads) */
-  void *backend_scratch;     /* ops.scratch_new's; owned by the session */
+  void *backend_scratch;     /* cpu_scratch_new's */
 } attention_batch;
 
 typedef struct attention_shape {
-  int32_t n_batch, n_ctx, n_heads, n_kv_heads, head_dim, n_sink;
+  int32_t n_layers, n_batch, n_ctx, n_heads, n_kv_heads, head_dim, n_sink;
   float scale;
+  int32_t kv_window; /* of a GPU's cache that is split: tokens whose keys and values it holds itself; 0: not split */
 } attention_shape;
 
 /* Allocates for up to n_batch queries; false when memory is refused (then attention_free still cleans up). */

@@ -20,36 +20,32 @@ static void norm(pyllm_session *s, const float *x, const float *w, int32_t n, bo
   trace_lap(&s->trace, STAGE_NORM, 0);
 }
 
-static void rope_store(pyllm_session *s, const layer_weights *w, int32_t n, layer_cache *cache) {
+static void rope_store(pyllm_session *s, const layer_weights *w, int32_t n, int32_t layer) {
   const backend *be = &s->model->backend;
   const config *c = &s->model->config;
   batch_buffers *b = &s->buffers;
   rope_job job = {c->arch->rope, c->n_rot,  c->n_heads, c->n_kv_heads, c->head_dim, s->n_sink, s->position, b->cosine,
                   b->sine,       w->q_norm, w->k_norm,  c->norm_eps,   b->q,        b->k,      b->v};
-  be->ops->rope_store(be, &job, n, cache);
+  be->ops->attention->rope_store(be, &job, n, s->attention, layer);
   trace_lap(&s->trace, STAGE_ROPE, 0);
 }
 
 static void attention(pyllm_session *s, int32_t layer, bool rounded, const batch_record *record) {
   const backend *be = &s->model->backend;
-  attention_batch *a = &s->attention;
-  const layer_cache *cache = &s->layers[layer];
-  pyllm_layer_stats *stats = &s->stats[layer];
-  uint64_t before = stats->bytes_read;
-  be->ops->attend_local(be, a, cache);
+  const attention_ops *stages = be->ops->attention;
+  attention_state *a = s->attention;
+  stages->attend_local(be, a, layer);
   trace_lap(&s->trace, STAGE_ATTEND_LOCAL, 0);
-  be->ops->select(be, a, cache, &s->policy, layer);
+  uint64_t bytes = stages->select(be, a, layer);
   trace_lap(&s->trace, STAGE_SELECT, 0);
-  be->ops->attend_bulk(be, a, cache);
-  const attention_policy *policy = &s->policy;
-  attention_count(a, policy->page_bits ? be->ops->sketch_bytes(policy->page_bits, a->head_dim) : 0, stats);
-  trace_lap(&s->trace, STAGE_ATTEND_BULK, stats->bytes_read - before);
+  stages->attend_bulk(be, a, layer);
+  trace_lap(&s->trace, STAGE_ATTEND_BULK, bytes);
   if (record->all) {
-    pyllm_record rows = record_rows(record, layer, a->n_heads);
-    be->ops->record(be, a, cache, policy, &rows);
+    pyllm_record rows = record_rows(record, layer, s->model->config.n_heads);
+    stages->record(be, a, layer, &rows);
     trace_lap(&s->trace, STAGE_AUDIT, 0);
   }
-  be->ops->finish(be, a, rounded, &s->buffers.attended);
+  stages->finish(be, a, rounded, &s->buffers.attended);
   trace_lap(&s->trace, STAGE_FINISH, 0);
 }
 
@@ -60,7 +56,7 @@ static void layer(pyllm_session *s, int32_t i, int32_t n, const batch_record *re
   norm(s, b->x, w->attn_norm, n, w->wq.quantized || w->wk.quantized || w->wv.quantized);
   linear_job qkv[] = {{&w->wq, w->bq, false, b->q}, {&w->wk, w->bk, false, b->k}, {&w->wv, w->bv, false, b->v}};
   linear(s, STAGE_QKV, &b->normed, n, qkv, 3);
-  rope_store(s, w, n, &s->layers[i]);
+  rope_store(s, w, n, i);
   attention(s, i, w->wo.quantized, record);
   linear_job out = {&w->wo, NULL, true, b->x};
   linear(s, STAGE_ATTENTION_OUT, &b->attended, n, &out, 1);
@@ -74,19 +70,29 @@ static void layer(pyllm_session *s, int32_t i, int32_t n, const batch_record *re
   linear(s, STAGE_DOWN, &b->hidden, n, &down, 1);
 }
 
-/* Logits of the batch's tokens [first, n) into out (n - first, n_vocab), which is the host's. */
-static void logits_of(pyllm_session *s, int32_t first, int32_t n, float *out) {
+/* Logits of rows [first, first + n) of the batch into `to` (n, n_vocab), in the backend's memory. */
+static void logits_of(pyllm_session *s, int32_t first, int32_t n, float *to) {
   const pyllm_model *m = s->model;
-  const backend *be = &m->backend;
-  int32_t at_once = be->ops->on_host ? n - first : LOGITS_AT_ONCE;
-  for (int32_t t = first; t < n; t += at_once) {
-    int32_t rows = n - t < at_once ? n - t : at_once;
-    float *to = out + (int64_t)(t - first) * m->config.n_vocab;
-    norm(s, s->buffers.x + (int64_t)t * m->config.dim, m->output_norm, rows, m->output.quantized);
-    linear_job output = {&m->output, NULL, false, be->ops->on_host ? to : s->buffers.logits};
-    linear(s, STAGE_LOGITS, &s->buffers.normed, rows, &output, 1);
-    if (!be->ops->on_host)
-      be->ops->read(be, to, s->buffers.logits, (size_t)rows * (size_t)m->config.n_vocab * sizeof *to);
+  norm(s, s->buffers.x + (int64_t)first * m->config.dim, m->output_norm, n, m->output.quantized);
+  linear_job output = {&m->output, NULL, false, to};
+  linear(s, STAGE_LOGITS, &s->buffers.normed, n, &output, 1);
+}
+
+static void read_logits(pyllm_session *s, int32_t n, float *out) {
+  const backend *be = &s->model->backend;
+  be->ops->read(be, out, s->buffers.logits, (size_t)n * (size_t)s->model->config.n_vocab * sizeof *out);
+}
+
+/* Logits of the batch's tokens [first, n) into out (n - first, n_vocab), which is the host's. */
+static void logits_to_host(pyllm_session *s, int32_t first, int32_t n, float *out) {
+  if (s->model->backend.ops->on_host) {
+    logits_of(s, first, n - first, out);
+    return;
+  }
+  for (int32_t t = first; t < n; t += LOGITS_AT_ONCE) {
+    int32_t rows = n - t < LOGITS_AT_ONCE ? n - t : LOGITS_AT_ONCE;
+    logits_of(s, t, rows, s->buffers.logits);
+    read_logits(s, rows, out + (int64_t)(t - first) * s->model->config.n_vocab);
   }
 }
 
@@ -99,29 +105,78 @@ static int32_t check_logits(const pyllm_session *s, const float *logits, int32_t
               s->position);
 }
 
-int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
-                const batch_record *record, pyllm_error *err) {
+/* What comes before the layers, but for what the host does. */
+static void angles(pyllm_session *s, int32_t n) {
   const pyllm_model *m = s->model;
   const backend *be = &m->backend;
-  batch_buffers *b = &s->buffers;
-  trace_begin(&s->trace);
-  be->ops->begin(be, s->position, n);
-  be->ops->embed(be, m->embedding_type, m->embedding->data, m->config.dim, tokens, n, b->x);
-  be->ops->angles(be, m->rope_frequency, m->config.n_rot / 2, m->config.rope_mscale, s->position, n, b->cosine,
-                  b->sine);
-  attention_plan(&s->attention, s->policy.n_window, s->position, n);
+  be->ops->angles(be, m->rope_frequency, m->config.n_rot / 2, m->config.rope_mscale, s->position, n, s->buffers.cosine,
+                  s->buffers.sine);
+  be->ops->attention->begin(be, s->attention, s->position, n, s->buffers.q);
   trace_lap(&s->trace, STAGE_EMBED, 0);
-  for (int32_t i = 0; i < m->config.n_layers; i++) {
+}
+
+static int32_t layers(pyllm_session *s, int32_t n, const batch_record *record, pyllm_error *err) {
+  for (int32_t i = 0; i < s->model->config.n_layers; i++) {
     if (atomic_load_explicit(&s->abort, memory_order_relaxed))
       return fail(err, PYLLM_ERR_ABORTED, "evaluation stopped at position %d", s->position);
     layer(s, i, n, record);
   }
-  if (n_logits > 0) {
-    logits_of(s, n - n_logits, n, logits);
-    int32_t status = be->ops->sync(be, err);
-    if (!status) status = check_logits(s, logits, n_logits, err);
-    if (status) return status;
+  return PYLLM_OK;
+}
+
+/* Writes down what one token and its logits take; false where that is not to be had. */
+static bool write_graph(pyllm_session *s) {
+  const backend *be = &s->model->backend;
+  uint64_t before = trace_bytes(&s->trace);
+  be->ops->graph_begin(be);
+  angles(s, 1);
+  for (int32_t i = 0; i < s->model->config.n_layers; i++) layer(s, i, 1, &(batch_record){NULL, 1, 0});
+  logits_of(s, 0, 1, s->buffers.logits);
+  s->graph.stages = be->ops->graph_end(be);
+  s->graph.bytes = trace_bytes(&s->trace) - before;
+  return s->graph.stages != NULL;
+}
+
+/* One token in one launch; false where it has to be done stage by stage. Its first time after a change is: a kernel's first
+ * launch may load it, which no graph can hold. */
+static bool token_graph(pyllm_session *s, const batch_record *record, float *logits) {
+  const backend *be = &s->model->backend;
+  bool was_warm = s->graph.warm;
+  s->graph.warm = true;
+  if (!be->ops->graph_begin || !was_warm || record->all || atomic_load(&s->abort)) return false;
+  bool written = s->graph.stages == NULL;
+  if (written && !write_graph(s)) return false;
+  be->ops->graph_run(be, s->graph.stages);
+  read_logits(s, 1, logits);
+  trace_lap(&s->trace, STAGE_TOKEN, written ? 0 : s->graph.bytes);
+  return true;
+}
+
+void forward_changed(pyllm_session *s) {
+  const backend *be = &s->model->backend;
+  if (s->graph.stages) be->ops->graph_free(be, s->graph.stages);
+  s->graph.stages = NULL;
+  s->graph.warm = false;
+}
+
+int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
+                const batch_record *record, pyllm_error *err) {
+  const pyllm_model *m = s->model;
+  const backend *be = &m->backend;
+  trace_begin(&s->trace);
+  be->ops->begin(be, s->position, n);
+  be->ops->embed(be, m->embedding_type, m->embedding->data, m->config.dim, tokens, n, s->buffers.x);
+  int32_t status = PYLLM_OK;
+  if (n != 1 || n_logits != 1 || !token_graph(s, record, logits)) {
+    angles(s, n);
+    status = layers(s, n, record, err);
+    if (!status && n_logits > 0) logits_to_host(s, n - n_logits, n, logits);
   }
+  if (!status && n_logits > 0) {
+    status = be->ops->sync(be, err);
+    if (!status) status = check_logits(s, logits, n_logits, err);
+  }
+  if (status) return status;
   for (int32_t i = 0; i < n; i++) s->tokens[s->position + i] = tokens[i];
   s->position += n;
   return PYLLM_OK;

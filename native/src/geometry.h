@@ -1,36 +1,44 @@
 /* Where tokens live and which of them a query sees: pure functions of positions, for every backend. */
 #ifndef PYLLM_SRC_GEOMETRY_H
 #define PYLLM_SRC_GEOMETRY_H
+#include "anywhere.h"
 #include "pyllm.h"
-
-#ifdef __CUDACC__
-#define GEOMETRY static inline __host__ __device__
-#else
-#define GEOMETRY static inline
-#endif
 
 enum { STRIPS_PER_PAGE = PYLLM_PAGE / PYLLM_READ_PAGE };
 
 /* Where a token lives: block 0 holds the sinks, block 1 + i the i-th page behind them. */
-GEOMETRY int32_t kv_block_of(int32_t n_sink, int32_t position) {
+ANYWHERE int32_t kv_block_of(int32_t n_sink, int32_t position) {
   return position < n_sink ? 0 : 1 + (position - n_sink) / PYLLM_PAGE;
 }
-GEOMETRY int32_t kv_block_start(int32_t n_sink, int32_t block) {
+ANYWHERE int32_t kv_block_start(int32_t n_sink, int32_t block) {
   return block == 0 ? 0 : n_sink + (block - 1) * PYLLM_PAGE;
 }
+/* Blocks that one head needs for n_ctx tokens, and the bytes of one: keys and values, f16. */
+ANYWHERE int32_t kv_blocks(int32_t n_ctx, int32_t n_sink) {
+  return 1 + (n_ctx > n_sink ? (n_ctx - n_sink + PYLLM_PAGE - 1) / PYLLM_PAGE : 0);
+}
+ANYWHERE uint64_t kv_block_bytes(int32_t head_dim) { return 2 * sizeof(uint16_t) * PYLLM_PAGE * (uint64_t)head_dim; }
+/* Dimension i of token `slot` within the keys of a block, and within its values, in the CPU's cache and in a saved session:
+ * strips of 16 tokens, keys (head_dim / 2, 16, 2) and values (head_dim / 16, 8, 16, 2). */
+ANYWHERE int32_t block_key_index(int32_t head_dim, int32_t slot, int32_t i) {
+  return slot / 16 * 16 * head_dim + i / 2 * 32 + 2 * (slot % 16) + i % 2;
+}
+ANYWHERE int32_t block_value_index(int32_t head_dim, int32_t slot, int32_t i) {
+  return slot / 16 * 16 * head_dim + i / 16 * 256 + slot % 16 / 2 * 32 + 2 * (i % 16) + slot % 2;
+}
 /* Keys of a block that the query at `position` may see: 0..64. */
-GEOMETRY int32_t kv_visible(int32_t n_sink, int32_t block, int32_t position) {
+ANYWHERE int32_t kv_visible(int32_t n_sink, int32_t block, int32_t position) {
   int32_t n = position + 1 - kv_block_start(n_sink, block), most = block == 0 ? n_sink : PYLLM_PAGE;
   return n < 0 ? 0 : n < most ? n : most;
 }
 /* The same for a strip of 16 tokens; strip s is part of block s / 4. */
-GEOMETRY int32_t strip_visible(int32_t n_sink, int32_t strip, int32_t position) {
+ANYWHERE int32_t strip_visible(int32_t n_sink, int32_t strip, int32_t position) {
   int32_t block = strip / STRIPS_PER_PAGE, before = strip % STRIPS_PER_PAGE * PYLLM_READ_PAGE;
   int32_t n = kv_visible(n_sink, block, position) - before;
   return n < 0 ? 0 : n < PYLLM_READ_PAGE ? n : PYLLM_READ_PAGE;
 }
 /* Pages in the bulk of the query at `position`: those wholly older than its window. */
-GEOMETRY int32_t bulk_pages(int32_t n_sink, int32_t n_window, int32_t position) {
+ANYWHERE int32_t bulk_pages(int32_t n_sink, int32_t n_window, int32_t position) {
   int64_t older = (int64_t)position + 1 - n_window - n_sink;
   return older > 0 ? (int32_t)(older / PYLLM_PAGE) : 0;
 }
@@ -42,7 +50,7 @@ typedef struct query_tile {
 } query_tile;
 
 /* The tile that begins with query `first` of a batch of n queries, whose first one is at `position`; first < n. */
-GEOMETRY query_tile tile_from(int32_t n_sink, int32_t n_window, int32_t position, int32_t first, int32_t n) {
+ANYWHERE query_tile tile_from(int32_t n_sink, int32_t n_window, int32_t position, int32_t first, int32_t n) {
   query_tile tile = {first, n - first, bulk_pages(n_sink, n_window, position + first)};
   if (tile.n > PYLLM_PAGE) tile.n = PYLLM_PAGE;
   int64_t moves = (int64_t)n_sink + n_window + (int64_t)PYLLM_PAGE * (tile.n_pages + 1) - 1 - position - first;
@@ -52,8 +60,8 @@ GEOMETRY query_tile tile_from(int32_t n_sink, int32_t n_window, int32_t position
 
 /* Queries of a tile that a page tier scores: every 4th one, from the last one back. i < attention_scored(tile). */
 enum { SCORED_STRIDE = 4 };
-GEOMETRY int32_t attention_scored(const query_tile *tile) { return (tile->n + SCORED_STRIDE - 1) / SCORED_STRIDE; }
-GEOMETRY int32_t attention_scored_query(const query_tile *tile, int32_t i) {
+ANYWHERE int32_t attention_scored(const query_tile *tile) { return (tile->n + SCORED_STRIDE - 1) / SCORED_STRIDE; }
+ANYWHERE int32_t attention_scored_query(const query_tile *tile, int32_t i) {
   return tile->first + tile->n - 1 - i * SCORED_STRIDE;
 }
 

@@ -35,32 +35,9 @@ typedef struct linear_job {
   float *out;
 } linear_job;
 
-/* Running mean and covariance of the first n_pages bulk pages of one key/value head (Chan's merge, f32). */
-typedef struct key_moments {
-  int32_t n_pages;
-  float *mean;   /* (head_dim) */
-  float *m2;     /* (head_dim, head_dim) sum of (k - mean)(k - mean)^T */
-  float *strips; /* m2 / n as (head_dim / 16) strips of (head_dim / 2, 16, 2) */
-} key_moments;
-
-/* Low-bit copy of the first n_pages bulk pages' keys of one key/value head, for choosing what to read of them. */
-typedef struct key_sketch {
-  int32_t n_pages;
-  unsigned char *pages; /* (n_blocks, page_bytes); NULL until a policy asks for it */
-} key_sketch;
-
-/* One layer's KV cache, head-major, in blocks of 64 tokens:
- *   block (g, b) at kv + (g * n_blocks + b) * 2 * 64 * head_dim: its keys, then its values, f16.
- *   keys   (4, head_dim / 2, 16, 2): strips of 16 tokens, dimension pairs interleaved.
- *   values (4, head_dim / 16, 8, 16, 2): strips of 16 tokens, of 16 dimensions, token pairs interleaved.
- * Both are strips as kernels.h defines them, so scores and weighted values are the same matrix product. */
-typedef struct layer_cache {
-  int32_t n_blocks;
-  uint16_t *kv;         /* (n_kv_heads, n_blocks, 2, 64 * head_dim) */
-  key_moments *moments; /* (n_kv_heads) */
-  key_sketch *sketches; /* (n_kv_heads) */
-  int32_t sketch_bits;  /* 2, 3 or 4; 0 where there is none */
-} layer_cache;
+/* One session's attention in the backend's hands: the KV caches of its layers, what is derived from them and counted, and
+ * what the stages of a batch hand to each other. */
+typedef struct attention_state attention_state;
 
 typedef struct rope_job {
   enum rope_kind kind;
@@ -71,6 +48,51 @@ typedef struct rope_job {
   float *q, *k;   /* (n, n_heads, head_dim), (n, n_kv_heads, head_dim): changed in place */
   const float *v; /* (n, n_kv_heads, head_dim) */
 } rope_job;
+
+/* The stages that work on a session's attention, and its memory. Where a pointer is not said to be the host's, it is the
+ * backend's. */
+typedef struct attention_ops {
+  /* What a session's attention takes: kv_bytes, host_bytes, moment_bytes; its share of scratch_bytes is added. Fails, as
+   * create does, for a shape that the backend has no kernels for. */
+  int32_t (*memory)(const backend *be, const attention_shape *shape, pyllm_session_memory *out, pyllm_error *err);
+  int32_t (*create)(const backend *be, const attention_shape *shape, attention_state **out, pyllm_error *err);
+  void (*destroy)(const backend *be, attention_state *state); /* NULL: nothing */
+  /* Decides by this policy from now on; its arrays stay the caller's, who keeps them until the next one. On failure the
+   * last one holds. */
+  int32_t (*set_policy)(const backend *be, attention_state *state, const attention_policy *policy, pyllm_error *err);
+  /* Forgets positions [from, to), the last ones: zeroes their keys and values, drops moments and sketches that have them. */
+  void (*cut)(const backend *be, attention_state *state, int32_t from, int32_t to);
+  /* The first n KV blocks of a head, in the order of the CPU's cache (cpu/cpu.h); blocks is the host's. */
+  void (*read_blocks)(const backend *be, attention_state *state, int32_t layer, int32_t kv_head, int32_t n,
+                      void *blocks);
+  void (*write_blocks)(const backend *be, attention_state *state, int32_t layer, int32_t kv_head, int32_t n,
+                       const void *blocks);
+  /* Moments of a head's first n_pages >= 1 bulk pages, ddof 0; mean (head_dim), cov (head_dim, head_dim): the host's. */
+  void (*read_moments)(const backend *be, attention_state *state, int32_t layer, int32_t kv_head, int32_t n_pages,
+                       float *mean, float *cov);
+  /* stats (n_layers): the host's. */
+  void (*read_stats)(const backend *be, attention_state *state, pyllm_layer_stats *stats);
+
+  /* The attention stages of a batch. begin, once for all layers: n queries from `position` on; q (n, n_heads, head_dim)
+   * is what rope_store will have made of every layer's. */
+  void (*begin)(const backend *be, attention_state *state, int32_t position, int32_t n, const float *q);
+  /* Query/key norms, RoPE, and the batch's keys and values into their KV blocks. Writes n * 4 * kv width bytes. */
+  void (*rope_store)(const backend *be, const rope_job *job, int32_t n, attention_state *state, int32_t layer);
+  /* Softmax over the batch's local ranges: state, out and local_mass of every row. Reads the window's blocks. */
+  void (*attend_local)(const backend *be, attention_state *state, int32_t layer);
+  /* The head-selection stage: bulk_mass, is_long and the bulk work list. Adaptive: folds new pages into the moments
+   * and does head_dim^2 multiply-adds per row; oracle: reads all bulk keys. With a page tier the sketch is read for
+   * every scored query with a long head. Returns the bytes that select and attend_bulk read; 0 where the backend does not
+   * tell at once. */
+  uint64_t (*select)(const backend *be, attention_state *state, int32_t layer);
+  /* Continues state and out over the bulk work list. Reads the blocks it names. */
+  void (*attend_bulk)(const backend *be, attention_state *state, int32_t layer);
+  /* Fills the arrays that out has, (n, n_heads) of one layer, the host's; audit: reads the bulk keys of audited queries.
+   * Comes after attend_bulk, whose work list it overwrites. */
+  void (*record)(const backend *be, attention_state *state, int32_t layer, const pyllm_record *out);
+  /* out = weighted values / their weight, (n, n_heads * head_dim). */
+  void (*finish)(const backend *be, attention_state *state, bool rounded, activation *out);
+} attention_ops;
 
 struct ops {
   const char *name;
@@ -91,12 +113,6 @@ struct ops {
   void *(*graph_end)(const backend *be);
   void (*graph_run)(const backend *be, void *graph);
   void (*graph_free)(const backend *be, void *graph);
-  /* The backend's own memory for the attention stages of one session; NULL when it is refused. */
-  void *(*scratch_new)(const backend *be, const attention_shape *shape);
-  void (*scratch_free)(void *scratch);
-  /* Bytes of one page of a key sketch. */
-  uint64_t (*sketch_bytes)(int32_t bits, int32_t head_dim);
-  uint64_t (*scratch_bytes)(int32_t n_threads, const attention_shape *shape);
   /* A batch of n tokens from `position` on: what all stages after it work on. */
   void (*begin)(const backend *be, int32_t position, int32_t n);
   /* x (n, cols) = rows `tokens` of a table in file format. table and tokens are the host's. Reads n rows. */
@@ -109,35 +125,12 @@ struct ops {
   /* cosine, sine (n, half) = mscale times those of position * frequency (half), of the batch's positions. */
   void (*angles)(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
                  float *cosine, float *sine);
-  /* Query/key norms, RoPE, and the batch's keys and values into their KV blocks. Writes n * 4 * kv width bytes. */
-  void (*rope_store)(const backend *be, const rope_job *job, int32_t n, layer_cache *cache);
-  /* Softmax over the batch's local ranges: state, out and local_mass of every row. Reads the window's blocks. */
-  void (*attend_local)(const backend *be, attention_batch *b, const layer_cache *cache);
-  /* The head-selection stage: bulk_mass, is_long and the bulk work list. Adaptive: folds new pages into the moments
-   * and does head_dim^2 multiply-adds per row; oracle: reads all bulk keys. With a page tier the sketch is read for
-   * every scored query with a long head. */
-  void (*select)(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy,
-                 int32_t layer);
-  /* Continues state and out over the bulk work list. Reads the blocks it names. */
-  void (*attend_bulk)(const backend *be, attention_batch *b, const layer_cache *cache);
-  /* Fills the arrays that out has, (n, n_heads) of one layer; audit: reads the bulk keys of audited queries. Comes after
-   * attend_bulk and attention_count, whose work list it overwrites. */
-  void (*record)(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy,
-                 const pyllm_record *out);
-  /* out = weighted values / their weight, (n, n_heads * head_dim). */
-  void (*finish)(const backend *be, const attention_batch *b, bool rounded, activation *out);
+  const attention_ops *attention;
   /* out = silu(gate) * up, (n, out->cols). */
   void (*swiglu)(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
 };
 
 /* The CPU's table. */
 extern const ops cpu_ops;
-
-/* out: scale * cov (head_dim, head_dim), symmetric, as key_moments.strips has it. */
-void covariance_strips(const float *cov, int32_t head_dim, float scale, float *out);
-
-/* Folds pages into one head's moments until it holds exactly n_pages; starts over where it holds more.
- * blocks: the head's KV blocks. */
-void moments_fold(const struct kernels *k, key_moments *m, const uint16_t *blocks, int32_t head_dim, int32_t n_pages);
 
 #endif

@@ -1,7 +1,7 @@
 #include "policy.h"
 #include "error.h"
-#include "ops.h"
 #include <math.h>
+#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -93,7 +93,7 @@ int32_t policy_new(const pyllm_attention *a, const policy_shape *s, attention_po
                         .estimate = a->estimate,
                         .coefficients = copy_of(a->coefficients, heads * 3 * sizeof(float), &refused),
                         .means = copy_of(a->means, kv_heads * d * sizeof(float), &refused),
-                        .covariance_strips = copy_of(a->covariances, kv_heads * d * d * sizeof(float), &refused),
+                        .covariances = copy_of(a->covariances, kv_heads * d * d * sizeof(float), &refused),
                         .page_bits = a->page_bits,
                         .page_share = a->page_share,
                         .page_drop = a->page_drop};
@@ -101,8 +101,6 @@ int32_t policy_new(const pyllm_attention *a, const policy_shape *s, attention_po
     policy_free(&p);
     return fail(err, PYLLM_ERR_MEMORY, "memory for an attention policy of %zu heads was refused", heads);
   }
-  for (size_t i = 0; p.covariance_strips && i < kv_heads; i++)
-    covariance_strips(a->covariances + i * d * d, s->head_dim, 1.0f, p.covariance_strips + i * d * d);
   *out = p;
   return PYLLM_OK;
 }
@@ -112,5 +110,5 @@ void policy_free(attention_policy *p) {
   free(p->static_local);
   free(p->coefficients);
   free(p->means);
-  free(p->covariance_strips);
+  free(p->covariances);
 }

@@ -12,10 +12,10 @@ typedef struct attention_policy {
   float *thresholds;     /* (n_layers, n_heads) */
   uint8_t *static_local; /* (n_layers, n_heads) */
   int32_t gaussian, estimate;
-  float *coefficients;      /* (n_layers, n_heads, 3) */
-  float *means;             /* (n_layers, n_kv_heads, head_dim); NULL: the moments are the prompt's */
-  float *covariance_strips; /* (n_layers, n_kv_heads, head_dim * head_dim) as key_moments.strips */
-  int32_t page_bits;        /* 0: long heads read the whole bulk */
+  float *coefficients; /* (n_layers, n_heads, 3) */
+  float *means;        /* (n_layers, n_kv_heads, head_dim); NULL: the moments are the prompt's */
+  float *covariances;  /* (n_layers, n_kv_heads, head_dim, head_dim) */
+  int32_t page_bits;   /* 0: long heads read the whole bulk */
   float page_share, page_drop;
 } attention_policy;
 

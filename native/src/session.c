@@ -3,12 +3,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static uint64_t layer_kv_bytes(const config *c, int32_t n_ctx, int32_t n_sink) {
-  return (uint64_t)c->n_kv_heads * (uint64_t)session_blocks(n_ctx, n_sink) * session_block_bytes(c);
-}
-
-static uint64_t moment_floats(const config *c) { return (uint64_t)c->head_dim * (1 + 2 * (uint64_t)c->head_dim); }
-
 static int32_t check_params(const pyllm_session_params *p, pyllm_error *err) {
   if (p->n_ctx < 1 || p->n_ctx > 1 << 28)
     return fail(err, PYLLM_ERR_ARGUMENT, "n_ctx is %d, expected 1 to %d", p->n_ctx, 1 << 28);
@@ -16,11 +10,13 @@ static int32_t check_params(const pyllm_session_params *p, pyllm_error *err) {
     return fail(err, PYLLM_ERR_ARGUMENT, "n_batch is %d, expected 1 to 4096", p->n_batch);
   if (p->n_sink < 0 || p->n_sink > PYLLM_PAGE)
     return fail(err, PYLLM_ERR_ARGUMENT, "n_sink is %d, expected 0 to %d", p->n_sink, PYLLM_PAGE);
+  if (p->kv_window < 0) return fail(err, PYLLM_ERR_ARGUMENT, "kv_window is %d, expected at least 0", p->kv_window);
   return PYLLM_OK;
 }
 
-static attention_shape shape_of(const config *c, int32_t n_batch, int32_t n_ctx, int32_t n_sink) {
-  return (attention_shape){n_batch, n_ctx, c->n_heads, c->n_kv_heads, c->head_dim, n_sink, c->attention_scale};
+static attention_shape shape_of(const config *c, const pyllm_session_params *p) {
+  return (attention_shape){c->n_layers, p->n_batch, p->n_ctx,           c->n_heads,  c->n_kv_heads,
+                           c->head_dim, p->n_sink,  c->attention_scale, p->kv_window};
 }
 
 static int32_t logit_rows(int32_t n_batch) { return n_batch < LOGITS_AT_ONCE ? n_batch : LOGITS_AT_ONCE; }
@@ -37,14 +33,10 @@ int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_pa
   uint64_t per_token = (uint64_t)c->dim * 4 + activation_bytes((uint64_t)c->dim) + (q_width + 2 * kv_width) * 4 +
                        activation_bytes(q_width) + (uint64_t)c->n_ff * 8 + activation_bytes((uint64_t)c->n_ff) +
                        (uint64_t)c->n_rot * 4;
-  const backend *be = &m->backend;
-  attention_shape shape = shape_of(c, p->n_batch, p->n_ctx, p->n_sink);
-  out->kv_bytes = (uint64_t)c->n_layers * layer_kv_bytes(c, p->n_ctx, p->n_sink);
-  out->moment_bytes = (uint64_t)c->n_layers * (uint64_t)c->n_kv_heads * moment_floats(c) * sizeof(float);
-  out->scratch_bytes = (uint64_t)p->n_batch * per_token + attention_bytes(&shape) +
-                       be->ops->scratch_bytes(pool_size(be->pool), &shape) + (uint64_t)p->n_ctx * 4 +
-                       (be->ops->on_host ? 0 : (uint64_t)logit_rows(p->n_batch) * (uint64_t)c->n_vocab * 4);
-  return PYLLM_OK;
+  attention_shape shape = shape_of(c, p);
+  out->scratch_bytes = (uint64_t)p->n_batch * per_token + (uint64_t)p->n_ctx * 4 +
+                       (m->backend.ops->on_host ? 0 : (uint64_t)logit_rows(p->n_batch) * (uint64_t)c->n_vocab * 4);
+  return m->backend.ops->attention->memory(&m->backend, &shape, out, err);
 }
 
 static bool new_activation(const backend *be, activation *a, int32_t n, int32_t cols) {
@@ -89,131 +81,87 @@ static void free_buffers(const backend *be, batch_buffers *b) {
   free_activation(be, &b->hidden);
 }
 
-static bool new_layer(layer_cache *l, const config *c, int32_t n_ctx, int32_t n_sink) {
-  l->n_blocks = session_blocks(n_ctx, n_sink);
-  l->kv = calloc(1, layer_kv_bytes(c, n_ctx, n_sink)); /* untouched blocks take no memory */
-  l->moments = calloc((size_t)c->n_kv_heads, sizeof *l->moments);
-  l->sketches = calloc((size_t)c->n_kv_heads, sizeof *l->sketches);
-  if (!l->kv || !l->moments || !l->sketches) return false;
-  size_t d = (size_t)c->head_dim;
-  for (int32_t g = 0; g < c->n_kv_heads; g++) {
-    float *memory = calloc(moment_floats(c), sizeof *memory);
-    if (!memory) return false;
-    l->moments[g] = (key_moments){0, memory, memory + d, memory + d + d * d};
-  }
-  return true;
-}
-
-static void free_layer_cache(layer_cache *l, const config *c) {
-  for (int32_t g = 0; l->moments && g < c->n_kv_heads; g++) free(l->moments[g].mean);
-  for (int32_t g = 0; l->sketches && g < c->n_kv_heads; g++) free(l->sketches[g].pages);
-  free(l->moments);
-  free(l->sketches);
-  free(l->kv);
-}
-
-static bool allocate(pyllm_session *s) {
-  const config *c = &s->model->config;
+static int32_t allocate(pyllm_session *s, const pyllm_session_params *params, pyllm_error *err) {
+  const backend *be = &s->model->backend;
+  attention_shape shape = shape_of(&s->model->config, params);
   s->tokens = malloc((size_t)s->n_ctx * sizeof *s->tokens);
-  s->stats = calloc((size_t)c->n_layers, sizeof *s->stats);
-  s->layers = calloc((size_t)c->n_layers, sizeof *s->layers);
-  if (!s->tokens || !s->stats || !s->layers) return false;
-  for (int32_t i = 0; i < c->n_layers; i++)
-    if (!new_layer(&s->layers[i], c, s->n_ctx, s->n_sink)) return false;
-  attention_shape shape = shape_of(c, s->n_batch, s->n_ctx, s->n_sink);
-  bool ok = attention_new(&s->attention, &shape);
-  ok &= new_buffers(&s->model->backend, &s->buffers, c, s->n_batch);
-  s->attention.q = s->buffers.q;
-  s->attention.backend_scratch = s->model->backend.ops->scratch_new(&s->model->backend, &shape);
-  return ok && s->attention.backend_scratch;
+  if (!s->tokens || !new_buffers(be, &s->buffers, &s->model->config, s->n_batch))
+    return fail(err, PYLLM_ERR_MEMORY, "memory for batches of %d tokens was refused", s->n_batch);
+  int32_t status = be->ops->attention->create(be, &shape, &s->attention, err);
+  return status ? status : be->ops->attention->set_policy(be, s->attention, &s->policy, err);
 }
 
 int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params *params, pyllm_session **out,
                            pyllm_error *err) {
   int32_t status = check_params(params, err);
   if (status) return status;
-  if (!model->backend.ops->attend_local)
-    return fail(err, PYLLM_ERR_UNSUPPORTED, "sessions on %s are not possible yet: device 'cpu' is",
-                model->backend.ops->name);
   pyllm_session *s = calloc(1, sizeof *s);
-  if (s) {
-    s->model = model;
-    model_hold(model);
-    s->n_ctx = params->n_ctx;
-    s->n_batch = params->n_batch < params->n_ctx ? params->n_batch : params->n_ctx;
-    s->n_sink = params->n_sink;
-    s->policy = (attention_policy){.policy = PYLLM_DENSE, .granularity = PYLLM_GROUP, .n_window = 1024};
-    atomic_flag_clear(&s->busy);
-    trace_init(&s->trace);
-  }
-  if (!s || !allocate(s)) {
-    pyllm_session_close(s);
-    return fail(err, PYLLM_ERR_MEMORY, "memory for a context of %d tokens (%llu bytes of KV cache) was refused",
-                params->n_ctx,
-                (unsigned long long)((uint64_t)model->config.n_layers *
-                                     layer_kv_bytes(&model->config, params->n_ctx, params->n_sink)));
-  }
-  *out = s;
-  return PYLLM_OK;
+  if (!s) return fail(err, PYLLM_ERR_MEMORY, "memory for a session was refused");
+  s->model = model;
+  model_hold(model);
+  s->n_ctx = params->n_ctx;
+  s->n_batch = params->n_batch < params->n_ctx ? params->n_batch : params->n_ctx;
+  s->n_sink = params->n_sink;
+  s->policy = (attention_policy){.policy = PYLLM_DENSE, .granularity = PYLLM_GROUP, .n_window = 1024};
+  atomic_flag_clear(&s->busy);
+  trace_init(&s->trace);
+  session_take_device(s);
+  pyllm_session_params fitting = *params;
+  fitting.n_batch = s->n_batch;
+  status = allocate(s, &fitting, err);
+  session_give_device(s);
+  if (status) pyllm_session_close(s);
+  else *out = s;
+  return status;
 }
 
 void pyllm_session_close(pyllm_session *s) {
   if (!s) return;
-  for (int32_t i = 0; s->layers && i < s->model->config.n_layers; i++)
-    free_layer_cache(&s->layers[i], &s->model->config);
-  s->model->backend.ops->scratch_free(s->attention.backend_scratch);
-  attention_free(&s->attention);
-  free_buffers(&s->model->backend, &s->buffers);
+  const backend *be = &s->model->backend;
+  session_take_device(s);
+  forward_changed(s);
+  be->ops->attention->destroy(be, s->attention);
+  free_buffers(be, &s->buffers);
+  session_give_device(s);
   policy_free(&s->policy);
-  free(s->layers);
-  free(s->stats);
   free(s->tokens);
   pyllm_model_close((pyllm_model *)s->model);
   free(s);
 }
 
+void session_take_device(const pyllm_session *s) {
+  if (!s->model->backend.ops->on_host) pool_begin(s->model->backend.pool);
+}
+
+void session_give_device(const pyllm_session *s) {
+  if (!s->model->backend.ops->on_host) pool_end(s->model->backend.pool);
+}
+
 int32_t session_enter(pyllm_session *s, pyllm_error *err) {
-  if (!atomic_flag_test_and_set(&s->busy)) return PYLLM_OK;
-  return fail(err, PYLLM_ERR_ARGUMENT, "the session is in use by another thread");
+  if (atomic_flag_test_and_set(&s->busy))
+    return fail(err, PYLLM_ERR_ARGUMENT, "the session is in use by another thread");
+  session_take_device(s);
+  return PYLLM_OK;
 }
 
 int32_t session_leave(pyllm_session *s, int32_t status) {
+  session_give_device(s);
   atomic_flag_clear(&s->busy);
   return status;
 }
 
-/* Gives every layer room for sketches of `bits`, empty; what there is stays where it has as many bits. */
-static int32_t resize_sketches(pyllm_session *s, int32_t bits, pyllm_error *err) {
-  const config *c = &s->model->config;
-  uint64_t page_bytes = s->model->backend.ops->sketch_bytes(bits, c->head_dim);
-  for (int32_t i = 0; i < c->n_layers; i++) {
-    layer_cache *l = &s->layers[i];
-    if (l->sketch_bits == bits) continue;
-    l->sketch_bits = 0;
-    for (int32_t g = 0; g < c->n_kv_heads; g++) {
-      free(l->sketches[g].pages);
-      l->sketches[g] = (key_sketch){0, calloc((size_t)l->n_blocks, page_bytes)};
-      if (!l->sketches[g].pages)
-        return fail(err, PYLLM_ERR_MEMORY, "memory for a key sketch of %d bits was refused", bits);
-    }
-    l->sketch_bits = bits;
-  }
-  return PYLLM_OK;
-}
-
 static int32_t replace_policy(pyllm_session *s, const pyllm_attention *a, pyllm_error *err) {
+  const backend *be = &s->model->backend;
   const config *c = &s->model->config;
   policy_shape shape = {c->n_layers, c->n_heads, c->n_kv_heads, c->head_dim};
   attention_policy p;
   int32_t status = policy_new(a, &shape, &p, err);
   if (status) return status;
-  if (a->page_bits && (status = resize_sketches(s, a->page_bits, err))) {
-    policy_free(&p);
-    return status;
-  }
-  policy_free(&s->policy);
-  s->policy = p;
-  return PYLLM_OK;
+  forward_changed(s);
+  status = be->ops->attention->set_policy(be, s->attention, &p, err);
+  policy_free(status ? &p : &s->policy);
+  if (!status) s->policy = p;
+  return status;
 }
 
 int32_t pyllm_session_set_attention(pyllm_session *s, const pyllm_attention *a, pyllm_error *err) {
@@ -261,10 +209,17 @@ int32_t pyllm_session_eval(pyllm_session *s, const int32_t *tokens, int32_t n, f
   status = check_eval(s, tokens, n, n_logits, err);
   if (status) return session_leave(s, status);
   atomic_store(&s->abort, false);
-  pool_begin(s->model->backend.pool);
+  bool on_host = s->model->backend.ops->on_host; /* on a GPU the session has the pool already */
+  if (on_host) pool_begin(s->model->backend.pool);
   status = eval_batches(s, tokens, n, logits, n_logits, record, err);
-  pool_end(s->model->backend.pool);
+  if (on_host) pool_end(s->model->backend.pool);
   return session_leave(s, status);
+}
+
+void session_cut(pyllm_session *s, int32_t from, int32_t to) {
+  const backend *be = &s->model->backend;
+  be->ops->attention->cut(be, s->attention, from, to);
+  s->position = from;
 }
 
 static int32_t rewind_to(pyllm_session *s, int32_t n, pyllm_error *err) {
@@ -299,7 +254,10 @@ void pyllm_session_tokens(const pyllm_session *s, int32_t *out) {
 void pyllm_session_abort(pyllm_session *s) { atomic_store(&s->abort, true); }
 
 void pyllm_session_layer_stats(const pyllm_session *s, pyllm_layer_stats *out) {
-  memcpy(out, s->stats, (size_t)s->model->config.n_layers * sizeof *out);
+  const backend *be = &s->model->backend;
+  session_take_device(s);
+  be->ops->attention->read_stats(be, s->attention, out);
+  session_give_device(s);
 }
 
 int32_t pyllm_session_stage_stats(const pyllm_session *s, pyllm_stage_stats *out, int32_t n) {

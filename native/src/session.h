@@ -23,13 +23,16 @@ typedef struct batch_buffers {
 struct pyllm_session {
   const pyllm_model *model;
   int32_t n_ctx, n_batch, n_sink;
-  int32_t position;    /* tokens evaluated */
-  int32_t *tokens;     /* (n_ctx) */
-  layer_cache *layers; /* (n_layers) */
+  int32_t position; /* tokens evaluated */
+  int32_t *tokens;  /* (n_ctx) */
   attention_policy policy;
-  attention_batch attention;
+  attention_state *attention;
   batch_buffers buffers;
-  pyllm_layer_stats *stats; /* (n_layers) */
+  struct token_graph {
+    void *stages;   /* the backend's, of one token and its logits; NULL until they were written down */
+    bool warm;      /* a token was evaluated since the policy was set, so that all its kernels are loaded */
+    uint64_t bytes; /* that its stages book */
+  } graph;
   trace trace;
   atomic_bool abort;
   atomic_flag busy; /* held while a call changes the session */
@@ -40,15 +43,18 @@ struct pyllm_session {
 int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
                 const batch_record *record, pyllm_error *err);
 
-/* kv.c: blocks a head needs for n_ctx tokens, bytes of a block, and where a head's blocks begin. */
-int32_t session_blocks(int32_t n_ctx, int32_t n_sink);
-uint64_t session_block_bytes(const config *c);
-uint16_t *session_head_blocks(const pyllm_session *s, int32_t layer, int32_t kv_head);
-/* Moves the position back to `from`: zeroes the keys and values of positions [from, to) and drops moments and sketches that count
- * them, so that nothing stale can be read. */
+/* Forgets the graph of a token, whose stages are about to take other arguments. */
+void forward_changed(pyllm_session *s);
+
+/* session.c: moves the position back to `from`; nothing of positions [from, to) can be read afterwards. */
 void session_cut(pyllm_session *s, int32_t from, int32_t to);
 
-/* session.c: one caller at a time changes a session; the second gets an error instead of a corrupted cache. */
+/* A GPU does one thing after another, so whatever works on its memory takes the model first; on the CPU only evaluating
+ * does, for the threads. */
+void session_take_device(const pyllm_session *s);
+void session_give_device(const pyllm_session *s);
+
+/* One caller at a time changes a session; the second gets an error instead of a corrupted cache. Takes the device. */
 int32_t session_enter(pyllm_session *s, pyllm_error *err);
 int32_t session_leave(pyllm_session *s, int32_t status);
 

@@ -12,13 +12,13 @@
 #define PYLLM_SRC_SKETCH_H
 #include "geometry.h"
 
-GEOMETRY int32_t sketch_low_bytes(int32_t head_dim) { return head_dim * 16; } /* of a page */
+ANYWHERE int32_t sketch_low_bytes(int32_t head_dim) { return head_dim * 16; } /* of a page */
 
-GEOMETRY int32_t sketch_high_bytes(int32_t bits, int32_t head_dim) {
+ANYWHERE int32_t sketch_high_bytes(int32_t bits, int32_t head_dim) {
   return bits == 3 ? 4 * 64 * ((head_dim + 31) / 32) : bits == 4 ? sketch_low_bytes(head_dim) : 0;
 }
 
-GEOMETRY size_t sketch_page_bytes(int32_t bits, int32_t head_dim) {
+ANYWHERE size_t sketch_page_bytes(int32_t bits, int32_t head_dim) {
   return (size_t)(4 * head_dim + sketch_low_bytes(head_dim) + sketch_high_bytes(bits, head_dim));
 }
 

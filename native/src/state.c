@@ -16,9 +16,13 @@ typedef struct state_header {
   uint64_t checksum; /* of everything behind the header */
 } state_header;
 
-/* Bytes of the blocks of one head that hold the first `position` tokens. */
+/* Blocks of one head that hold the first `position` tokens. */
+static int32_t head_blocks(const pyllm_session *s, int32_t position) {
+  return position ? kv_block_of(s->n_sink, position - 1) + 1 : 0;
+}
+
 static uint64_t head_bytes(const pyllm_session *s, int32_t position) {
-  return position ? (uint64_t)(kv_block_of(s->n_sink, position - 1) + 1) * session_block_bytes(&s->model->config) : 0;
+  return (uint64_t)head_blocks(s, position) * kv_block_bytes(s->model->config.head_dim);
 }
 
 static uint64_t state_bytes(const pyllm_session *s, int32_t position) {
@@ -36,10 +40,15 @@ int32_t pyllm_session_save(const pyllm_session *s, void *buffer, uint64_t size, 
   unsigned char *at = (unsigned char *)buffer + sizeof(state_header);
   memcpy(at, s->tokens, (size_t)s->position * sizeof(int32_t));
   at += (size_t)s->position * sizeof(int32_t);
+  const backend *be = &s->model->backend;
   uint64_t bytes = head_bytes(s, s->position);
+  session_take_device(s);
   for (int32_t i = 0; i < s->model->config.n_layers; i++)
     for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += bytes)
-      memcpy(at, session_head_blocks(s, i, g), bytes);
+      be->ops->attention->read_blocks(be, s->attention, i, g, head_blocks(s, s->position), at);
+  int32_t status = be->ops->sync(be, err);
+  session_give_device(s);
+  if (status) return status;
   state_header h = {"pyllmkv", STATE_VERSION, s->n_sink, s->position, 0, pyllm_file_fingerprint(s->model->file), 0};
   h.checksum = hash_bytes(0, (unsigned char *)buffer + sizeof h, pyllm_session_state_size(s) - sizeof h);
   memcpy(buffer, &h, sizeof h);
@@ -79,12 +88,14 @@ static int32_t load(pyllm_session *s, const void *buffer, uint64_t size, pyllm_e
   session_cut(s, 0, s->position);
   memcpy(s->tokens, at, (size_t)h.position * sizeof(int32_t));
   at += (size_t)h.position * sizeof(int32_t);
+  const backend *be = &s->model->backend;
   uint64_t bytes = head_bytes(s, h.position);
   for (int32_t i = 0; i < s->model->config.n_layers; i++)
     for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += bytes)
-      memcpy(session_head_blocks(s, i, g), at, bytes);
-  s->position = h.position;
-  return PYLLM_OK;
+      be->ops->attention->write_blocks(be, s->attention, i, g, head_blocks(s, h.position), at);
+  status = be->ops->sync(be, err);
+  if (!status) s->position = h.position;
+  return status;
 }
 
 int32_t pyllm_session_load(pyllm_session *s, const void *buffer, uint64_t size, pyllm_error *err) {
@@ -101,11 +112,9 @@ static int32_t moments(pyllm_session *s, int32_t layer, int32_t kv_head, int32_t
   if (n_pages < 1 || s->n_sink + (int64_t)n_pages * PYLLM_PAGE > s->position)
     return fail(err, PYLLM_ERR_ARGUMENT, "%d pages behind %d sinks are not all in a session at position %d", n_pages,
                 s->n_sink, s->position);
-  key_moments *m = &s->layers[layer].moments[kv_head];
-  moments_fold(s->model->backend.kernels, m, session_head_blocks(s, layer, kv_head), c->head_dim, n_pages);
-  memcpy(mean, m->mean, (size_t)c->head_dim * sizeof *mean);
-  for (int64_t i = 0; i < (int64_t)c->head_dim * c->head_dim; i++) cov[i] = m->m2[i] / (float)(n_pages * PYLLM_PAGE);
-  return PYLLM_OK;
+  const backend *be = &s->model->backend;
+  be->ops->attention->read_moments(be, s->attention, layer, kv_head, n_pages, mean, cov);
+  return be->ops->sync(be, err);
 }
 
 int32_t pyllm_session_moments(pyllm_session *s, int32_t layer, int32_t kv_head, int32_t n_pages, float *mean,

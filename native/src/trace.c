@@ -4,7 +4,7 @@
 
 static const char *const NAMES[N_STAGES] = {"embed",   "norm",        "qkv",   "rope_store", "attend_local",
                                             "select",  "attend_bulk", "audit", "finish",     "attention_out",
-                                            "gate_up", "swiglu",      "down",  "logits"};
+                                            "gate_up", "swiglu",      "down",  "logits",     "token"};
 
 static uint64_t now(void) {
   struct timespec t;
@@ -25,4 +25,10 @@ void trace_lap(trace *t, enum stage stage, uint64_t bytes) {
   t->stages[stage].ns += time - t->last;
   t->stages[stage].bytes += bytes;
   t->last = time;
+}
+
+uint64_t trace_bytes(const trace *t) {
+  uint64_t bytes = 0;
+  for (int i = 0; i < N_STAGES; i++) bytes += t->stages[i].bytes;
+  return bytes;
 }

@@ -18,6 +18,7 @@ enum stage {
   STAGE_SWIGLU,
   STAGE_DOWN,
   STAGE_LOGITS,
+  STAGE_TOKEN, /* all stages of one token, where they are one launch */
   N_STAGES
 };
 
@@ -29,5 +30,7 @@ typedef struct trace {
 void trace_init(trace *t);
 void trace_begin(trace *t);
 void trace_lap(trace *t, enum stage stage, uint64_t bytes);
+/* Of all stages so far. */
+uint64_t trace_bytes(const trace *t);
 
 #endif

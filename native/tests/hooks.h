@@ -64,10 +64,12 @@ int32_t hook_begin(const char *device, const char *isa, int32_t type, const void
 /* x: (n), n a multiple of 32; out: what the rounding of activations makes of it. */
 int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyllm_error *err);
 
+/* ---- a layer's attention on any backend ---- */
+
 /* Moments of the pages of one head's keys k (64 n_pages, head_dim), folded one page after another, at every page
  * boundary: mean (n_pages, head_dim), cov (n_pages, head_dim, head_dim). */
-int32_t hook_moments(const char *isa, const float *k, int32_t n_pages, int32_t head_dim, float *mean, float *cov,
-                     pyllm_error *err);
+int32_t hook_moments(const char *device, const char *isa, const float *k, int32_t n_pages, int32_t head_dim,
+                     float *mean, float *cov, pyllm_error *err);
 
 /* M^ of n_keys keys from mean and variance of their scores, both (n), as the head of coefficients (3; may be NULL). */
 int32_t hook_bulk_estimate(int32_t gaussian, int32_t estimate, const float *coefficients, int32_t n_keys,
@@ -76,16 +78,16 @@ int32_t hook_bulk_estimate(int32_t gaussian, int32_t estimate, const float *coef
 typedef struct hook_attention_shape {
   int32_t n, n_heads, n_kv_heads, head_dim, n_sink;
   float scale;
-  int32_t chunk; /* queries evaluated at once */
+  int32_t chunk;     /* queries evaluated at once */
+  int32_t kv_window; /* as in pyllm_session_params */
 } hook_attention_shape;
 
 /* The attention pipeline of one layer over given q (n, n_heads, head_dim), k and v (n, n_kv_heads, head_dim), from an
- * empty cache, chunk by chunk. attention: arrays of one layer. out: (n, n_heads, head_dim); is_long, local_mass,
- * bulk_mass: (n, n_heads); stats: one layer's; record: of one layer, or NULL. */
-int32_t hook_attention(const char *isa, int32_t n_threads, const hook_attention_shape *shape,
+ * empty cache, chunk by chunk. attention: arrays of one layer. out: (n, n_heads, head_dim); record: of one layer;
+ * stats: one layer's. */
+int32_t hook_attention(const char *device, const char *isa, int32_t n_threads, const hook_attention_shape *shape,
                        const pyllm_attention *attention, const float *q, const float *k, const float *v, float *out,
-                       uint8_t *is_long, float *local_mass, float *bulk_mass, pyllm_layer_stats *stats,
-                       const pyllm_record *record, pyllm_error *err);
+                       pyllm_layer_stats *stats, const pyllm_record *record, pyllm_error *err);
 
 /* ---- a session ---- */
 

@@ -1,7 +1,7 @@
 /* Entry points of the tests into the emulator, which only the emulated library has; cffi parses this after hooks.h. */
 #ifndef PYLLM_TESTS_HOOKS_EMU_H
 #define PYLLM_TESTS_HOOKS_EMU_H
-#include "hooks.h"
+#include "pyllm.h"
 
 #pragma GCC visibility push(default)
 
@@ -11,11 +11,6 @@ int32_t hook_emu(const char *kernel, int32_t blocks, int32_t threads, const floa
 int32_t hook_emu_matrix(const uint16_t *a, const uint16_t *b, float *d, pyllm_error *err);
 int32_t hook_emu_matrix_s8(const int8_t *a, const int8_t *b, int32_t *d, pyllm_error *err);
 
-/* hook_attention and hook_moments of hooks.h, by the CUDA kernels. */
-int32_t hook_cuda_attention(const hook_attention_shape *shape, const pyllm_attention *attention, const float *q,
-                            const float *k, const float *v, float *out, uint8_t *is_long, float *local_mass,
-                            float *bulk_mass, pyllm_layer_stats *stats, pyllm_error *err);
-int32_t hook_cuda_moments(const float *k, int32_t n_pages, int32_t head_dim, float *mean, float *cov, pyllm_error *err);
 /* The memory of the emulated device. */
 void hook_emu_memory(uint64_t bytes);
 

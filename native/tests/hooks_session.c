@@ -1,11 +1,12 @@
 /* Hooks into a session: faults that cannot be brought about from outside. */
+#include "cpu.h"
 #include "hooks.h"
 #include "session.h"
 #include "sketch.h"
 
 void hook_mirror_sketch(pyllm_session *s, int32_t layer) {
   const config *c = &s->model->config;
-  layer_cache *l = &s->layers[layer];
+  layer_cache *l = &s->attention->layers[layer];
   size_t page = sketch_page_bytes(l->sketch_bits, c->head_dim), codes = 4 * (size_t)c->head_dim;
   for (int32_t g = 0; g < c->n_kv_heads; g++)
     for (int32_t p = 0; p < l->sketches[g].n_pages; p++)

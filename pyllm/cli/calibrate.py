@@ -72,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
     parser.add_argument("--isa", choices=ISAS, help="default: the best there is")
     # An older profile, perhaps a broken one, must not keep the model from being opened.
-    parser.set_defaults(device="auto", attention=Dense())
+    parser.set_defaults(device="auto", kv="gpu", attention=Dense())
 
 
 def run(args: argparse.Namespace) -> int:

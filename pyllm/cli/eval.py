@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     eval_tasks.add_arguments(parser)
     # Sessions have policies of their own here; a broken profile must not keep the model from being opened.
-    parser.set_defaults(device="auto", attention=Dense())
+    parser.set_defaults(device="auto", kv="gpu", attention=Dense())
 
 
 def run(args: argparse.Namespace) -> int:

@@ -24,6 +24,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument(
+        "--kv",
+        choices=("gpu", "split"),
+        default="gpu",
+        help="split: on a GPU, keys and values in the host's memory but for sinks and window (default: gpu)",
+    )
     group.add_argument("--isa", choices=ISAS, help="default: the best there is")
     group.add_argument(
         "--attention",
@@ -58,6 +64,7 @@ def open_llm(args: argparse.Namespace) -> LLM:
         n_batch=args.batch,
         n_threads=args.threads,
         device=args.device,
+        kv=args.kv,
         attention=args.attention,
         isa=args.isa,
         guard=guard(args),

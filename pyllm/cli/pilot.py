@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
     parser.add_argument("--isa", choices=("generic", "avx2", "avx512"), help="default: the best there is")
     # A profile beside the model, perhaps a broken one, must not keep it from being opened.
-    parser.set_defaults(device="auto", attention=Dense())
+    parser.set_defaults(device="auto", kv="gpu", attention=Dense())
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import Dense, Policy
+from pyllm.device import available_on
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.candidates import Candidate
 from pyllm.evaluate.metrics import Reference, Scores, mean_interval, perplexity
@@ -18,7 +19,6 @@ from pyllm.evaluate.results import Row
 from pyllm.evaluate.static_labels import first_with_bulk
 from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
-from pyllm.memory import available_memory
 from pyllm.session import Session
 from pyllm.stats import Stats
 
@@ -38,7 +38,7 @@ def require_bulk(text: Text, window: int, sinks: int, n_decode: int) -> None:
 
 def at_once(llm: LLM, n_ctx: int) -> int:
     """How many policies to evaluate side by side: their sessions may take half of the available memory."""
-    available = available_memory()
+    available = available_on(llm.device)
     if available is None:
         return MOST_AT_ONCE
     return max(1, min(MOST_AT_ONCE, available // 2 // llm.session_memory(n_ctx) - 1))

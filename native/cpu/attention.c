@@ -1,0 +1,186 @@
+/* A session's attention on the CPU: its memory, and the stages as ops.h has them. */
+#include "cpu.h"
+#include "error.h"
+#include "sketch.h"
+#include <stdlib.h>
+#include <string.h>
+
+static int32_t check_shape(const attention_shape *s, pyllm_error *err) {
+  if (s->kv_window == 0) return PYLLM_OK;
+  return fail(err, PYLLM_ERR_ARGUMENT, "a KV cache split between a GPU's memory and the host's, on the CPU");
+}
+
+static int32_t memory_needed(const backend *be, const attention_shape *s, pyllm_session_memory *out, pyllm_error *err) {
+  uint64_t heads = (uint64_t)s->n_layers * (uint64_t)s->n_kv_heads, d = (uint64_t)s->head_dim;
+  out->kv_bytes = heads * (uint64_t)kv_blocks(s->n_ctx, s->n_sink) * kv_block_bytes(s->head_dim);
+  out->host_bytes = 0;
+  out->moment_bytes = heads * d * (1 + 2 * d) * sizeof(float);
+  out->scratch_bytes += attention_bytes(s) + cpu_scratch_bytes(pool_size(be->pool), s);
+  return check_shape(s, err);
+}
+
+static void free_state(const backend *be, attention_state *a) {
+  (void)be;
+  if (!a) return;
+  for (int32_t i = 0; a->layers && i < a->shape.n_layers; i++) cpu_cache_free(&a->layers[i], &a->shape);
+  cpu_scratch_free(a->batch.backend_scratch);
+  attention_free(&a->batch);
+  free(a->layers);
+  free(a->sketches);
+  free(a->calibrated);
+  free(a->stats);
+  free(a);
+}
+
+static bool take_memory(const backend *be, attention_state *a) {
+  a->layers = calloc((size_t)a->shape.n_layers, sizeof *a->layers);
+  a->stats = calloc((size_t)a->shape.n_layers, sizeof *a->stats);
+  if (!a->layers || !a->stats) return false;
+  for (int32_t i = 0; i < a->shape.n_layers; i++)
+    if (!cpu_cache_new(&a->layers[i], &a->shape)) return false;
+  bool ok = attention_new(&a->batch, &a->shape);
+  a->batch.backend_scratch = cpu_scratch_new(be, &a->shape);
+  return ok && a->batch.backend_scratch;
+}
+
+static int32_t new_state(const backend *be, const attention_shape *shape, attention_state **out, pyllm_error *err) {
+  int32_t status = check_shape(shape, err);
+  if (status) return status;
+  attention_state *a = calloc(1, sizeof *a);
+  if (a) a->shape = *shape;
+  if (!a || !take_memory(be, a)) {
+    free_state(be, a);
+    return fail(err, PYLLM_ERR_MEMORY, "memory for the KV cache of a context of %d tokens was refused", shape->n_ctx);
+  }
+  *out = a;
+  return PYLLM_OK;
+}
+
+/* Memory for sketches of `bits` in every layer, and the policy's covariances as strips; NULL where there are none. */
+typedef struct policy_memory {
+  unsigned char *sketches; /* (n_layers, n_kv_heads, n_blocks) pages */
+  float *calibrated;       /* (n_layers, n_kv_heads, head_dim * head_dim) */
+} policy_memory;
+
+static bool take_policy_memory(const attention_state *a, const attention_policy *p, policy_memory *m) {
+  size_t heads = (size_t)a->shape.n_layers * (size_t)a->shape.n_kv_heads, d = (size_t)a->shape.head_dim;
+  bool sketch = p->page_bits && p->page_bits != a->layers->sketch_bits;
+  *m = (policy_memory){NULL, NULL};
+  if (sketch)
+    m->sketches = calloc(heads * (size_t)a->layers->n_blocks, sketch_page_bytes(p->page_bits, a->shape.head_dim));
+  if (p->covariances) m->calibrated = malloc(heads * d * d * sizeof *m->calibrated);
+  for (size_t i = 0; m->calibrated && i < heads; i++)
+    covariance_strips(p->covariances + i * d * d, a->shape.head_dim, 1.0f, m->calibrated + i * d * d);
+  return (m->sketches || !sketch) && (m->calibrated || !p->covariances);
+}
+
+static int32_t set_policy(const backend *be, attention_state *a, const attention_policy *policy, pyllm_error *err) {
+  (void)be;
+  policy_memory m;
+  if (!take_policy_memory(a, policy, &m)) {
+    free(m.sketches);
+    free(m.calibrated);
+    return fail(err, PYLLM_ERR_MEMORY, "memory for a key sketch of %d bits or calibrated moments was refused",
+                policy->page_bits);
+  }
+  size_t layer_floats = (size_t)a->shape.n_kv_heads * (size_t)a->shape.head_dim * (size_t)a->shape.head_dim;
+  for (int32_t i = 0; i < a->shape.n_layers; i++)
+    a->layers[i].calibrated = m.calibrated ? m.calibrated + (size_t)i * layer_floats : NULL;
+  free(a->calibrated);
+  a->calibrated = m.calibrated;
+  if (m.sketches) {
+    for (int32_t i = 0; i < a->shape.n_layers; i++)
+      cpu_cache_sketch(&a->layers[i], &a->shape, policy->page_bits, i, m.sketches);
+    free(a->sketches);
+    a->sketches = m.sketches;
+  }
+  a->policy = *policy;
+  return PYLLM_OK;
+}
+
+static void cut(const backend *be, attention_state *a, int32_t from, int32_t to) {
+  (void)be;
+  for (int32_t i = 0; i < a->shape.n_layers; i++) cpu_cache_cut(&a->layers[i], &a->shape, from, to);
+}
+
+static void read_blocks(const backend *be, attention_state *a, int32_t layer, int32_t kv_head, int32_t n,
+                        void *blocks) {
+  (void)be;
+  memcpy(blocks, cache_blocks(&a->layers[layer], kv_head, a->shape.head_dim),
+         (size_t)n * kv_block_bytes(a->shape.head_dim));
+}
+
+static void write_blocks(const backend *be, attention_state *a, int32_t layer, int32_t kv_head, int32_t n,
+                         const void *blocks) {
+  (void)be;
+  memcpy(cache_blocks(&a->layers[layer], kv_head, a->shape.head_dim), blocks,
+         (size_t)n * kv_block_bytes(a->shape.head_dim));
+}
+
+static void read_moments(const backend *be, attention_state *a, int32_t layer, int32_t kv_head, int32_t n_pages,
+                         float *mean, float *cov) {
+  key_moments *m = &a->layers[layer].moments[kv_head];
+  int32_t d = a->shape.head_dim;
+  moments_fold(be->kernels, m, cache_blocks(&a->layers[layer], kv_head, d), d, n_pages);
+  memcpy(mean, m->mean, (size_t)d * sizeof *mean);
+  for (int64_t i = 0; i < (int64_t)d * d; i++) cov[i] = m->m2[i] / (float)(n_pages * PYLLM_PAGE);
+}
+
+static void read_stats(const backend *be, attention_state *a, pyllm_layer_stats *stats) {
+  (void)be;
+  memcpy(stats, a->stats, (size_t)a->shape.n_layers * sizeof *stats);
+}
+
+static void begin(const backend *be, attention_state *a, int32_t position, int32_t n, const float *q) {
+  (void)be;
+  a->batch.q = q;
+  attention_plan(&a->batch, a->policy.n_window, position, n);
+}
+
+static void rope_store(const backend *be, const rope_job *job, int32_t n, attention_state *a, int32_t layer) {
+  cpu_rope_store(be, job, n, &a->layers[layer]);
+}
+
+static void attend_local(const backend *be, attention_state *a, int32_t layer) {
+  cpu_attend_local(be, &a->batch, &a->layers[layer]);
+}
+
+static uint64_t select_heads(const backend *be, attention_state *a, int32_t layer) {
+  pyllm_layer_stats *stats = &a->stats[layer];
+  uint64_t before = stats->bytes_read;
+  int32_t bits = a->policy.page_bits;
+  cpu_select(be, &a->batch, &a->layers[layer], &a->policy, layer);
+  attention_count(&a->batch, bits ? sketch_page_bytes(bits, a->shape.head_dim) : 0, stats);
+  return stats->bytes_read - before;
+}
+
+static void attend_bulk(const backend *be, attention_state *a, int32_t layer) {
+  cpu_attend_bulk(be, &a->batch, &a->layers[layer]);
+}
+
+static void record(const backend *be, attention_state *a, int32_t layer, const pyllm_record *out) {
+  cpu_record(be, &a->batch, &a->layers[layer], &a->policy, out);
+}
+
+static void finish(const backend *be, attention_state *a, bool rounded, activation *out) {
+  cpu_finish(be, &a->batch, rounded, out);
+}
+
+const attention_ops cpu_attention_ops = {
+    .memory = memory_needed,
+    .create = new_state,
+    .destroy = free_state,
+    .set_policy = set_policy,
+    .cut = cut,
+    .read_blocks = read_blocks,
+    .write_blocks = write_blocks,
+    .read_moments = read_moments,
+    .read_stats = read_stats,
+    .begin = begin,
+    .rope_store = rope_store,
+    .attend_local = attend_local,
+    .select = select_heads,
+    .attend_bulk = attend_bulk,
+    .record = record,
+    .finish = finish,
+};

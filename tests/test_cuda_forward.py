@@ -1,0 +1,272 @@
+"""Whole models on the emulated GPU, against the same models on the CPU."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from emulated import GIGABYTE, is_emulated, set_memory
+from pyllm import LLM, Adaptive, Calibration, Dense, Oracle, Session, Static, Window, _native
+from pyllm.attention import Policy
+from pyllm.errors import ArgumentError, InsufficientMemoryError, UnsupportedError
+from tiny_models import write_tiny
+
+pytestmark = pytest.mark.usefixtures("emulated_gpu")
+
+TOKENS = np.random.default_rng(8).integers(0, 300, 150).tolist()
+LABELS = np.random.default_rng(9).random((2, 8)) < 0.5
+THRESHOLDS = np.random.default_rng(10).choice([0.3, 0.6, 0.9, 1.1], (2, 8))
+
+
+def calibration(moments: str) -> Calibration:
+    rng = np.random.default_rng(11)
+    root = rng.standard_normal((2, 2, 32, 32)) / 6
+    return Calibration(
+        rng.uniform(-0.5, 0.5, (2, 8, 3)),
+        rng.standard_normal((2, 2, 32)) / 3,
+        root @ root.swapaxes(-1, -2),
+        (0, 128),
+        moments,
+    )
+
+
+POLICIES = [
+    Dense(sinks=4, window=20),
+    Window(sinks=4, window=20),
+    Static(LABELS, sinks=4, window=20),
+    Oracle(sinks=4, window=20, threshold=0.6),
+    Adaptive(sinks=4, window=20, threshold=0.6, granularity="head"),
+    Adaptive(sinks=4, window=20, threshold=0.6, granularity="group"),
+    Adaptive(sinks=4, window=20, threshold=0.9, page_bits=3, page_share=0.01),
+    Adaptive(sinks=4, window=20, threshold=0.6, gaussian="frozen"),
+    Adaptive(sinks=4, window=20, threshold=THRESHOLDS, granularity="head", gaussian="truncated"),
+    Adaptive(sinks=4, window=20, threshold=0.6, estimate="regression", calibration=calibration("prompt")),
+    Adaptive(sinks=4, window=20, threshold=0.6, estimate="maximum", calibration=calibration("prompt")),
+    Adaptive(
+        sinks=4,
+        window=20,
+        threshold=THRESHOLDS,
+        estimate="maximum",
+        moments="calibrated",
+        calibration=calibration("calibrated"),
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cuda")
+    return write_tiny(folder / "tiny.gguf", types=Type.Q8_0, tokenizer=True, sharp=4.0)
+
+
+def evaluate(path: Path, device: str, policy: Policy) -> tuple[Session, NDArray[np.float32]]:
+    """A prompt in two batches, and six tokens one by one."""
+    session = LLM(path, device=device, attention=policy, n_batch=100, n_ctx=256).session()
+    logits = [session.eval(TOKENS[:-6], all_logits=True)]
+    logits += [session.eval([token], all_logits=True) for token in TOKENS[-6:]]
+    return session, np.concatenate(logits)
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: str(policy)[:60])
+def test_policies(path: Path, policy: Policy) -> None:
+    """The model and the tokens are fixed: a decision that hangs on rounding does not come and go."""
+    ours, theirs = (evaluate(path, device, policy) for device in ("cuda", "cpu"))
+    error = np.abs(ours[1] - theirs[1]).max(1) / np.abs(theirs[1]).max()
+    assert np.median(error) <= 2e-3
+    assert np.quantile(error, 0.9) <= 1e-2
+    # Per layer: pairs, pairs_local, work, work_done, bytes, bytes_read, pages, pages_read.
+    counts, expected = (session.stats.layer_counts.astype(float) for session in (ours[0], theirs[0]))
+    assert np.array_equal(counts[:, 0:6:2], expected[:, 0:6:2])
+    assert (np.abs(counts - expected)[:, 1:6:2] <= 0.05 * expected[:, 0:6:2]).all()
+
+
+def calls(session: Session) -> dict[str, int]:
+    return {name: n for name, n, _, _ in session._native.stage_stats()}
+
+
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[4], POLICIES[6]], ids=str)
+def test_a_token_is_one_launch(path: Path, policy: Policy) -> None:
+    """From the second one on, and with the same logits as stage by stage: across the position where the bulk
+    begins, after rewinding, under another policy and beside another session of the model."""
+    llm = LLM(path, device="cuda", attention=policy, n_ctx=256)
+    session, other, stages = (llm.session() for _ in range(3))
+    for s in (session, other, stages):
+        s.eval(TOKENS[:85])
+
+    def follow(n: int) -> None:
+        for token in TOKENS[session.position : session.position + n]:
+            expected = stages.eval([token], record=stages.new_record(1))
+            assert np.array_equal(session.eval([token]), expected)
+            other.eval([token + 1])
+
+    before = calls(session)
+    follow(5)
+    after = calls(session)
+    assert after["token"] - before["token"] == 4
+    assert after["qkv"] - before["qkv"] == 2 * 2  # layers: of the first token, and of the one written down
+    for s in (session, stages):
+        s.rewind(60)
+        s.eval(TOKENS[60:84])
+    follow(3)
+    for s in (session, stages):
+        s.attention = Dense(sinks=4, window=30)
+    follow(3)
+    assert calls(session)["token"] - after["token"] == 3 + 2
+
+
+@pytest.mark.parametrize("policy", POLICIES[3:7], ids=str)
+def test_records(path: Path, policy: Policy) -> None:
+    """Both devices record the same, and recording changes nothing."""
+    audit = np.arange(len(TOKENS)) % 3 == 0
+    records, logits = [], []
+    for device in ("cuda", "cpu"):
+        session = LLM(path, device=device, attention=policy, n_batch=100, n_ctx=256).session()
+        records.append(session.new_record(len(TOKENS), audit))
+        logits.append(session.eval(TOKENS, record=records[-1], all_logits=True))
+    plain = LLM(path, device="cuda", attention=policy, n_batch=100, n_ctx=256).session()
+    assert np.array_equal(plain.eval(TOKENS, all_logits=True), logits[0])
+    ours, theirs = records
+    assert (ours.is_long != theirs.is_long).mean() <= 0.02
+    for name in ("local_mass", "estimate", "true_mass", "mean_score", "deviation"):
+        a, b = getattr(ours, name), getattr(theirs, name)
+        assert np.array_equal(np.isnan(a), np.isnan(b)), name
+        known = ~np.isnan(b)
+        if known.any():
+            assert np.quantile(np.abs(a - b)[known], 0.9) <= 5e-3 * (1 + np.abs(b[known]).max()), name
+
+
+def test_a_rewound_session_repeats_itself(path: Path) -> None:
+    policy = Adaptive(sinks=4, window=20, threshold=0.6, page_bits=2)
+    session, logits = evaluate(path, "cuda", policy)
+    session.rewind(100)
+    session.eval(TOKENS[:10])
+    session.rewind(100)
+    again = session.eval(TOKENS[100:-6], all_logits=True)
+    assert np.array_equal(again, logits[100:-6])
+
+
+def test_a_session_moves_between_devices(path: Path, tmp_path: Path) -> None:
+    """A saved session is the same bytes on both, and goes on where it was."""
+    policy = Dense(sinks=4, window=20)
+    session, logits = evaluate(path, "cuda", policy)
+    session.rewind(len(TOKENS) - 6)
+    session.save(tmp_path / "state")
+    state = (tmp_path / "state").read_bytes()
+    for device in ("cuda", "cpu"):
+        other = LLM(path, device=device, attention=policy, n_ctx=256).session()
+        other.load(tmp_path / "state")
+        other.save(tmp_path / "again")
+        assert (tmp_path / "again").read_bytes() == state
+        error = np.abs(other.eval(TOKENS[-6:-5]) - logits[-6]).max() / np.abs(logits).max()
+        assert error <= (0 if device == "cuda" else 5e-3)
+
+
+@pytest.fixture
+def long_path(tmp_path: Path) -> Path:
+    return write_tiny(tmp_path / "long.gguf", types=Type.Q8_0, tokenizer=True, sharp=4.0, n_ctx_train=32768)
+
+
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[4], POLICIES[6]], ids=str)
+def test_a_split_cache(path: Path, policy: Policy, tmp_path: Path) -> None:
+    """The same logits, sessions and moments as with all keys and values on the GPU."""
+    whole, split = (
+        LLM(path, device="cuda", kv=kv, attention=policy, n_batch=40, n_ctx=512).session()
+        for kv in ("gpu", "split")
+    )
+    rng = np.random.default_rng(12)
+    ids = rng.integers(0, 300, 330).tolist()
+    for first, stop, rewound in ((0, 300, 170), (170, 260, 90), (90, 95, 95), (95, 330, 330)):
+        for session in (whole, split):
+            session.eval(ids[first : stop - 3])
+        for token in ids[stop - 3 : stop]:
+            assert np.array_equal(whole.eval([token]), split.eval([token]))
+        for session in (whole, split):
+            session.rewind(rewound)
+    assert np.array_equal(whole._native.moments(1, 1, 4)[1], split._native.moments(1, 1, 4)[1])
+    whole.save(tmp_path / "state")
+    split.rewind(100)
+    split.load(tmp_path / "state")
+    split.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "state").read_bytes()
+    assert np.array_equal(whole.eval([7]), split.eval([7]))
+    assert np.array_equal(whole.eval(ids[:70]), split.eval(ids[:70]))
+
+
+@pytest.mark.skipif(not is_emulated, reason="the memory of a real GPU cannot be capped")
+def test_a_context_that_only_a_split_cache_fits(long_path: Path) -> None:
+    """Memory is what the arithmetic says: of the GPU's no more than sinks, window and a batch need."""
+    policy = Adaptive(sinks=4, window=64, threshold=0.6, page_bits=2)
+    llm = LLM(long_path, device="cuda", kv="split", attention=policy, n_batch=64)
+    memory = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 64))
+    token_bytes = 2 * 2 * 2 * 32 * 2  # layers, key/value heads, keys and values, dimensions, f16
+    blocks = 1 + (64 + 64) // 64 + 3
+    assert memory.kv_bytes == blocks * 64 * token_bytes
+    assert memory.host_bytes == (1 + 512) * 64 * token_bytes
+    whole = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 0))
+    assert (whole.kv_bytes, whole.host_bytes) == (memory.host_bytes, 0)
+    info = _native.device_info("cuda")
+    set_memory(info.total_bytes - info.free_bytes + memory.total + whole.kv_bytes // 2)
+    with pytest.raises(InsufficientMemoryError, match=r"a context of 32768 tokens needs .* enough for"):
+        LLM(long_path, device="cuda", attention=policy, n_batch=64).session()
+    session = llm.session()
+    ids = np.random.default_rng(13).integers(0, 300, 200)
+    session.eval(ids[:190])
+    taken = [session.eval([int(token)]) for token in ids[190:]]
+    set_memory(4 * GIGABYTE)
+    other = LLM(long_path, device="cuda", attention=policy, n_batch=64, n_ctx=256).session()
+    other.eval(ids[:190])
+    assert np.array_equal(taken, [other.eval([int(token)]) for token in ids[190:]])
+
+
+@pytest.mark.skipif(not is_emulated, reason="the memory of a real GPU cannot be capped")
+def test_a_policy_whose_memory_is_refused_leaves_the_last_one(path: Path) -> None:
+    policy = Adaptive(sinks=4, window=20, threshold=0.6, page_bits=3, page_share=0.01)
+    session, other = (LLM(path, device="cuda", attention=policy, n_ctx=256).session() for _ in range(2))
+    for s in (session, other):
+        s.eval(TOKENS[:140])
+    for refused in (
+        Dense(sinks=4, window=20, page_bits=4),
+        Adaptive(sinks=4, window=20, estimate="maximum", calibration=calibration("prompt")),
+    ):
+        set_memory(1)
+        with pytest.raises(InsufficientMemoryError, match=r"memory for .* was refused"):
+            session.attention = refused
+        set_memory(4 * GIGABYTE)
+        assert session.attention == policy
+        assert np.array_equal(session.eval(TOKENS[140:143]), other.eval(TOKENS[140:143]))
+
+
+def test_sessions_of_one_model_take_turns(path: Path) -> None:
+    """Two threads with a session each, one of which rewinds while the other's token may be written down."""
+    llm = LLM(path, device="cuda", attention=POLICIES[4], n_ctx=256)
+
+    def follow(seed: int) -> list[NDArray[np.float32]]:
+        ids = np.random.default_rng(seed).integers(0, 300, 100)
+        session, logits = llm.session(), []
+        session.eval(ids[:90])
+        for _ in range(3):
+            logits += [session.eval([int(token)]) for token in ids[90:94]]
+            session.rewind(90)
+        return logits
+
+    alone = [follow(seed) for seed in (20, 21)]
+    with ThreadPoolExecutor(2) as threads:
+        together = list(threads.map(follow, (20, 21)))
+    assert np.array_equal(alone, together)
+
+
+def test_a_split_cache_is_for_gpus(path: Path) -> None:
+    for device, kv in (("cpu", "split"), ("cuda", "both")):
+        with pytest.raises(ArgumentError, match="kv"):
+            LLM(path, device=device, kv=kv)
+
+
+def test_heads_without_kernels(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "odd.gguf", head_dim=48, n_heads=8, tokenizer=True)
+    with pytest.raises(UnsupportedError, match="heads of 48 dimensions: the GPU has kernels for 32, 64"):
+        LLM(path, device="cuda").session()
