@@ -73,22 +73,21 @@ class LLM:
         self.tokenizer = self._open_tokenizer()
         threads = available_cpus() if n_threads is None else _whole("n_threads", n_threads, 1, 256)
         isa = isa or os.environ.get("PYLLM_ISA") or None
-        self.device = choose(device, self._file)
-        self.kv = _kv(kv, self.device)
-        self._model = _native.Model(self._file, threads, isa, self.device)
-        self.info = self._model.info
+        self._open_model(choose(device, self._file), kv, threads, isa)
         self._require_one_vocabulary()
         self.n_ctx = self._context(n_ctx)
         self.n_batch = _whole("n_batch", n_batch, 1, 4096)
         self.attention = self.policy(attention)
         if device == "auto" and self.device != "cpu" and not self._has_room():
             del self._model  # before there is another
-            self.device = choose("cpu", self._file)
-            self.kv = _kv(kv, self.device)
-            self._model = _native.Model(self._file, threads, isa, self.device)
-            self.info = self._model.info
+            self._open_model(choose("cpu", self._file), kv, threads, isa)
         self.guard = guard
         self._seeds = random.Random(seed)
+
+    def _open_model(self, device: str, kv: str, n_threads: int, isa: str | None) -> None:
+        self.device, self.kv = device, _kv(kv, device)
+        self._model = _native.Model(self._file, n_threads, isa, device)
+        self.info = self._model.info
 
     def _open_tokenizer(self) -> Tokenizer:
         try:

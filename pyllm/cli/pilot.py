@@ -13,6 +13,7 @@ from pyllm.cli import options
 from pyllm.cli.eval import evaluation_settings
 from pyllm.cli.survey import add_length_options, context, survey
 from pyllm.cli.terminal import prefill_bar
+from pyllm.cpus import ISAS
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import report
@@ -71,7 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--no-calibrate", action="store_true", help="do not search presets")
     parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
-    parser.add_argument("--isa", choices=("generic", "avx2", "avx512"), help="default: the best there is")
+    parser.add_argument("--isa", choices=ISAS, help="default: the best there is")
     # A profile beside the model, perhaps a broken one, must not keep it from being opened.
     parser.set_defaults(device="auto", kv="gpu", attention=Dense())
 
