@@ -11,10 +11,10 @@ static int32_t check_shape(const attention_shape *s, pyllm_error *err) {
 }
 
 static int32_t memory_needed(const backend *be, const attention_shape *s, pyllm_session_memory *out, pyllm_error *err) {
-  uint64_t heads = (uint64_t)s->n_layers * (uint64_t)s->n_kv_heads, d = (uint64_t)s->head_dim;
+  uint64_t heads = (uint64_t)s->n_layers * (uint64_t)s->n_kv_heads;
   out->kv_bytes = heads * (uint64_t)kv_blocks(s->n_ctx, s->n_sink) * kv_block_bytes(s->head_dim);
   out->host_bytes = 0;
-  out->moment_bytes = heads * d * (1 + 2 * d) * sizeof(float);
+  out->moment_bytes = heads * moment_floats((size_t)s->head_dim) * sizeof(float);
   out->scratch_bytes += attention_bytes(s) + cpu_scratch_bytes(pool_size(be->pool), s);
   return check_shape(s, err);
 }

@@ -4,8 +4,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-static size_t moment_floats(size_t d) { return d * (1 + 2 * d); }
-
 bool cpu_cache_new(layer_cache *l, const attention_shape *s) {
   size_t g = (size_t)s->n_kv_heads, d = (size_t)s->head_dim;
   l->n_blocks = kv_blocks(s->n_ctx, s->n_sink);

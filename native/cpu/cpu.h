@@ -5,8 +5,6 @@
 #include "ops.h"
 #include "threads.h"
 
-enum { MAX_DIM = 512 }; /* of a head */
-
 /* Running mean and covariance of the first n_pages bulk pages of one key/value head (Chan's merge, f32). */
 typedef struct key_moments {
   int32_t n_pages;
@@ -14,6 +12,9 @@ typedef struct key_moments {
   float *m2;     /* (head_dim, head_dim) sum of (k - mean)(k - mean)^T */
   float *strips; /* m2 / n as (head_dim / 16) strips of (head_dim / 2, 16, 2) */
 } key_moments;
+
+/* Of all three arrays. */
+static inline size_t moment_floats(size_t head_dim) { return head_dim * (1 + 2 * head_dim); }
 
 /* Low-bit copy of the first n_pages bulk pages' keys of one key/value head, for choosing what to read of them. */
 typedef struct key_sketch {
@@ -39,10 +40,9 @@ struct attention_state {
   attention_shape shape;
   attention_policy policy; /* its arrays are the session's */
   attention_batch batch;
-  layer_cache *layers; /* (n_layers) */
-  unsigned char
-      *sketches;     /* (n_layers, n_kv_heads, n_blocks) pages, that of layers' sketches; NULL before there are any */
-  float *calibrated; /* (n_layers, n_kv_heads, head_dim * head_dim), likewise */
+  layer_cache *layers;      /* (n_layers) */
+  unsigned char *sketches;  /* (n_layers, n_kv_heads, n_blocks) pages, which the layers' point into; NULL at first */
+  float *calibrated;        /* (n_layers, n_kv_heads, head_dim * head_dim), likewise */
   pyllm_layer_stats *stats; /* (n_layers) */
 };
 

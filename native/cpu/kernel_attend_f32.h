@@ -1,9 +1,6 @@
 /* Attention's two products in floats. Part of kernels.c; needs kernel_strip.h. */
 
-enum {
-  F32_FROM_ROWS = 2 * STRIP_ROWS, /* rows from which halves are converted once for all of them */
-  F32_MAX_DIM = 512
-};
+enum { F32_FROM_ROWS = 2 * STRIP_ROWS }; /* rows from which halves are converted once for all of them */
 
 /* (n) halves as floats; n % 16 == 0. */
 static inline void f32_convert(const uint16_t *from, int32_t n, float *to) {
@@ -12,7 +9,7 @@ static inline void f32_convert(const uint16_t *from, int32_t n, float *to) {
 
 /* scores (rows, 64) = q k */
 static void attend_scores(const attend_args *a) {
-  float wide[STRIP * F32_MAX_DIM];
+  float wide[STRIP * CPU_MAX_DIM];
   for (int s = 0; s < a->n_strips; s++) {
     float *scores = a->scores + s * STRIP;
     if (a->rows >= F32_FROM_ROWS) {

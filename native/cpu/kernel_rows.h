@@ -43,8 +43,7 @@ static inline void store_q(vi q, int8_t *planes) {
 static inline int32_t round_half_group(const float *x, float inverse, int8_t *planes) {
   vi sum = viset(0);
   for (int i = 0; i < ACT_HALF; i += VL) {
-    /* Adding and subtracting 1.5 * 2^23 rounds to nearest even, as rint does, in every instruction set. */
-    vi q = __builtin_convertvector((vload(x + i) * inverse + 12582912.0f) - 12582912.0f, vi);
+    vi q = vround(vload(x + i) * inverse);
     store_q(q, planes + 2 * i);
     sum += q;
   }

@@ -2,7 +2,7 @@
 #include "sketch.h"
 #include <float.h>
 
-enum { SKETCH_ROWS = 16, SKETCH_MAX_DIM = 512, SKETCH_VECS = STRIP / VL };
+enum { SKETCH_ROWS = 16, SKETCH_VECS = STRIP / VL };
 
 /* One channel of a page: its 64 keys stand 2 STRIP halves apart in 4 strips of keys. */
 static void sketch_channel(const uint16_t *keys, int32_t bits, int32_t head_dim, int32_t channel, uint16_t *lo,
@@ -45,13 +45,13 @@ static void sketch_fold(const uint16_t *keys, int32_t bits, int32_t head_dim, ui
 
 /* A query against a page's channels: weights q * step rounded to 8 bits, their scale, and the part that lo gives. */
 typedef struct sketch_query {
-  int8_t weight[SKETCH_MAX_DIM];
+  int8_t weight[CPU_MAX_DIM];
   float scale, base;
 } sketch_query;
 
 static inline void sketch_weights(const float *q, const uint8_t *page, int32_t head_dim, sketch_query *out) {
   const uint16_t *lo = (const uint16_t *)(const void *)page, *step = lo + head_dim;
-  float product[SKETCH_MAX_DIM];
+  float product[CPU_MAX_DIM];
   vf top = vset(0), base = vset(0);
   for (int32_t i = 0; i < head_dim; i += VL) {
     vf x = vload(q + i), w = x * vload_f16(step + i);
@@ -62,10 +62,7 @@ static inline void sketch_weights(const float *q, const uint8_t *page, int32_t h
   out->base = vsum(base);
   out->scale = vreduce_max(top) / 127.0f;
   float inverse = out->scale >= FLT_MIN ? 1.0f / out->scale : 0.0f;
-  for (int32_t i = 0; i < head_dim; i += VL) {
-    vf rounded = (vload(product + i) * inverse + 12582912.0f) - 12582912.0f;
-    vstore_i8(out->weight + i, __builtin_convertvector(rounded, vi));
-  }
+  for (int32_t i = 0; i < head_dim; i += VL) vstore_i8(out->weight + i, vround(vload(product + i) * inverse));
 }
 
 /* Sixteen channels of a strip's 16 tokens, by fours. */

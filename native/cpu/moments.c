@@ -36,7 +36,7 @@ static void add_outer(const kernels *k, const float *keys, int32_t d, float *m2)
 
 /* Chan, Golub, LeVeque (1979): merging a page's mean and centred squares into the running ones. */
 static void fold_page(const kernels *k, key_moments *m, const uint16_t *block, int32_t d) {
-  float keys[KV_BLOCK * MAX_DIM], mean[MAX_DIM];
+  float keys[KV_BLOCK * CPU_MAX_DIM], mean[CPU_MAX_DIM];
   load_keys(block, d, keys);
   center(keys, d, mean);
   add_outer(k, keys, d, m->m2);

@@ -126,6 +126,9 @@ static inline vbytes vload_bytes(const uint8_t *p) {
   return v;
 }
 
+/* To nearest even, as rint does, in every instruction set, by adding and subtracting 1.5 * 2^23; |x| below 2^22. */
+static inline vi vround(vf x) { return __builtin_convertvector((x + 12582912.0f) - 12582912.0f, vi); }
+
 /* VL integers of -128 to 127, narrowed. */
 static inline void vstore_i8(int8_t *p, vi v) {
 #if VL == 16

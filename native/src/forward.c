@@ -106,7 +106,7 @@ static int32_t check_logits(const pyllm_session *s, const float *logits, int32_t
 }
 
 /* What comes before the layers, but for what the host does. */
-static void angles(pyllm_session *s, int32_t n) {
+static void before_layers(pyllm_session *s, int32_t n) {
   const pyllm_model *m = s->model;
   const backend *be = &m->backend;
   be->ops->angles(be, m->rope_frequency, m->config.n_rot / 2, m->config.rope_mscale, s->position, n, s->buffers.cosine,
@@ -129,7 +129,7 @@ static bool write_graph(pyllm_session *s) {
   const backend *be = &s->model->backend;
   uint64_t before = trace_bytes(&s->trace);
   be->ops->graph_begin(be);
-  angles(s, 1);
+  before_layers(s, 1);
   for (int32_t i = 0; i < s->model->config.n_layers; i++) layer(s, i, 1, &(batch_record){NULL, 1, 0});
   logits_of(s, 0, 1, s->buffers.logits);
   s->graph.stages = be->ops->graph_end(be);
@@ -168,7 +168,7 @@ int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logit
   be->ops->embed(be, m->embedding_type, m->embedding->data, m->config.dim, tokens, n, s->buffers.x);
   int32_t status = PYLLM_OK;
   if (n != 1 || n_logits != 1 || !token_graph(s, record, logits)) {
-    angles(s, n);
+    before_layers(s, n);
     status = layers(s, n, record, err);
     if (!status && n_logits > 0) logits_to_host(s, n - n_logits, n, logits);
   }
