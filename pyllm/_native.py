@@ -262,12 +262,13 @@ class SessionMemory:
     kv_bytes: int
     host_bytes: int
     moment_bytes: int
+    sketch_bytes: int
     scratch_bytes: int
 
     @property
     def total(self) -> int:
         """Of the device's memory."""
-        return self.kv_bytes + self.moment_bytes + self.scratch_bytes
+        return self.kv_bytes + self.moment_bytes + self.sketch_bytes + self.scratch_bytes
 
 
 @dataclass(frozen=True)
@@ -283,12 +284,12 @@ class SessionParams:
         return library()[0].new("pyllm_session_params *", asdict(self))
 
 
-def session_memory(model: Model, params: SessionParams) -> SessionMemory:
-    """What a session with these parameters would need."""
+def session_memory(model: Model, params: SessionParams, page_bits: int) -> SessionMemory:
+    """What a session with these parameters would need under policies of page_bits."""
     ffi, lib = library()
     out = ffi.new("pyllm_session_memory *")
-    check(lib.pyllm_session_memory_needed, model.handle, params.native(), out)
-    return SessionMemory(out.kv_bytes, out.host_bytes, out.moment_bytes, out.scratch_bytes)
+    check(lib.pyllm_session_memory_needed, model.handle, params.native(), page_bits, out)
+    return SessionMemory(*(getattr(out, field.name) for field in fields(SessionMemory)))
 
 
 class NativeSession:

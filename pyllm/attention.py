@@ -40,6 +40,11 @@ class Policy:
         _require_int("window", self.window, 1, 2**31 - 1)
         _require_int("sinks", self.sinks, 0, 64)
 
+    @property
+    def sketch_bits(self) -> int:
+        """Bits per value of the key sketch that it needs, 0 for none."""
+        return 0
+
     def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
         """Arguments of `NativeSession.set_attention` for a model of this shape."""
         return {
@@ -82,6 +87,10 @@ class _Paged(Policy):
             raise ArgumentError(f"page_bits: expected one of {PAGE_BITS}, got {self.page_bits!r}")
         object.__setattr__(self, "page_share", _require_float("page_share", self.page_share, 1.0))
         object.__setattr__(self, "page_drop", _require_float("page_drop", self.page_drop, math.inf))
+
+    @property
+    def sketch_bits(self) -> int:
+        return self.page_bits
 
     def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
         pages = {name: getattr(self, name) for name in ("page_bits", "page_share", "page_drop")}

@@ -59,6 +59,7 @@ class Session:
         self._model = model
         self._policy = policy
         self._kv_window = min(attention.window, n_ctx) if split else 0
+        self._attention = attention
         self._require_memory()
         self._native = _native.NativeSession(model, self._params(n_ctx))
         self._evaluated: Counter[str] = Counter()
@@ -89,11 +90,14 @@ class Session:
 
     def memory_needed(self, n_ctx: int) -> int:
         """Bytes of the device's memory that a session like this one needs for a context of n_ctx tokens."""
-        return _native.session_memory(self._model, self._params(n_ctx)).total
+        return self._memory(n_ctx).total
 
     def host_memory_needed(self, n_ctx: int) -> int:
         """Bytes of the host's memory that it needs besides, where its cache is split."""
-        return _native.session_memory(self._model, self._params(n_ctx)).host_bytes
+        return self._memory(n_ctx).host_bytes
+
+    def _memory(self, n_ctx: int) -> _native.SessionMemory:
+        return _native.session_memory(self._model, self._params(n_ctx), self._attention.sketch_bits)
 
     # ---- the timeline ----
 

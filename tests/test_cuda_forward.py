@@ -202,18 +202,23 @@ def test_a_context_that_only_a_split_cache_fits(long_path: Path) -> None:
     """Memory is what the arithmetic says: of the GPU's no more than sinks, window and a batch need."""
     policy = Adaptive(sinks=4, window=64, threshold=0.6, page_bits=2)
     llm = LLM(long_path, device="cuda", kv="split", attention=policy, n_batch=64)
-    memory = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 64))
+    memory = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 64), 2)
     token_bytes = 2 * 2 * 2 * 32 * 2  # layers, key/value heads, keys and values, dimensions, f16
     blocks = 1 + (64 + 64) // 64 + 3
     assert memory.kv_bytes == blocks * 64 * token_bytes
     assert memory.host_bytes == (1 + 512) * 64 * token_bytes
-    whole = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 0))
+    # Of every page 32 minima and maxima as f16, and 2 bits for each of 64 keys' dimensions.
+    pages = 2 * 2 * (1 + 512)
+    assert memory.sketch_bytes - pages * 32 * (2 * 2 + 64 // 4) in range(2 * 2 * 64)
+    whole = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 0), 2)
     assert (whole.kv_bytes, whole.host_bytes) == (memory.host_bytes, 0)
     info = _native.device_info("cuda")
     set_memory(info.total_bytes - info.free_bytes + memory.total + whole.kv_bytes // 2)
     with pytest.raises(InsufficientMemoryError, match=r"a context of 32768 tokens needs .* enough for"):
         LLM(long_path, device="cuda", attention=policy, n_batch=64).session()
+    before = _native.device_info("cuda").free_bytes
     session = llm.session()
+    assert before - _native.device_info("cuda").free_bytes == pytest.approx(memory.total, rel=0.01)
     ids = np.random.default_rng(13).integers(0, 300, 200)
     session.eval(ids[:190])
     taken = [session.eval([int(token)]) for token in ids[190:]]

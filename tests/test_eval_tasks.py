@@ -226,7 +226,12 @@ def fake(llm: LLM, say: Callable[[Sample, Policy], str]) -> Callable[[Sample, Po
 
 def evaluated(llm: LLM, say: Callable[[Sample, Policy], str], *policies: Policy, n: int = 3) -> list[Answer]:
     evaluation = TaskEvaluation(
-        TASKS, with_dense(policies), n, Samples(llm, LENGTH, 0), fake(llm, say), Answers({})
+        TASKS,
+        with_dense({str(policy): policy for policy in policies}),
+        n,
+        Samples(llm, LENGTH, 0),
+        fake(llm, say),
+        Answers({}),
     )
     assert evaluation.run(None, lambda done, total: None) == 0
     return evaluation.finished()
@@ -400,7 +405,7 @@ def test_ctrl_c_keeps_what_is_finished(tiny: LLM, tmp_path: Path) -> None:
     def evaluation(ask: Callable[[Sample, Policy, Progress], Reply]) -> TaskEvaluation:
         answers = Answers.open(tmp_path / "answers.jsonl", {})
         tasks = [catalog.TASKS["qa"], catalog.TASKS["niah_single"]]
-        policies = with_dense([Adaptive(0.5, window=64)])
+        policies = with_dense({"adaptive": Adaptive(0.5, window=64)})
         return TaskEvaluation(tasks, policies, 2, Samples(tiny, 1800, 0), ask, answers)
 
     ticks: list[tuple[int, int]] = []

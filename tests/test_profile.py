@@ -307,3 +307,40 @@ def test_commands_take_presets(profile: Profile, model: Path, capsys: pytest.Cap
     ):
         assert main(["info", "-m", str(model), "--attention", attention]) == 1
         assert message in capsys.readouterr().err
+
+
+# ---- presets beside other rows of an evaluation ----
+
+
+def test_presets_are_evaluated_under_names_of_their_own(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a later calibration replaced is not taken for what it put there."""
+    prose, rows = tmp_path / "prose.txt", tmp_path / "rows.json"
+    prose.write_text("the inner hand " * 300)
+    command = ["eval", str(model), "--text", str(prose), "--ctx", "400", "--window", "64", "--decode", "0"]
+    command += ["--json", str(rows), "--attention", "balanced", "adaptive:0.8,window=64"]
+
+    def lines() -> list[str]:
+        return [row["line"] for row in json.loads(rows.read_text())["rows"]]
+
+    fingerprint = LLM(model, attention=Dense()).fingerprint
+    for page_share in (0.01, 0.02, 0.02):
+        policy = Adaptive([0.95, 2.0], window=64, page_bits=3, page_share=page_share)
+        profile_of(fingerprint, {**POLICIES, "balanced": policy}).save(beside([model]))
+        assert main(command) == 0
+    first, second = (line for line in lines() if line.startswith("balanced "))
+    assert first != second
+    assert sorted(lines()) == sorted([first, second, "dense", "adaptive:0.8,window=64"])
+    assert second in capsys.readouterr().out
+
+
+def test_a_preset_of_another_window_is_no_row(
+    profile: Profile, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prose = tmp_path / "prose.txt"
+    prose.write_text("the inner hand " * 300)
+    command = ["eval", str(model), "--text", str(prose), "--ctx", "400", "--window", "64", "--attention"]
+    assert main([*command, "balanced"]) == 1
+    assert "--attention balanced" in (shown := capsys.readouterr().err)
+    assert "window 1024, but --window is 64" in shown

@@ -114,6 +114,14 @@ def test_memory_is_checked_before_it_is_taken(tiny: LLM, monkeypatch: pytest.Mon
     tiny.session(n_ctx=2048)
 
 
+def test_a_sketch_counts_as_memory(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = tiny.session_memory(4096)
+    monkeypatch.setattr("pyllm.device.available_memory", lambda: whole)
+    tiny.session()
+    with pytest.raises(InsufficientMemoryError, match=r"4096 tokens needs"):
+        tiny.session(attention=Dense(page_bits=2))
+
+
 def test_stats_follow_the_policy(tiny: LLM) -> None:
     session = tiny.session(attention=Window(window=64))
     session.eval(ids(64))

@@ -187,6 +187,7 @@ bool attention_memory_new(const backend *be, device_attention &a, int32_t n_batc
 void attention_memory_free(const backend *be, device_attention &a);
 bool layer_memory_new(const backend *be, const device_attention &a, device_layer &l);
 void layer_memory_free(const backend *be, const device_attention &a, device_layer &l);
+uint64_t layer_sketch_bytes(const device_attention &a, int32_t bits);
 bool layer_sketch_new(const backend *be, const device_attention &a, layer_sketch &sketch, int32_t bits);
 void layer_sketch_free(const backend *be, layer_sketch &sketch);
 

@@ -29,7 +29,7 @@ template <class F> void each_array(device_attention &a, int32_t n_batch, F f) {
   f(a.strip_mass, kv_heads * SCORED_MOST * group * strips);
 }
 
-/* The same for a layer's cache; the sketch comes and goes with the policy. */
+/* The same for a layer's cache, and for its sketch of `bits`. */
 template <class F> void each_array(const device_attention &a, device_layer &l, F f) {
   size_t d = (size_t)a.head_dim, g = (size_t)a.n_kv_heads, parts = d / MOMENT_ROWS;
   size_t halves = (size_t)kv_block_halves(a.head_dim);
@@ -39,6 +39,12 @@ template <class F> void each_array(const device_attention &a, device_layer &l, F
   f(l.mean, g * parts * d);
   f(l.m2, g * d * d);
   f(l.stats, 1);
+}
+
+template <class F> void each_array(const device_attention &a, layer_sketch &sketch, int32_t bits, F f) {
+  size_t g = (size_t)a.n_kv_heads;
+  f(sketch.folded, g * (size_t)sketch_parts(a.head_dim));
+  f(sketch.pages, g * (size_t)a.n_blocks * sketch_page_bytes(bits, a.head_dim));
 }
 
 struct sum_bytes {
@@ -116,10 +122,16 @@ void layer_memory_free(const backend *be, const device_attention &a, device_laye
   layer_sketch_free(be, l.sketch);
 }
 
+uint64_t layer_sketch_bytes(const device_attention &a, int32_t bits) {
+  uint64_t bytes = 0;
+  layer_sketch none = {};
+  each_array(a, none, bits, sum_bytes{&bytes});
+  return bytes;
+}
+
 bool layer_sketch_new(const backend *be, const device_attention &a, layer_sketch &sketch, int32_t bits) {
   bool ok = true;
-  take_memory{be, &ok}(sketch.folded, (size_t)(a.n_kv_heads * sketch_parts(a.head_dim)));
-  take_memory{be, &ok}(sketch.pages, (size_t)a.n_kv_heads * (size_t)a.n_blocks * sketch_page_bytes(bits, a.head_dim));
+  each_array(a, sketch, bits, take_memory{be, &ok});
   return ok;
 }
 

@@ -2,11 +2,11 @@
 #include "blocks.cuh"
 
 namespace {
-enum { FOLD_THREADS = 256, JUDGE_WARPS = 8, JUDGE_ROWS = 8, MAX_DIM = 256 };
+enum { FOLD_THREADS = 256, JUDGE_WARPS = 8, JUDGE_ROWS = 8 };
 
 struct fold_shared {
-  uint16_t keys[PYLLM_PAGE * MAX_DIM];
-  float page_mean[MAX_DIM], mean[MAX_DIM];
+  uint16_t keys[PYLLM_PAGE * MAX_HEAD_DIM];
+  float page_mean[MAX_HEAD_DIM], mean[MAX_HEAD_DIM];
 };
 
 /* keys and page_mean of one page. */
@@ -96,7 +96,7 @@ __device__ void judge_row(const device_attention &a, const device_policy &p, int
 }
 
 struct judge_shared {
-  float q[JUDGE_ROWS][MAX_DIM];
+  float q[JUDGE_ROWS][MAX_HEAD_DIM];
   float square[JUDGE_WARPS][JUDGE_ROWS];
 };
 

@@ -11,7 +11,6 @@ enum {
   SCORE_ROWS = 8,  /* scored on one reading of a page's codes */
   WANT_THREADS = 256,
   LIST_THREADS = 256,
-  MAX_DIM = 256,
   HALVINGS = 16
 };
 
@@ -83,7 +82,7 @@ __global__ void fold_kernel(device_attention a, device_layer layer, int32_t bits
 
 /* A few queries against one page's channels: q * step rounded to 8 bits, their unit, and the part that lo gives. */
 struct page_queries {
-  int8_t weight[SCORE_ROWS][MAX_DIM];
+  int8_t weight[SCORE_ROWS][MAX_HEAD_DIM];
   float unit[SCORE_ROWS], base[SCORE_ROWS];
 };
 struct score_shared {

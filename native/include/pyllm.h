@@ -175,6 +175,7 @@ typedef struct pyllm_session_memory {
   uint64_t kv_bytes;   /* keys and values, when the context is full */
   uint64_t host_bytes; /* of the host's memory, where the device is a GPU and kv_window is not 0; the others are its */
   uint64_t moment_bytes;  /* running means and covariances of the bulk keys */
+  uint64_t sketch_bytes;  /* the key sketch of the page tier */
   uint64_t scratch_bytes; /* activations of one batch */
 } pyllm_session_memory;
 
@@ -191,8 +192,9 @@ typedef struct pyllm_stage_stats {
   uint64_t calls, ns, bytes; /* bytes of weights and KV cache that the stage streamed; 0 where it is not counted */
 } pyllm_stage_stats;
 
-/* Bytes a session with these parameters needs: for a check before pyllm_session_open. */
-int32_t pyllm_session_memory_needed(const pyllm_model *model, const pyllm_session_params *params,
+/* Bytes a session with these parameters needs under policies of page_bits, 0 to 4: for a check before
+ * pyllm_session_open, which takes all but the sketch. */
+int32_t pyllm_session_memory_needed(const pyllm_model *model, const pyllm_session_params *params, int32_t page_bits,
                                     pyllm_session_memory *out, pyllm_error *err);
 int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params *params, pyllm_session **out,
                            pyllm_error *err);

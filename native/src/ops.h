@@ -52,9 +52,10 @@ typedef struct rope_job {
 /* The stages that work on a session's attention, and its memory. Where a pointer is not said to be the host's, it is the
  * backend's. */
 typedef struct attention_ops {
-  /* What a session's attention takes: kv_bytes, host_bytes, moment_bytes; its share of scratch_bytes is added. Fails, as
+  /* What a session's attention takes, with a sketch of page_bits: all of out but scratch_bytes, to which its share is added. Fails, as
    * create does, for a shape that the backend has no kernels for. */
-  int32_t (*memory)(const backend *be, const attention_shape *shape, pyllm_session_memory *out, pyllm_error *err);
+  int32_t (*memory)(const backend *be, const attention_shape *shape, int32_t page_bits, pyllm_session_memory *out,
+                    pyllm_error *err);
   int32_t (*create)(const backend *be, const attention_shape *shape, attention_state **out, pyllm_error *err);
   void (*destroy)(const backend *be, attention_state *state); /* NULL: nothing */
   /* Decides by this policy from now on; its arrays stay the caller's, who keeps them until the next one. On failure the

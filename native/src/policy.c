@@ -5,6 +5,11 @@
 #include <stdlib.h>
 #include <string.h>
 
+int32_t policy_check_bits(int32_t page_bits, pyllm_error *err) {
+  if (page_bits == 0 || (page_bits >= 2 && page_bits <= 4)) return PYLLM_OK;
+  return fail(err, PYLLM_ERR_ARGUMENT, "a key sketch of %d bits: 0 (none), 2, 3 and 4 are possible", page_bits);
+}
+
 static int32_t check_numbers(const pyllm_attention *a, pyllm_error *err) {
   if (a->policy < PYLLM_DENSE || a->policy > PYLLM_ADAPTIVE)
     return fail(err, PYLLM_ERR_ARGUMENT, "attention policy %d is unknown", a->policy);
@@ -15,12 +20,10 @@ static int32_t check_numbers(const pyllm_attention *a, pyllm_error *err) {
   if (a->estimate < PYLLM_GAUSSIAN || a->estimate > PYLLM_MAXIMUM)
     return fail(err, PYLLM_ERR_ARGUMENT, "estimate %d is unknown", a->estimate);
   if (a->n_window < 1) return fail(err, PYLLM_ERR_ARGUMENT, "attention window is %d, expected at least 1", a->n_window);
-  if (a->page_bits != 0 && (a->page_bits < 2 || a->page_bits > 4))
-    return fail(err, PYLLM_ERR_ARGUMENT, "a key sketch of %d bits: 0 (none), 2, 3 and 4 are possible", a->page_bits);
   if (!(a->page_share >= 0) || !(a->page_drop >= 0))
     return fail(err, PYLLM_ERR_ARGUMENT, "page_share is %g and page_drop %g, expected at least 0",
                 (double)a->page_share, (double)a->page_drop);
-  return PYLLM_OK;
+  return policy_check_bits(a->page_bits, err);
 }
 
 static int32_t check_presence(const pyllm_attention *a, pyllm_error *err) {

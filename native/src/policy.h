@@ -19,6 +19,8 @@ typedef struct attention_policy {
   float page_share, page_drop;
 } attention_policy;
 
+/* Fails where no key sketch has so many bits. */
+int32_t policy_check_bits(int32_t page_bits, pyllm_error *err);
 /* Fails with one sentence for what no policy can be; out is owned by the caller. */
 int32_t policy_new(const pyllm_attention *a, const policy_shape *shape, attention_policy *out, pyllm_error *err);
 void policy_free(attention_policy *p);

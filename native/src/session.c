@@ -1,5 +1,6 @@
 #include "session.h"
 #include "error.h"
+#include "policy.h"
 #include <stdlib.h>
 #include <string.h>
 
@@ -23,9 +24,10 @@ static int32_t logit_rows(int32_t n_batch) { return n_batch < LOGITS_AT_ONCE ? n
 
 static uint64_t activation_bytes(uint64_t cols) { return cols * 6 + cols / ACT_GROUP * 4 + cols / ACT_HALF * 8; }
 
-int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_params *p, pyllm_session_memory *out,
-                                    pyllm_error *err) {
+int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_params *p, int32_t page_bits,
+                                    pyllm_session_memory *out, pyllm_error *err) {
   int32_t status = check_params(p, err);
+  if (!status) status = policy_check_bits(page_bits, err);
   if (status) return status;
   const config *c = &m->config;
   uint64_t q_width = (uint64_t)c->n_heads * (uint64_t)c->head_dim,
@@ -36,7 +38,7 @@ int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_pa
   attention_shape shape = shape_of(c, p);
   out->scratch_bytes = (uint64_t)p->n_batch * per_token + (uint64_t)p->n_ctx * 4 +
                        (m->backend.ops->on_host ? 0 : (uint64_t)logit_rows(p->n_batch) * (uint64_t)c->n_vocab * 4);
-  return m->backend.ops->attention->memory(&m->backend, &shape, out, err);
+  return m->backend.ops->attention->memory(&m->backend, &shape, page_bits, out, err);
 }
 
 static bool new_activation(const backend *be, activation *a, int32_t n, int32_t cols) {

@@ -8,14 +8,15 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pyllm.attention import Dense
+from pyllm.attention import Dense, Policy
 from pyllm.cli import eval_tasks, options
 from pyllm.cli.terminal import prefill_bar, render
 from pyllm.cpus import ISAS
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import compare, dialogue, domains, report, texts, tradeoff
-from pyllm.evaluate.candidates import PAGE_BITS, PAGE_SHARES, ROWS, SHARES, THRESHOLDS, Choice
+from pyllm.evaluate.asked import asked
+from pyllm.evaluate.candidates import PAGE_BITS, PAGE_SHARES, ROWS, SHARES, THRESHOLDS, Candidate, Choice
 from pyllm.evaluate.evaluation import Evaluation
 from pyllm.evaluate.results import Results, csv_bytes, require_writable, write
 from pyllm.evaluate.texts import Text
@@ -50,9 +51,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--policies",
         type=options.words,
-        default=tuple(ROWS),
         metavar="A,B",
-        help=f"default: {','.join(ROWS)}",
+        help=f"on texts (default: {','.join(ROWS)}; with --attention only dense)",
+    )
+    parser.add_argument(
+        "--attention",
+        nargs="+",
+        type=options.policy_or_preset,
+        dest="attentions",
+        metavar="POLICY",
+        help="more rows, or those of --tasks, as of other commands (for --tasks by default adaptive:0.9 with "
+        "--window and --sinks)",
     )
     for name, kind, default, what in (
         ("--thresholds", _floats, THRESHOLDS, "of oracle and adaptive"),
@@ -111,10 +120,11 @@ def run(args: argparse.Namespace) -> int:
         return _compare(args.compare)
     if args.tasks is not None:
         return eval_tasks.run(args)
+    policies = ("dense",) if args.attentions else tuple(ROWS)
     choice = Choice(
         window=args.window,
         sinks=args.sinks,
-        policies=args.policies,
+        policies=policies if args.policies is None else args.policies,
         thresholds=args.thresholds,
         shares=args.shares,
         page_shares=args.page_shares,
@@ -130,7 +140,8 @@ def run(args: argparse.Namespace) -> int:
         tradeoff.require_bulk(text, choice.window, choice.sinks, args.decode)
     settings = evaluation_settings(args, llm, n_ctx, chosen)
     results = Results.open(args.json, settings) if args.json else Results(settings)
-    evaluation = Evaluation(llm, choice, chosen, results, args.json, args.decode, args.seed, n_ctx)
+    extra = _extra(llm, args.attentions or (), choice)
+    evaluation = Evaluation(llm, choice, chosen, results, args.json, args.decode, args.seed, n_ctx, extra)
     with prefill_bar() as tick:
         left = evaluation.run(args.limit, tick)
     rows = evaluation.finished()
@@ -150,6 +161,18 @@ def run(args: argparse.Namespace) -> int:
     if left:
         print(f"{left} rows are left for the next run", file=sys.stderr)
     return 0
+
+
+def _extra(llm: LLM, attentions: Sequence[Policy | str], choice: Choice) -> list[Candidate]:
+    """Raises ArgumentError for another window than the other rows have: what counts as bulk would differ."""
+    found = asked(llm, attentions)
+    for name, policy in found.items():
+        for part, wanted in choice.geometry.items():
+            if getattr(policy, part) != wanted:
+                raise ArgumentError(
+                    f"--attention {name}: {part} {getattr(policy, part)}, but --{part} is {wanted}"
+                )
+    return [Candidate(name, policy) for name, policy in found.items()]
 
 
 def _compare(paths: Sequence[Path]) -> int:

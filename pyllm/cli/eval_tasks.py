@@ -11,6 +11,7 @@ from pyllm.cli import options
 from pyllm.cli.terminal import prefill_bar, render
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
+from pyllm.evaluate.asked import asked
 from pyllm.evaluate.results import write
 from pyllm.evaluate.tasks import catalog, haystack, summary
 from pyllm.evaluate.tasks.answers import Answers
@@ -25,14 +26,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--tasks", type=options.words, metavar="A,B", help=f"{', '.join(catalog.TASKS)}, or all of them: all"
     )
-    group.add_argument(
-        "--attention",
-        nargs="+",
-        type=options.policy_or_preset,
-        dest="attentions",
-        metavar="POLICY",
-        help="as of other commands (default: adaptive:0.9 with --window and --sinks)",
-    )
     group.add_argument("--samples", type=int, default=20, metavar="N", help="of each task (default: 20)")
     group.add_argument("--plain", action="store_true", help="without the model's chat template")
 
@@ -45,8 +38,8 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name):
             raise ArgumentError(f"--{name} is for texts, not for --tasks")
     llm = options.open_llm(args)
-    asked = args.attentions or [Adaptive(window=args.window, sinks=args.sinks)]
-    policies = with_dense([llm.policy(attention) for attention in asked])
+    attentions = args.attentions or [Adaptive(window=args.window, sinks=args.sinks)]
+    policies = with_dense(asked(llm, attentions))
     require_bulk(policies, llm.n_ctx)
     samples = Samples(llm, llm.n_ctx, args.seed, plain=args.plain)
     settings: dict[str, Any] = {

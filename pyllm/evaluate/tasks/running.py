@@ -46,9 +46,9 @@ def asking(llm: LLM, length: int) -> Ask:
     return ask
 
 
-def with_dense(policies: Sequence[Policy]) -> dict[str, Policy]:
-    """By their text form, each once, dense attention first."""
-    return {str(policy): policy for policy in (Dense(), *policies)}
+def with_dense(policies: Mapping[str, Policy]) -> dict[str, Policy]:
+    """Dense attention first."""
+    return {str(Dense()): Dense(), **policies}
 
 
 def require_bulk(policies: Mapping[str, Policy], length: int) -> None:
