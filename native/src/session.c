@@ -36,8 +36,9 @@ int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_pa
                        activation_bytes(q_width) + (uint64_t)c->n_ff * 8 + activation_bytes((uint64_t)c->n_ff) +
                        (uint64_t)c->n_rot * 4;
   attention_shape shape = shape_of(c, p);
-  out->scratch_bytes = (uint64_t)p->n_batch * per_token + (uint64_t)p->n_ctx * 4 +
-                       (m->backend.ops->on_host ? 0 : (uint64_t)logit_rows(p->n_batch) * (uint64_t)c->n_vocab * 4);
+  uint64_t tokens = (uint64_t)p->n_ctx * 4, logits = (uint64_t)logit_rows(p->n_batch) * (uint64_t)c->n_vocab * 4;
+  /* The host has its tokens and its caller's logits. */
+  out->scratch_bytes = (uint64_t)p->n_batch * per_token + (m->backend.ops->on_host ? tokens : logits);
   return m->backend.ops->attention->memory(&m->backend, &shape, page_bits, out, err);
 }
 

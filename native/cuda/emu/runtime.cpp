@@ -1,4 +1,5 @@
 #include "emu.h"
+#include <atomic>
 #include <cstdio>
 #include <cstdlib>
 #include <malloc.h>
@@ -13,6 +14,7 @@ struct emu_graph {
 struct emu_stream {
   emu_graph *capture; /* NULL while commands run at once */
   cudaError_t error;
+  std::atomic_flag busy; /* a command is on its way: those of a session's turn come from one thread at a time */
 };
 
 static size_t memory_bytes = (size_t)4 << 30, memory_used;
@@ -20,14 +22,20 @@ static cudaError_t last_error;
 
 static cudaError_t failed(cudaError_t error) { return last_error = error; }
 
-static cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> command) {
+static void perform(cudaStream_t stream, std::function<cudaError_t()> &command) {
   if (stream->capture) {
     stream->capture->list.push_back(std::move(command));
-    return cudaSuccess;
+    return;
   }
   cudaError_t error = command();
-  if (error) stream->error = failed(error);
-  return cudaSuccess; /* as on a device, known when the stream is waited for */
+  if (error) stream->error = failed(error); /* as on a device, known when the stream is waited for */
+}
+
+static cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> command) {
+  if (stream->busy.test_and_set()) return failed(cudaErrorIllegalState);
+  perform(stream, command);
+  stream->busy.clear();
+  return cudaSuccess;
 }
 
 /* ---- the device ---- */
@@ -57,6 +65,7 @@ const char *cudaGetErrorString(cudaError_t error) {
   case cudaSuccess: return "no error";
   case cudaErrorMemoryAllocation: return "out of memory";
   case cudaErrorInvalidDevice: return "invalid device ordinal";
+  case cudaErrorIllegalState: return "a stream that two threads use at once";
   case cudaErrorLaunchFailure: return emu::failure();
   default: return "invalid argument";
   }
@@ -94,7 +103,7 @@ cudaError_t cudaHostGetDevicePointer(void **out, void *at, unsigned) {
 /* ---- streams ---- */
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
-  *out = new (std::nothrow) emu_stream{nullptr, cudaSuccess};
+  *out = new (std::nothrow) emu_stream{nullptr, cudaSuccess, ATOMIC_FLAG_INIT};
   return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
