@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pyllm import LLM, _native
+from pyllm import LLM
 from pyllm.errors import FileError
 from pyllm.models import DEFAULT_MODEL, resolve
 from tiny_models import write_tiny
@@ -65,7 +65,7 @@ def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The package runs on the library whose CUDA backend is emulated, a GPU of 4 GB."""
     from emulated import GIGABYTE, ffi, lib, set_memory  # builds it: only where it is needed
 
-    monkeypatch.setattr(_native, "library", lambda: (ffi, lib))
+    monkeypatch.setattr("pyllm._native.loading.loaded", lambda: (ffi, lib))
     set_memory(4 * GIGABYTE)
     yield
     set_memory(4 * GIGABYTE)

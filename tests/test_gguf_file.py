@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 import gguf_files as files
 from gguf_files import array, assemble, open_bytes, scalar, string, tensor
 from pyllm import _native, errors
+from pyllm._native.file import DTYPES
 
 SMALL = files.small()
 
@@ -87,7 +88,7 @@ def test_numeric_arrays_keep_their_type(tmp_path: Path) -> None:
     files.write(path, {kind.name: (kind, [0, 1]) for kind in kinds}, {})
     read = _native.File([path]).values()
     for kind in kinds:
-        assert read[kind.name].dtype == np.dtype(_native.DTYPES[int(kind)])
+        assert read[kind.name].dtype == np.dtype(DTYPES[int(kind)])
         assert read[kind.name].dtype.itemsize == struct.calcsize(files.FORMATS[kind])
 
 
