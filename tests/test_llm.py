@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -388,3 +390,28 @@ def test_the_default_model_knows_a_capital(default_model: Path) -> None:
     assert answer["choices"][0]["text"].startswith(" Paris")
     reply = llm.chat([{"role": "user", "content": "Say hello."}], temperature=0)
     assert reply["choices"][0]["finish_reason"] == "stop"
+
+
+RESIDENT = """
+import sys
+import numpy as np
+import pyllm
+
+llm = pyllm.LLM(sys.argv[1])
+llm.session(n_ctx=1024).eval(np.random.default_rng(0).integers(0, llm.info.n_vocab, 600))
+path, resident = "", 0
+for line in open("/proc/self/smaps"):
+    first, *_, last = line.split()
+    if not first.endswith(":"):
+        path = last
+    elif first == "Rss:" and path == sys.argv[1]:
+        resident += int(line.split()[1])
+print(resident)
+"""
+
+
+def test_the_file_does_not_stay_in_memory_beside_its_packed_copy(default_model: Path) -> None:
+    """Neither what a fingerprint reads of every tensor nor the embeddings of a prompt, up to a few pages."""
+    command = [sys.executable, "-c", RESIDENT, str(default_model.resolve())]
+    kilobytes = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
+    assert 0 < kilobytes < 4096

@@ -1,5 +1,6 @@
 /* The fingerprint of a model file: what saved sessions and profiles are bound to. */
 #include "fingerprint.h"
+#include "gguf.h"
 #include "pyllm.h"
 #include <string.h>
 
@@ -50,6 +51,9 @@ uint64_t pyllm_file_fingerprint(const pyllm_file *file) {
     h = hash_sized(h, v->key, v->key_size);
     h = hash_sized(h, v->data, v->size);
   }
-  for (uint64_t i = 0; i < pyllm_file_n_tensors(file); i++) h = hash_tensor(h, pyllm_file_tensor(file, i));
+  for (uint64_t i = 0; i < pyllm_file_n_tensors(file); i++) {
+    h = hash_tensor(h, pyllm_file_tensor(file, i));
+    gguf_release_pages(file, pyllm_file_tensor(file, i)); /* the kernel maps more than was read */
+  }
   return h;
 }

@@ -1,6 +1,7 @@
 /* The transformer, once: prefill and decode, every architecture, every policy, over the stages of ops.h. */
 #include "session.h"
 #include "error.h"
+#include "gguf.h"
 
 static uint64_t matrix_bytes(const matrix *w) { return (uint64_t)tiles_of_rows(w->rows) * w->tile_bytes; }
 
@@ -166,6 +167,8 @@ int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logit
   trace_begin(&s->trace);
   be->ops->begin(be, s->position, n);
   be->ops->embed(be, m->embedding_type, m->embedding->data, m->config.dim, tokens, n, s->buffers.x);
+  /* Prompts read rows from all over the table, which would stay resident beside its packed copy. */
+  if (n > 1) gguf_release_pages(m->file, m->embedding);
   int32_t status = PYLLM_OK;
   if (n != 1 || n_logits != 1 || !token_graph(s, record, logits)) {
     before_layers(s, n);
