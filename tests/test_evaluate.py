@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, FormatError,
 from pyllm.cli import main
 from pyllm.evaluate import texts, tradeoff
 from pyllm.evaluate.candidates import ROWS, Candidate, Choice, Fitted, candidates, top_share
-from pyllm.evaluate.metrics import BLOCK, Reference, Scores, mean_interval, perplexity
+from pyllm.evaluate.metrics import BLOCK, Reference, Scores, mean_interval, perplexity, student
 from pyllm.evaluate.results import Results
 from pyllm.evaluate.static_labels import first_with_bulk, local_shares
 from pyllm.evaluate.texts import Text
@@ -48,7 +49,8 @@ def test_scores_are_numpys(n: int, n_vocab: int, noise: float, seed: int) -> Non
     targets = rng.integers(0, n_vocab, n)
     scores = Reference(dense, targets).compare(other)
     p, q = log_softmax(dense), log_softmax(other)
-    np.testing.assert_allclose(scores.kl, (np.exp(p) * (p - q)).sum(axis=1), rtol=1e-4, atol=3e-6)
+    # p is a float32's exponential: half an ulp of 16 to 32 in its argument, times differences of up to 12.
+    np.testing.assert_allclose(scores.kl, (np.exp(p) * (p - q)).sum(axis=1), rtol=1e-4, atol=2e-5)
     np.testing.assert_array_equal(scores.agrees, dense.argmax(axis=1) == other.argmax(axis=1))
     np.testing.assert_allclose(scores.nll, -q[np.arange(n), targets], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(scores.dense_nll, -p[np.arange(n), targets], rtol=1e-5, atol=1e-5)
@@ -82,24 +84,42 @@ def test_scores_join(rng: np.random.Generator) -> None:
         Reference(logits, targets).compare(other[:3])
 
 
-def test_interval_covers_the_mean_of_dependent_tokens(rng: np.random.Generator) -> None:
-    """Tokens of a block are the same here: an interval that took them for independent would be 8 times too
-    narrow, and cover the mean in a fifth of the cases."""
-    covered = 0
-    for seed in range(200):
-        values = np.repeat(rng.exponential(1.0, 40), BLOCK)
-        interval = mean_interval(values, seed)
+@pytest.mark.parametrize(("n_blocks", "least"), [(8, 0.86), (40, 0.89)])
+def test_interval_covers_the_mean_of_dependent_tokens(n_blocks: int, least: float) -> None:
+    """Tokens of a block are the same here, and a few blocks hold most: percentiles of a bootstrap have the
+    mean below their upper end in 79 % of the cases with 8 blocks."""
+    rng = np.random.default_rng(7)
+    covered, below = 0, 0
+    for _ in range(2000):
+        interval = mean_interval(np.repeat(rng.lognormal(0, 1, n_blocks), BLOCK))
         assert interval
-        covered += interval[0] <= 1.0 <= interval[1]
-    assert 160 <= covered <= 199
+        covered += interval[0] <= math.exp(0.5) <= interval[1]
+        below += math.exp(0.5) <= interval[1]
+    assert least * 2000 <= covered <= below <= 0.97 * 2000
 
 
 def test_interval_of_little(rng: np.random.Generator) -> None:
-    assert mean_interval(np.arange(BLOCK) / 1.0, 0) is None
-    assert mean_interval(np.full(BLOCK + 1, 0.25), 0) == (0.25, 0.25)
+    assert mean_interval(np.arange(BLOCK) / 1.0) is None
+    assert mean_interval(np.full(BLOCK + 1, 0.25)) == (0.25, 0.25)
+    assert mean_interval(np.zeros(3 * BLOCK)) == (0, 0)
     values = rng.random(50 * BLOCK)
-    assert mean_interval(values, 3) == mean_interval(values, 3)
-    assert mean_interval(values, 3) != mean_interval(values, 4)
+    interval = mean_interval(values)
+    assert interval
+    assert 0 < interval[0] < values.mean() < interval[1]
+
+
+def test_quantiles_of_students_t() -> None:
+    """Abramowitz and Stegun, table 26.10."""
+    for n, quantile in (
+        (1, 12.706),
+        (2, 4.303),
+        (3, 3.182),
+        (7, 2.365),
+        (15, 2.131),
+        (30, 2.042),
+        (120, 1.980),
+    ):
+        assert student(n) == pytest.approx(quantile, rel=0.01)
 
 
 # ---- rows ----
@@ -175,7 +195,7 @@ def test_evaluate_is_what_sessions_say(tiny: LLM, rng: np.random.Generator) -> N
         "long": Adaptive(2.0, window=WINDOW, sinks=SINKS),
     }
     rows = tradeoff.evaluate(
-        tiny, text, [Candidate(name, policy) for name, policy in policies.items()], n_decode=10, seed=1
+        tiny, text, [Candidate(name, policy) for name, policy in policies.items()], n_decode=10
     )
     dense, window, long = rows
     for row in (dense, long):
@@ -205,7 +225,7 @@ def test_quality_does_not_depend_on_how_the_text_is_cut(
     text = random_text(tiny, 260, seed=int(rng.integers(2**31)))
     row = Candidate("adaptive", Adaptive(0.6, "head", window=WINDOW, sinks=SINKS))
     whole, small = (
-        tradeoff.evaluate(LLM(tiny_model, n_batch=n), text, [row], n_decode=0, seed=0)[0] for n in (512, 37)
+        tradeoff.evaluate(LLM(tiny_model, n_batch=n), text, [row], n_decode=0)[0] for n in (512, 37)
     )
     assert (whole.kl, whole.heads_local, whole.tokens) == (small.kl, small.heads_local, small.tokens)
     assert whole.kl > 0

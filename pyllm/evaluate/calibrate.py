@@ -27,7 +27,6 @@ from pyllm.stats import LayerStats
 PARTS = ("fit", "tune", "report")
 BUDGETS = dict(zip(PRESETS, (0.4, 1.0, 4.0), strict=True))  # of the balanced one
 GATE_THRESHOLDS = (0.9, 0.95)
-SEED = 0  # of the intervals' bootstrap
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,8 @@ class Plan:
 
     budget_kl: float = 0.005
     n_ctx: int = 4096
-    limit: int = 8192
-    n_decode: int = 256
+    limit: int = 16384
+    n_decode: int = 512
     window: int = 1024
     sinks: int = 16
 
@@ -206,7 +205,7 @@ def _measured(outcomes: Sequence[_Outcome]) -> Measured:
     )
     if not len(decode):
         decode, decoded = prefill, prefilled
-    interval, decode_interval = (mean_interval(scores.kl, SEED) for scores in (prefill, decode))
+    interval, decode_interval = (mean_interval(scores.kl) for scores in (prefill, decode))
     if not interval or not decode_interval or prefilled.bulk_work is None or decoded.bulk_read is None:
         raise ValueError(f"{len(prefill)} and {len(decode)} tokens with a bulk are too few")
     return Measured(

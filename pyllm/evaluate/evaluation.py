@@ -59,7 +59,7 @@ class Evaluation:
 
         for text, group in groups:
             self.results.rows += tradeoff.evaluate(
-                self.llm, text, group, n_decode=self.n_decode, seed=self.seed, on_tokens=on_tokens
+                self.llm, text, group, n_decode=self.n_decode, on_tokens=on_tokens
             )
             self._keep()
         if len(missing) == len(now):

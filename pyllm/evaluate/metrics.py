@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -10,7 +11,6 @@ from numpy.typing import NDArray
 
 BLOCK = 64  # tokens; neighbours resemble each other, blocks of this length hardly do
 ROWS = 16  # tokens compared at once: few enough that a large vocabulary's rows stay in the cache
-RESAMPLES = 2000
 
 Logits = NDArray[np.float32]
 
@@ -83,20 +83,40 @@ def perplexity(nll: NDArray[np.float64]) -> float:
     return float(np.exp(nll.mean()))
 
 
-def mean_interval(values: NDArray[np.float64], seed: int) -> tuple[float, float] | None:
-    """95 % confidence interval of the mean of values (n,), which stand in the order of the text.
+def mean_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
+    """95 % confidence interval of the mean of values (n,) >= 0, which stand in the order of the text.
 
-    A bootstrap over blocks of neighbouring tokens, as these are not independent; None for fewer than two
-    blocks.
+    Student's t over blocks of neighbouring tokens, as tokens are not independent, on the logarithm of the
+    mean, as few blocks hold most of a divergence: where blocks are lognormal with a deviation of 1, 8 of them
+    have the mean below the upper end in 90 % of cases, where a bootstrap has it in 79 %. None for fewer than
+    two blocks.
     """
     starts = np.arange(0, len(values), BLOCK)
-    if len(starts) < 2:
+    n = len(starts)
+    if n < 2:
         return None
     sums = np.add.reduceat(values, starts)
     counts = np.diff(np.append(starts, len(values)))
-    drawn = np.random.default_rng(seed).integers(0, len(starts), (RESAMPLES, len(starts)))
-    low, high = np.quantile(sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1), (0.025, 0.975))
-    return float(low), float(high)
+    mean = float(values.mean())
+    if mean <= 0:
+        return mean, mean
+    variance = n / (n - 1) * float(np.square(sums - mean * counts).sum()) / len(values) ** 2
+    half = student(n - 1) * math.sqrt(variance) / mean
+    return mean * math.exp(-half), mean * math.exp(half)
+
+
+def student(n: int) -> float:
+    """97.5 % quantile of Student's t with n >= 1 degrees of freedom: exact for 1 and 2, else the expansion of
+    Abramowitz and Stegun, 26.7.5, whose error is below 1 %."""
+    if n < 3:
+        return (12.7062, 4.3027)[n - 1]
+    z = 1.959963984540054
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+    )
+    return float(z + sum(term / n ** (power + 1) for power, term in enumerate(terms)))
 
 
 def _log_sum(x: Logits) -> NDArray[np.float64]:

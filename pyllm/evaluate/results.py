@@ -55,6 +55,8 @@ class Row:
     decode_ms: float | None
     dense_decode_ms: float | None
     pages_read: float | None = None
+    decode_kl_low: float | None = None
+    decode_kl_high: float | None = None
 
     @property
     def key(self) -> tuple[str, str, float | None]:

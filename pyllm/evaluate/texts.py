@@ -70,13 +70,16 @@ def bos(llm: LLM) -> list[int]:
 
 
 def _reference(half: int) -> str:
-    """Topics repeat parts of others: the second half goes without the paragraphs of the first."""
+    """Topics repeat parts of others: the second half goes without the paragraphs of the first, and has each
+    of its own once, because parts of it are fitted, searched and reported on."""
     topics: dict[str, str] = import_module("pydoc_data.topics").topics
     first, second = ("\n\n".join(topics[name] for name in sorted(topics)[at::2]) for at in (0, 1))
     if half == 0:
         return first
     known = set(_paragraphs(first))
-    return "\n\n".join(paragraph for paragraph in _paragraphs(second) if paragraph not in known)
+    return "\n\n".join(
+        paragraph for paragraph in dict.fromkeys(_paragraphs(second)) if paragraph not in known
+    )
 
 
 def _paragraphs(text: str) -> list[str]:

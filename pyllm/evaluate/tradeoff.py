@@ -50,13 +50,12 @@ def evaluate(
     candidates: Sequence[Candidate],
     *,
     n_decode: int,
-    seed: int,
     on_tokens: Callable[[int], None] | None = None,
 ) -> list[Row]:
     """A row per candidate, whose window and sinks are all the same; as `side_by_side`."""
     policies = [candidate.policy for candidate in candidates]
     dense, runs = side_by_side(llm, text, policies, n_decode=n_decode, on_tokens=on_tokens)
-    return [_row(text, candidate, run, dense, seed) for candidate, run in zip(candidates, runs, strict=True)]
+    return [_row(text, candidate, run, dense) for candidate, run in zip(candidates, runs, strict=True)]
 
 
 def side_by_side(
@@ -137,9 +136,9 @@ def _steps(n_prefill: int, n: int, n_batch: int) -> Iterator[tuple[int, int]]:
         yield first, first + 1
 
 
-def _row(text: Text, candidate: Candidate, run: Run, dense: Run, seed: int) -> Row:
+def _row(text: Text, candidate: Candidate, run: Run, dense: Run) -> Row:
     scores, decoded = (Scores.joined(parts) for parts in run.scores)
-    interval = mean_interval(scores.kl, seed)
+    interval, decode_interval = mean_interval(scores.kl), mean_interval(decoded.kl)
     return Row(
         text=text.name,
         line=candidate.line,
@@ -162,4 +161,6 @@ def _row(text: Text, candidate: Candidate, run: Run, dense: Run, seed: int) -> R
         decode_ms=run.decode_milliseconds,
         dense_decode_ms=dense.decode_milliseconds,
         pages_read=run.prefill.total.pages_read,
+        decode_kl_low=decode_interval[0] if decode_interval else None,
+        decode_kl_high=decode_interval[1] if decode_interval else None,
     )

@@ -12,7 +12,7 @@ from pyllm.profile import Profile
 from pyllm.session import Progress
 from pyllm.survey.folder import Folder, shown
 
-DECODED = 96  # tokens at the end of each text: two blocks of the bootstrap
+DECODED = 256  # tokens at the end of each text: four of the interval's blocks
 
 
 def search_presets(

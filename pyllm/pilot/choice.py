@@ -12,7 +12,7 @@ from pyllm.evaluate.results import Row
 DENSE_COST = 100  # %
 SUMS = ("tokens", "decode_tokens", "prefill_seconds", "dense_prefill_seconds")
 PREFILL = ("kl", "kl_low", "kl_high", "top1", "heads_local", "bulk_work", "bulk_read", "pages_read")
-DECODE = ("decode_kl", "decode_bulk_read", "decode_ms", "dense_decode_ms")
+DECODE = ("decode_kl", "decode_kl_low", "decode_kl_high", "decode_bulk_read", "decode_ms", "dense_decode_ms")
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ def recommend(rows: Iterable[Row], budget: float) -> Recommendation:
 
 
 def loss(row: Row) -> float:
-    """Nats: what a budget bounds, the upper end of prefill's KL or decode's KL, whichever is more."""
-    return max(row.kl, row.kl_high or 0.0, row.decode_kl or 0.0)
+    """Nats: what a budget bounds, the upper end of prefill's KL or of decode's, whichever is more."""
+    return max(row.kl, row.kl_high or 0.0, row.decode_kl or 0.0, row.decode_kl_high or 0.0)
 
 
 def cost(row: Row) -> float:

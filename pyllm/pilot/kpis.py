@@ -29,7 +29,7 @@ def _quality(row: Row) -> list[Kpi]:
             f"{row.kl:.4f} nats{bound}",
             "Mean divergence KL(dense ‖ policy) of the next token's distribution over all tokens that have a "
             "bulk, 0 where both are the same. In brackets the mean of the documents' upper ends of 95 % "
-            "bootstrap intervals over blocks of 64 tokens.",
+            "intervals over blocks of 64 tokens.",
         ),
         Kpi(
             "Quality kept: top-1",

@@ -16,10 +16,10 @@ WORDS = range(6, 41)  # in a sentence
 
 @cache
 def sentences() -> tuple[str, ...]:
-    """Each once, in the reference's order."""
+    """Of the half of the topics that nothing is fitted on (`texts.builtin`): each once, in their order."""
     topics: dict[str, str] = import_module("pydoc_data.topics").topics
     found = []
-    for name in sorted(topics):
+    for name in sorted(topics)[::2]:
         for paragraph in re.split(r"\n\s*\n", re.sub(r"[*`\"]", "", topics[name])):
             found += re.split(r"(?<=\.) (?=[A-Z])", " ".join(paragraph.split()))
     plain = (s for s in found if PLAIN.fullmatch(s) and len(s.split()) in WORDS)
