@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pyllm import LLM, Adaptive, Guard
+from pyllm import LLM, Adaptive, Dense, Guard, Window
 from pyllm.cli import main
 from pyllm.guard import trial
+from pyllm.profile import beside
+from test_profile import CALIBRATION, profile_of
 
 
 def test_texts_take_turns() -> None:
@@ -26,7 +29,7 @@ def test_control_is_handed_on_from_document_to_document(tiny: LLM) -> None:
     tokens = np.random.default_rng(0).integers(0, 256, 1400).astype(np.int32)
     guard = Guard(audit_rate=1 / 8, control_period=64, repair=False)
     seen: list[int] = []
-    course = trial.run(tiny, tokens, Adaptive(0.0, window=64), guard, 700, seen.append)
+    course = trial.run(tiny, tokens, Adaptive(window=64), 0.0, guard, 700, seen.append)
     assert sum(seen) == 1400
     assert course.start == 0
     assert [piece.prefill_tokens for piece in course.pieces] == [512, 188, 512, 188]
@@ -37,12 +40,23 @@ def test_control_is_handed_on_from_document_to_document(tiny: LLM) -> None:
     assert (course.thresholds > 0).all()
 
 
-def test_the_command(
-    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], rng: np.random.Generator
-) -> None:
-    (tmp_path / "a.txt").write_bytes(rng.integers(32, 127, 3000, dtype=np.uint8).tobytes())
+def test_starts_leave_what_never_is_local() -> None:
+    preset = Adaptive([0.95, 2.0], page_bits=3)
+    for start, expected in ((0.0, (0.0, 2.0)), (0.9, (0.9, 2.0)), (2.0, (1.0, 2.0))):
+        assert trial.starting(preset, start) == Adaptive(expected, page_bits=3)
+    assert trial.starting(Adaptive([0.5, 0.9]), 2.0) == Adaptive(2.0)
+
+
+@pytest.fixture
+def text(tmp_path: Path, rng: np.random.Generator) -> Path:
+    path = tmp_path / "a.txt"
+    path.write_bytes(rng.integers(32, 127, 3000, dtype=np.uint8).tobytes())
+    return path
+
+
+def test_the_command(tiny_model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
     size = ["--tokens", "1500", "--document", "800", "--attention", "adaptive,window=64"]
-    command = ["guard", "-m", str(tiny_model), "--text", str(tmp_path / "a.txt"), *size]
+    command = ["guard", "-m", str(tiny_model), "--text", str(text), *size]
     assert main([*command, "--starts", "0,2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [course["start"] for course in found["courses"]] == [0, 2]
@@ -55,6 +69,25 @@ def test_the_command(
     assert "of target" in capsys.readouterr().out
 
 
+def test_presets_and_fitted_estimates(
+    tiny_model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = Path(shutil.copy(tiny_model, tmp_path / "m.gguf"))
+    fitted = Adaptive([0.9, 2.0], window=64, page_bits=3, estimate="maximum", calibration=CALIBRATION)
+    presets = {"conservative": Dense(page_bits=4), "balanced": fitted, "aggressive": Window()}
+    profile_of(LLM(model).fingerprint, presets).save(beside([model]))
+    size = ["--tokens", "1024", "--document", "600", "--text", str(text), "--json"]
+    command = ["guard", "-m", str(model), *size, "--starts", "0,2", "--attention"]
+    assert main([*command, "balanced"]) == 0
+    for course in json.loads(capsys.readouterr().out)["courses"]:
+        assert course["thresholds"][0] < 2
+        assert course["thresholds"][1] == 2
+    assert main([*command, "adaptive:0.9,window=64,estimate=maximum"]) == 0
+    capsys.readouterr()
+    assert main([*command, "conservative"]) == 1
+    assert "thresholds, and dense,page_bits=4 has none" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -62,6 +95,7 @@ def test_the_command(
         (["--tokens", "0"], "--tokens: expected at least 1024"),
         (["--attention", "window"], "--attention: the controller moves adaptive"),
         (["--miss-target", "2"], "miss_target"),
+        (["--starts", "0.9,nan"], "threshold: expected numbers >= 0"),
     ],
 )
 def test_the_command_refuses(

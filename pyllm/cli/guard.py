@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -51,13 +50,14 @@ def thresholds(text: str) -> tuple[float, ...]:
 
 def run(args: argparse.Namespace) -> int:
     guard = Guard(audit_rate=args.audit_rate, miss_target=args.miss_target, repair=False, seed=args.seed)
-    policy = args.attention or Adaptive(window=256)
+    llm = options.open_llm(args)
+    policy = llm.attention if args.attention else Adaptive(window=256)
     if not isinstance(policy, Adaptive):
         raise ArgumentError(
-            f"--attention: the controller moves adaptive attention's thresholds, not {policy}"
+            f"--attention: the controller moves adaptive attention's thresholds, and {policy} has none"
         )
-    policies = [replace(policy, threshold=start) for start in args.starts]
-    llm = options.open_llm(args)
+    for start in args.starts:
+        trial.starting(policy, start)  # refuses what is no threshold
     least = policy.window + 512
     if not least <= args.document <= llm.n_ctx:
         raise ArgumentError(
@@ -75,10 +75,10 @@ def run(args: argparse.Namespace) -> int:
         def on_tokens(n: int) -> None:
             nonlocal done
             done += n
-            tick(done, len(tokens) * len(policies))
+            tick(done, len(tokens) * len(args.starts))
 
-        for policy in policies:
-            courses.append(trial.run(llm, tokens, policy, guard, args.document, on_tokens))
+        for start in args.starts:
+            courses.append(trial.run(llm, tokens, policy, start, guard, args.document, on_tokens))
     found = [numbers(course, guard) for course in courses]
     if args.json:
         print(json.dumps({"model": llm.name, "tokens": len(tokens), "courses": found}, indent=1))

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import Adaptive
-from pyllm.guard.controller import Control
+from pyllm.guard.controller import Control, never_local
 from pyllm.guard.settings import Guard
 from pyllm.guard.tally import Tally
 from pyllm.llm import LLM
@@ -56,19 +56,34 @@ def mixed(texts: Sequence[NDArray[np.int32]], n_tokens: int) -> NDArray[np.int32
     return np.concatenate(parts)[:n_tokens]
 
 
+def starting(policy: Adaptive, start: float) -> Adaptive:
+    """With this first threshold for all heads but those that never are local, as `never_local` has it.
+
+    Beside these a start above 1 is 1: nothing is local then either, but may become so. Raises ArgumentError
+    for a start that is no threshold.
+    """
+    thresholds = np.asarray(policy.threshold)
+    never = never_local(thresholds)
+    if not never.any():
+        return replace(policy, threshold=start)
+    return replace(policy, threshold=np.where(never, thresholds, min(start, 1.0)))
+
+
 def run(
     llm: LLM,
     tokens: NDArray[np.int32],
     policy: Adaptive,
+    start: float,
     guard: Guard,
     n_ctx: int,
     on_tokens: Callable[[int], None],
 ) -> Course:
     """Evaluates tokens, cut into equal documents that fit n_ctx; control is handed on from one to the next.
 
-    policy: with one threshold for all heads. on_tokens: called with the number of tokens after every piece.
+    start: the first threshold, as `starting` takes it. on_tokens: called with the number of tokens after
+    every piece.
     """
-    session = llm.session(n_ctx=n_ctx, attention=policy)
+    session = llm.session(n_ctx=n_ctx, attention=starting(policy, start))
     pieces: list[Stats] = []
     control: Control | None = None
     for document in np.array_split(tokens, -(-len(tokens) // n_ctx)):
@@ -81,4 +96,4 @@ def run(
             on_tokens(len(document[at : at + PIECE]))
         assert session.watch
         control, thresholds = session.watch.control, session.watch.thresholds()
-    return Course(float(np.asarray(policy.threshold)), pieces, thresholds[:, 0])
+    return Course(start, pieces, thresholds[:, 0])
