@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from pyllm import LLM, Adaptive, FileError, FormatError, Guard, Session, UnsupportedError
 from pyllm.cli import main
-from pyllm.guard.log import bits
+from pyllm.guard.log import DecisionLog, bits
 from pyllm.guard.log_summary import LogSummary
 
 POLICY = Adaptive([0.6, 0.0], granularity="head", window=64)
@@ -111,6 +114,80 @@ def test_one_session_writes_a_file(tiny: LLM, tmp_path: Path) -> None:
         guarded(tiny, tmp_path / "nowhere" / "log")
 
 
+# ---- a full disk ----
+
+
+@contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """No file grows beyond this one's size and a part of a line."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 10, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_a_full_disk_leaves_nothing_that_was_not_audited(tiny: LLM, tmp_path: Path, repair: bool) -> None:
+    path = tmp_path / "log"
+    session = guarded(tiny, path, repair=repair, lost_limit=0.2)
+    session.eval(ids(200))
+    assert session.watch
+    for _ in range(2):
+        with full_disk(path), pytest.raises(FileError, match="log: the decision log could not be written"):
+            session.eval(ids(200, 1))
+        assert session.position == 200
+        assert session.watch._timeline.audits[-1].position < 200
+        assert not LogSummary.of(path).cut_off
+        assert LogSummary.of(path).rewinds == 0
+    logits = session.eval(ids(200, 1))
+    whole = guarded(tiny, tmp_path / "whole", repair=repair, lost_limit=0.2)
+    np.testing.assert_array_equal(logits, whole.eval([*ids(200), *ids(200, 1)]))
+    logs = [LogSummary.of(path), LogSummary.of(tmp_path / "whole")]
+    assert logs[0].n_tokens == logs[1].n_tokens
+    assert [position for position, _, _ in logs[0].controls] == [p for p, _, _ in logs[1].controls]
+
+
+def test_a_full_disk_keeps_nothing_that_was_rewound(tiny: LLM, tmp_path: Path) -> None:
+    session = guarded(tiny, tmp_path / "log", repair=False)
+    session.eval(ids(400))
+    with full_disk(tmp_path / "log"), pytest.raises(FileError):
+        session.rewind(250)
+    assert session.watch
+    assert session.position == 250
+    assert session.watch._timeline.audits[-1].position < 250
+
+
+def test_a_full_disk_when_a_new_file_begins(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = DecisionLog(path, {"n_layers": 1, "n_heads": 8}, limit=2**16, masses=False)
+    while path.stat().st_size <= 2**15 - 15:
+        log.rewind(1000)
+    before = path.read_bytes()
+    (tmp_path / "empty").touch()
+    for _ in range(2):
+        with full_disk(tmp_path / "empty"), pytest.raises(FileError):
+            log.rewind(1000)
+    log.rewind(1000)
+    assert (tmp_path / "log.1").read_bytes() == before
+    assert LogSummary.of(path).rewinds == 1
+
+
+def test_a_last_line_that_is_cut_off_is_left_out(
+    tiny: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = guarded(tiny, tmp_path / "log", repair=False)
+    session.eval(ids(300))
+    good = (tmp_path / "log").read_bytes()
+    (tmp_path / "cut").write_bytes(good + b'{"tokens":300,"n":1,"loc')
+    assert main(["log", str(tmp_path / "cut")]) == 0
+    assert "the last line is cut off and left out" in capsys.readouterr().out
+    assert LogSummary.of(tmp_path / "cut").n_tokens == LogSummary.of(tmp_path / "log").n_tokens
+    assert main(["log", str(tmp_path / "log")]) == 0
+    assert "cut off" not in capsys.readouterr().out
+
+
 # ---- damaged logs ----
 
 HEADER = '{"pyllm_log": 1, "n_layers": 1, "n_heads": 8}'
@@ -125,7 +202,6 @@ MISSED = '"missed": "00", "page_missed": "00"'
         ("hello\n", "line 1: not JSON"),
         ("[]\n", "line 1: expected a JSON object"),
         ('{"pyllm_log": 1, "n_layers": 0, "n_heads": 8}\n', "line 1: n_layers and n_heads"),
-        (f'{HEADER}\n{{"tokens": 0', "line 2: the line is cut off"),
         (f"{HEADER}\n\xff\n", "line 2: not JSON"),
         (f"{HEADER}\n{'[' * 100_000}\n", "line 2: not JSON"),
         (f'{HEADER}\n{{"token": 1}}\n', "line 2: unknown entry 'token'"),

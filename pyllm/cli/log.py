@@ -48,6 +48,8 @@ def overview(summary: LogSummary) -> Table:
         ("repairs", f"{len(summary.repairs):,}"),
     ):
         table.add_row(name, value)
+    if summary.cut_off:
+        table.add_row("remark", "the last line is cut off and left out: its writer was stopped")
     return table
 
 

@@ -24,9 +24,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,45 +45,62 @@ class DecisionLog:
     """Writes one session's log; only one at a time writes a file.
 
     path: replaced if it exists. header: what the first line says besides the version. limit: bytes, of the
-    file and the one before it. masses: with every token's. Raises FileError where the file cannot be written
-    or another session writes it.
+    file and the one before it. masses: with every token's. Raises FileError, as every method does, where the
+    file cannot be written or another session writes it; the file then ends with the last whole line.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], limit: int, masses: bool) -> None:
         self._path, self._limit, self._masses = path, limit, masses
         self._header = {"pyllm_log": VERSION, **header}
         self._control: dict[str, Any] | None = None
-        self._file, self._size = self._begin()
+        with self._naming_the_file():
+            self._file, self._size = self._opened(), 0
+            self._append(b"")
 
-    def _begin(self) -> tuple[TextIO, int]:
+    def _opened(self) -> FileIO:
+        """The file, empty. Unbuffered: what could not be written must not be written later."""
+        file = self._path.open("ab", buffering=0)
         try:
-            file = self._path.open("a", encoding="ascii")
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                file.truncate(0)
-                return file, sum(file.write(_line(x)) for x in (self._header, self._control) if x)
-            except BaseException:
-                file.close()
-                raise
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            file.truncate(0)
+        except BaseException:
+            file.close()
+            raise
+        return file
+
+    @contextmanager
+    def _naming_the_file(self) -> Iterator[None]:
+        try:
+            yield
         except BlockingIOError:
             raise FileError(f"{self._path}: another session is writing its decision log there") from None
         except OSError as error:
-            raise self._failed(error) from None
-
-    def _failed(self, error: OSError) -> FileError:
-        return FileError(f"{self._path}: the decision log could not be written: {error.strerror or error}")
+            cause = error.strerror or error
+            raise FileError(f"{self._path}: the decision log could not be written: {cause}") from None
 
     def _write(self, entry: dict[str, Any]) -> None:
         line = _line(entry)
-        try:
+        with self._naming_the_file():
             if self._size + len(line) > self._limit // 2:
-                self._file.close()
                 os.replace(self._path, self._path.with_name(self._path.name + ".1"))
-                self._file, self._size = self._begin()
-            self._size += self._file.write(line)
-            self._file.flush()
-        except OSError as error:
-            raise self._failed(error) from None
+                older, self._file, self._size = self._file, self._opened(), 0
+                older.close()
+            self._append(line)
+
+    def _append(self, line: bytes) -> None:
+        """Whole or not at all, behind the beginning where the file is empty."""
+        rest = memoryview(line if self._size else self._beginning() + line)
+        size = self._size + len(rest)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except BaseException:
+            self._file.truncate(self._size)
+            raise
+        self._size = size
+
+    def _beginning(self) -> bytes:
+        return _line(self._header) + (_line(self._control) if self._control else b"")
 
     def control(
         self, position: int, thresholds: NDArray[np.float32] | None, page_share: float | None
@@ -132,5 +151,5 @@ def _rounded(x: NDArray[np.float32]) -> Any:
     return rounded.tolist()
 
 
-def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(entry, separators=(",", ":"), allow_nan=False) + "\n"
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, separators=(",", ":"), allow_nan=False).encode("ascii") + b"\n"

@@ -24,7 +24,8 @@ class LogSummary:
     header: the first line. n_tokens: evaluated under the policy, not densely for a repair; n_bulk: of these
     with a bulk; local: (n_layers, n_heads) how often of these. n_bytes, n_read: of their bulks. tally: of the
     audits. controls: (position, thresholds (n_layers,) or (n_layers, n_heads) or None, page_share or None),
-    each holding from there on. repairs: (cause, first, stop, lost share). rewinds: how many.
+    each holding from there on. repairs: (cause, first, stop, lost share). rewinds: how many. cut_off: the
+    last line has no end, as where its writer was stopped, and counts for nothing.
     """
 
     header: dict[str, Any]
@@ -37,15 +38,20 @@ class LogSummary:
     rewinds: int = 0
     controls: list[tuple[int, NDArray[np.float64] | None, float | None]] = field(default_factory=list)
     repairs: list[tuple[int, int, int, float]] = field(default_factory=list)
+    cut_off: bool = False
 
     @classmethod
     def of(cls, path: Path) -> LogSummary:
         """Raises FileError where the file cannot be read; FormatError, naming file and line, where it is no
         decision log or damaged; UnsupportedError for a version unknown here."""
         lines = _lines(path)
-        number, header = next(lines, (1, {}))
-        summary = cls._begin(path, header)
-        for number, entry in lines:
+        _, first = next(lines, (1, b"{}"))
+        summary = cls._begin(path, _entry(path, 1, first))
+        for number, line in lines:
+            if not line.endswith(b"\n"):
+                summary.cut_off = True
+                break
+            entry = _entry(path, number, line)
             try:
                 summary._add(entry)
             except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -121,19 +127,16 @@ class LogSummary:
         return np.unpackbits(data, count=self.local.size).reshape(self.local.shape).astype(bool)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, entry) of every line."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of every line."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, _entry(path, number, line)
+            yield from enumerate(file, 1)
     except OSError as error:
         raise FileError(f"{path}: the log could not be read: {error.strerror or error}") from None
 
 
 def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    if not line.endswith(b"\n"):
-        raise FormatError(f"{path}: line {number}: the line is cut off")
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
