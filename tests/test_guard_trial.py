@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ import pytest
 from pyllm import LLM, Adaptive, Dense, Guard, Window
 from pyllm.cli import main
 from pyllm.guard import trial
+from pyllm.guard.tally import Tally
 from pyllm.profile import beside
 from test_profile import CALIBRATION, profile_of
 
@@ -45,6 +48,33 @@ def test_starts_leave_what_never_is_local() -> None:
     for start, expected in ((0.0, (0.0, 2.0)), (0.9, (0.9, 2.0)), (2.0, (1.0, 2.0))):
         assert trial.starting(preset, start) == Adaptive(expected, page_bits=3)
     assert trial.starting(Adaptive([0.5, 0.9]), 2.0) == Adaptive(2.0)
+
+
+def pieces_of(missed: np.ndarray) -> list[Tally]:
+    """missed (n, audits): the share of all heads that did, in every audit of every piece."""
+    empty = Tally.empty(4, 8)
+    sums = [np.full((4, 8), int(piece.sum())) for piece in missed]
+    return [replace(empty, audits=missed.shape[1], missed=total) for total in sums]
+
+
+def test_the_interval_holds_where_heads_err_together() -> None:
+    """All heads of a token at once, and the tokens of some pieces far more often than those of others."""
+    rng = np.random.default_rng(0)
+    spread = 0.7
+    held = 0
+    for _ in range(300):
+        rates = 0.05 * np.exp(spread * rng.normal(size=(20, 1)) - spread**2 / 2)
+        low, high = trial.rate_interval(pieces_of(rng.random((20, 8)) < rates)) or (math.nan, math.nan)
+        held += low <= 0.05 <= high
+    assert held / 300 > 0.9
+
+
+def test_the_interval_of_few_and_of_none() -> None:
+    assert trial.rate_interval(pieces_of(np.ones((1, 8)))) is None
+    low, high = trial.rate_interval(pieces_of(np.zeros((10, 8)))) or (math.nan, math.nan)
+    assert low == 0
+    assert 0.04 < high < 0.05  # of 80 draws
+    assert trial.rate_interval(pieces_of(np.ones((10, 8)))) == (1, 1)
 
 
 @pytest.fixture

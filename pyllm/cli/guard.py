@@ -15,7 +15,6 @@ from pyllm.cli.terminal import percent, prefill_bar, render
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import texts
 from pyllm.guard import Guard, trial
-from pyllm.guard.bounds import wilson
 from pyllm.llm import LLM
 
 HELP = "Try the guard's controller: does the miss rate reach its target, from any first threshold?"
@@ -96,16 +95,14 @@ def _tokens(llm: LLM, args: argparse.Namespace) -> Any:
 
 
 def numbers(course: trial.Course, guard: Guard) -> dict[str, Any]:
-    """Of one course, as the JSON has them. Intervals are of the second half's audits."""
+    """Of one course, as the JSON has them. The interval and what follows it are of the second half."""
     early, late = course.half(False), course.half(True)
-    pairs = late.audits * late.missed.size
-    low, high = wilson(late.missed.sum(), pairs)
     return {
         "start": course.start,
         "audits": early.audits + late.audits,
         "miss_rate_first_half": early.miss_rate,
         "miss_rate_second_half": late.miss_rate,
-        "interval": [float(low), float(high)],
+        "interval": course.interval,
         "of_target": late.miss_rate / guard.miss_target if late.miss_rate is not None else None,
         "heads_local": course.heads_local,
         "lost_share": late.lost_share,
