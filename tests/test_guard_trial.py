@@ -90,13 +90,39 @@ def test_the_command(tiny_model: Path, text: Path, capsys: pytest.CaptureFixture
     assert main([*command, "--starts", "0,2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert [course["start"] for course in found["courses"]] == [0, 2]
-    assert found["tokens"] == 1500
+    assert (found["tokens"], found["document"], found["policy"]) == (1500, 800, "adaptive:0.9,window=64")
+    assert (found["miss_target"], found["audit_rate"], found["seed"]) == (0.02, 1 / 64, 0)
     for course in found["courses"]:
         assert course["audits"] > 10
         low, high = course["interval"]
         assert low <= course["miss_rate_second_half"] <= high
     assert main(command) == 0
     assert "of target" in capsys.readouterr().out
+
+
+def test_a_short_text_is_refused(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = tmp_path / "short.txt"
+    short.write_text("and the hand " * 20)
+    size = ["--tokens", "1200", "--document", "600", "--attention", "adaptive:0.9,window=64"]
+    assert main(["guard", "-m", str(tiny_model), *size, "--text", str(short)]) == 1
+    err = capsys.readouterr().err
+    assert err.startswith(
+        f"pyllm: error: --text: {short}: expected at least 1024 tokens, for two halves, got "
+    )
+    assert err.count("\n") == 1
+
+
+def test_nothing_audited_is_null(tiny_model: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    size = ["--tokens", "1024", "--document", "600", "--attention", "adaptive,window=64", "--text", str(text)]
+    command = ["guard", "-m", str(tiny_model), *size, "--starts", "0.9", "--audit-rate", "1e-6"]
+    assert main([*command, "--json"]) == 0
+    (course,) = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)["courses"]
+    assert course["audits"] == 0
+    for name in ("miss_rate_first_half", "miss_rate_second_half", "interval", "of_target", "layers"):
+        assert course[name] is None
+    assert main(command) == 0
 
 
 def test_presets_and_fitted_estimates(
@@ -122,7 +148,7 @@ def test_presets_and_fitted_estimates(
     ("wrong", "message"),
     [
         (["--document", "100"], "--document: expected 768 tokens"),
-        (["--tokens", "0"], "--tokens: expected at least 1024"),
+        (["--tokens", "0"], "--tokens: expected at least 1024 tokens, for two halves, got 0"),
         (["--attention", "window"], "--attention: the controller moves adaptive"),
         (["--miss-target", "2"], "miss_target"),
         (["--starts", "0.9,nan"], "threshold: expected numbers >= 0"),

@@ -63,11 +63,9 @@ def run(args: argparse.Namespace) -> int:
             f"--document: expected {least} tokens, for some to lie behind the window, to the context's "
             f"{llm.n_ctx}, got {args.document}"
         )
-    if args.tokens < 2 * trial.PIECE:
-        raise ArgumentError(
-            f"--tokens: expected at least {2 * trial.PIECE}, for two halves, got {args.tokens}"
-        )
+    _require_halves("--tokens", args.tokens)
     tokens = _tokens(llm, args)
+    _require_halves(f"--text: {', '.join(args.text)}" if args.text else "the texts", len(tokens))
     courses, done = [], 0
     with prefill_bar("evaluating") as tick:
 
@@ -80,12 +78,27 @@ def run(args: argparse.Namespace) -> int:
             courses.append(trial.run(llm, tokens, policy, start, guard, args.document, on_tokens))
     found = [numbers(course, guard) for course in courses]
     if args.json:
-        print(json.dumps({"model": llm.name, "tokens": len(tokens), "courses": found}, indent=1))
+        settings = {name: getattr(args, name) for name in ("document", "miss_target", "audit_rate", "seed")}
+        shown = {
+            "model": llm.name,
+            "policy": str(policy),
+            "tokens": len(tokens),
+            **settings,
+            "courses": found,
+        }
+        print(json.dumps(shown, indent=1, allow_nan=False))
     else:
         target = f"target {100 * guard.miss_target:g} %"
         print(f"{llm.name}: {len(tokens):,} tokens, at most {args.document:,} to a document, {target}")
         print(render(table(found)), end="")
     return 0
+
+
+def _require_halves(what: str, n_tokens: int) -> None:
+    if n_tokens < 2 * trial.PIECE:
+        raise ArgumentError(
+            f"{what}: expected at least {2 * trial.PIECE} tokens, for two halves, got {n_tokens}"
+        )
 
 
 def _tokens(llm: LLM, args: argparse.Namespace) -> Any:
@@ -95,7 +108,8 @@ def _tokens(llm: LLM, args: argparse.Namespace) -> Any:
 
 
 def numbers(course: trial.Course, guard: Guard) -> dict[str, Any]:
-    """Of one course, as the JSON has them. The interval and what follows it are of the second half."""
+    """Of one course, as the JSON has them: null where nothing was audited. The interval and what follows it
+    are of the second half."""
     early, late = course.half(False), course.half(True)
     return {
         "start": course.start,
@@ -107,7 +121,7 @@ def numbers(course: trial.Course, guard: Guard) -> dict[str, Any]:
         "heads_local": course.heads_local,
         "lost_share": late.lost_share,
         "thresholds": np.round(course.thresholds, 4).tolist(),
-        "layers": np.round(late.miss_rates()[0].mean(axis=1), 5).tolist(),
+        "layers": np.round(late.miss_rates()[0].mean(axis=1), 5).tolist() if late.audits else None,
     }
 
 
