@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from pyllm import LLM, Adaptive, FileError, FormatError, Guard, Session, UnsupportedError
+from pyllm import LLM, Adaptive, ArgumentError, FileError, FormatError, Guard, Session, UnsupportedError
 from pyllm.cli import main
+from pyllm.guard.audit import Audit
 from pyllm.guard.log import DecisionLog, bits
 from pyllm.guard.log_summary import LogSummary
+from pyllm.record import Record
 
 POLICY = Adaptive([0.6, 0.0], granularity="head", window=64)
 
@@ -102,6 +106,44 @@ def test_it_stays_within_its_bound(tiny: LLM, tmp_path: Path) -> None:
     assert parts[1].controls[0][0] == 0
     tokens = [line["tokens"] for path in (old, new) for line in lines(path) if "tokens" in line]
     assert tokens == list(range(tokens[0], 150))
+
+
+def test_batches_stay_within_the_bound_too(tiny: LLM, tmp_path: Path) -> None:
+    session = guarded(
+        tiny, tmp_path / "log", log_bytes=2**16, log_masses=True, control_period=512, repair=False
+    )
+    session.eval(ids(512))
+    new, old = tmp_path / "log", tmp_path / "log.1"
+    assert max(path.stat().st_size for path in (new, old)) <= 2**15
+    entries = [line for path in (old, new) for line in lines(path) if "tokens" in line]
+    assert len(entries) > 1
+    for one, other in pairwise(entries):
+        assert other["tokens"] == one["tokens"] + one["n"]
+    assert entries[-1]["tokens"] + entries[-1]["n"] == 512
+
+
+def test_what_one_entry_cannot_fit_is_refused(tmp_path: Path) -> None:
+    """What is not refused holds entries of the longest numbers there are."""
+    shape, path = (40, 32), tmp_path / "log"
+    header = {"n_layers": shape[0], "n_heads": shape[1]}
+    with pytest.raises(
+        ArgumentError, match=r"log_bytes: .* of 1280 heads and their masses, got 65536"
+    ) as caught:
+        DecisionLog(path, header, limit=2**16, masses=True)
+    assert not path.exists()
+    limit = int(re.findall("at least ([0-9]+)", str(caught.value))[0])
+    log = DecisionLog(path, header, limit, masses=True)
+    record = Record.empty(*shape, np.zeros(3, bool))
+    longest = np.finfo(np.float32).min
+    record.local_mass[:], record.estimate[:] = longest, longest
+    none = np.zeros(shape, bool)
+    thresholds = np.linspace(0, -longest, 1280, dtype=np.float32).reshape(shape)
+    log.control(2**40, thresholds, 0.1)
+    for _ in range(3):
+        log.tokens(2**40, record, np.ones(3, bool), 2**60, 2**60)
+        log.audit(Audit(2**40, none, none, none, np.full(shape, longest, np.float32)))
+    for each in (path, tmp_path / "log.1"):
+        assert each.stat().st_size <= limit // 2
 
 
 def test_one_session_writes_a_file(tiny: LLM, tmp_path: Path) -> None:

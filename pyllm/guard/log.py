@@ -7,7 +7,8 @@
     {"tokens": t, "n", "local", "bytes", "read"}
         n tokens from position t on: per token the hexadecimal bits of (layer, head), 1 for local, the first
         one highest, or "" without a bulk; bulk bytes of dense attention and bytes read; with masses also "L"
-        and "M", (n_layers, n, n_heads): L and the estimate of the bulk mass
+        and "M", (n_layers, n, n_heads): L and the estimate of the bulk mass. A batch that may be too long for
+        the file is several of these, the first with the bytes of all
     {"audit": t, "missed", "page_missed", "lost"}
         bits as above; lost shares (n_layers, n_heads)
     {"repair": t, "first", "stop", "lost"}
@@ -33,29 +34,47 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.errors import FileError
+from pyllm.errors import ArgumentError, FileError
 from pyllm.guard.audit import Audit
 from pyllm.guard.timeline import Stretch
 from pyllm.record import Record
 
 VERSION = 1
+NUMBER = 30  # bytes of a number in nested lists, at most
+NAMES = 1024  # bytes of names and single numbers in a header, a control and one more entry, at most
 
 
 class DecisionLog:
     """Writes one session's log; only one at a time writes a file.
 
-    path: replaced if it exists. header: what the first line says besides the version. limit: bytes, of the
-    file and the one before it. masses: with every token's. Raises FileError, as every method does, where the
-    file cannot be written or another session writes it; the file then ends with the last whole line.
+    path: replaced if it exists. header: what the first line says besides the version, n_layers and n_heads
+    among it. limit: bytes, of the file and the one before it. masses: with every token's. Raises
+    ArgumentError where half the limit may be too little for one entry, and FileError, as every method does,
+    where the file cannot be written or another session writes it; it then ends with the last whole line.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], limit: int, masses: bool) -> None:
         self._path, self._limit, self._masses = path, limit, masses
         self._header = {"pyllm_log": VERSION, **header}
         self._control: dict[str, Any] | None = None
+        self._at_once = self._tokens_at_once(header["n_layers"] * header["n_heads"])
         with self._naming_the_file():
             self._file, self._size = self._opened(), 0
             self._append(b"")
+
+    def _tokens_at_once(self, n_pairs: int) -> int:
+        """How many tokens' entry fits into a file behind its beginning, and every other entry does too."""
+        beginning = len(_line(self._header)) + NAMES + NUMBER * n_pairs
+        token = n_pairs // 4 + 8 + (2 * NUMBER * n_pairs if self._masses else 0)
+        audit = NUMBER * n_pairs + n_pairs
+        least = 2 * (beginning + max(token, audit))
+        if self._limit < least:
+            masses = " and their masses" if self._masses else ""
+            raise ArgumentError(
+                f"log_bytes: expected at least {least} for the decisions of {n_pairs} heads{masses}, "
+                f"got {self._limit}"
+            )
+        return (self._limit // 2 - beginning) // token
 
     def _opened(self) -> FileIO:
         """The file, empty. Unbuffered: what could not be written must not be written later."""
@@ -118,10 +137,14 @@ class DecisionLog:
     ) -> None:
         """The record's tokens, from position on. has_bulk: (n,) bool. n_bytes, n_read: of their bulks."""
         local = [bits(~record.is_long[:, i]) if has_bulk[i] else "" for i in range(len(record))]
-        entry = {"tokens": position, "n": len(record), "local": local, "bytes": n_bytes, "read": n_read}
-        if self._masses:
-            entry |= {"L": _rounded(record.local_mass), "M": _rounded(record.estimate)}
-        self._write(entry)
+        for at in range(0, len(record), self._at_once):
+            part = slice(at, at + self._at_once)
+            entry = {"tokens": position + at, "n": len(local[part]), "local": local[part]}
+            entry |= {"bytes": n_bytes, "read": n_read} if at == 0 else {"bytes": 0, "read": 0}
+            if self._masses:
+                masses = {"L": record.local_mass, "M": record.estimate}
+                entry |= {name: _rounded(mass[:, part]) for name, mass in masses.items()}
+            self._write(entry)
 
     def audit(self, audit: Audit) -> None:
         missed, page_missed = bits(audit.missed), bits(audit.page_missed)
