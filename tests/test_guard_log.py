@@ -17,6 +17,7 @@ import pytest
 from pyllm import LLM, Adaptive, ArgumentError, FileError, FormatError, Guard, Session, UnsupportedError
 from pyllm.cli import main
 from pyllm.guard.audit import Audit
+from pyllm.guard.controller import Control
 from pyllm.guard.log import DecisionLog, bits
 from pyllm.guard.log_summary import LogSummary
 from pyllm.record import Record
@@ -154,6 +155,45 @@ def test_one_session_writes_a_file(tiny: LLM, tmp_path: Path) -> None:
     assert guarded(tiny, tmp_path / "log").guard
     with pytest.raises(FileError, match="nowhere"):
         guarded(tiny, tmp_path / "nowhere" / "log")
+
+
+def test_another_policy_is_in_it(tiny: LLM, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "log"
+    session = guarded(tiny, path, log_bytes=2**16, log_masses=True)
+    session.eval(ids(200))
+    for policy in ("dense", "adaptive:0.5,window=64"):
+        session.attention = policy
+    assert LogSummary.of(path).policies == []  # nothing was evaluated under them
+    session.eval(ids(50, 1))
+    summary = LogSummary.of(path)
+    assert summary.policies == [(200, "adaptive:0.5,window=64")]
+    assert summary.controls[-1][0] == 200
+    np.testing.assert_allclose(summary.controls[-1][1], 0.5)  # type: ignore[arg-type]
+    assert main(["log", str(path)]) == 0
+    assert re.search("from token 200 +adaptive:0.5,window=64", capsys.readouterr().out)
+    session.eval(ids(500, 2))
+    assert LogSummary.of(path).header["policy"] == "adaptive:0.5,window=64"
+
+
+def test_what_is_refused_empties_no_log(tiny: LLM, tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    guarded(tiny, path).eval(ids(200))
+    before = path.read_bytes()
+    with pytest.raises(ArgumentError, match="5 layers"):
+        guarded(tiny, path, start=Control.none(5))
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["log", "log.1"])
+def test_other_files_are_not_overwritten(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / name).write_text('{"a thesis": 1}\n')
+    log = ["--attention", "window:64", "--max-tokens", "1", "--log", str(tmp_path / "log")]
+    assert main(["generate", "and", "-m", str(tiny_model), *log]) == 1
+    expected = f"{tmp_path / name}: not a decision log, and not overwritten: choose another file for the log"
+    assert capsys.readouterr().err == f"pyllm: error: {expected}\n"
+    assert (tmp_path / name).read_text() == '{"a thesis": 1}\n'
 
 
 # ---- a full disk ----

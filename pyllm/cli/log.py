@@ -14,7 +14,7 @@ from pyllm.guard.log_summary import LogSummary
 
 HELP = "Sum up a decision log that --log wrote."
 
-COURSE = 12  # lines of the thresholds' course
+COURSE = 12  # lines of what has a course: thresholds, policies, repairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +37,7 @@ def overview(summary: LogSummary) -> Table:
     for name, value in (
         ("model", f"{header.get('model')} ({header.get('fingerprint')})"),
         ("policy", f"{header.get('policy')}"),
+        *((f"from token {position:,}", name) for position, name in summary.policies[-COURSE:]),
         ("guard", ", ".join(f"{k} {v}" for k, v in dict(header.get("guard") or {}).items())),
         ("tokens", f"{summary.n_tokens:,}, {summary.n_bulk:,} with a bulk; {summary.rewinds:,} rewinds"),
         ("heads local", percent(100 * int(summary.local.sum()) / pairs if pairs else None)),

@@ -15,9 +15,11 @@
         because of the audit at t, [first, stop) became dense; nothing else is said of these tokens
     {"rewind": n}
         only the first n tokens are left
+    {"policy": t, "name"}
+        from position t on another policy; its control follows
 
 When the file has half of the bytes that are allowed, it becomes FILE.1, in place of the one before, and a new
-one begins with the same header.
+one begins with a header of the policy that holds.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ from pyllm.guard.timeline import Stretch
 from pyllm.record import Record
 
 VERSION = 1
+MARK = b'{"pyllm_log":'  # what a log begins with
 NUMBER = 30  # bytes of a number in nested lists, at most
 NAMES = 1024  # bytes of names and single numbers in a header, a control and one more entry, at most
 
@@ -47,18 +50,23 @@ NAMES = 1024  # bytes of names and single numbers in a header, a control and one
 class DecisionLog:
     """Writes one session's log; only one at a time writes a file.
 
-    path: replaced if it exists. header: what the first line says besides the version, n_layers and n_heads
-    among it. limit: bytes, of the file and the one before it. masses: with every token's. Raises
-    ArgumentError where half the limit may be too little for one entry, and FileError, as every method does,
-    where the file cannot be written or another session writes it; it then ends with the last whole line.
+    path: replaced if it exists, like the one before it. header: what the first line says besides the version,
+    n_layers and n_heads among it. limit: bytes, of both files. masses: with every token's. Raises
+    ArgumentError where half the limit may be too little for one entry, and FileError where one of the files
+    is something else than a log, or, as every method does, where the file cannot be written or another
+    session writes it; it then ends with the last whole line.
     """
 
     def __init__(self, path: Path, header: Mapping[str, Any], limit: int, masses: bool) -> None:
         self._path, self._limit, self._masses = path, limit, masses
+        self._older = path.with_name(path.name + ".1")
         self._header = {"pyllm_log": VERSION, **header}
         self._control: dict[str, Any] | None = None
         self._at_once = self._tokens_at_once(header["n_layers"] * header["n_heads"])
         with self._naming_the_file():
+            for existing in (path, self._older):
+                if existing.is_file():
+                    _require_log(existing)
             self._file, self._size = self._opened(), 0
             self._append(b"")
 
@@ -91,6 +99,8 @@ class DecisionLog:
     def _naming_the_file(self) -> Iterator[None]:
         try:
             yield
+        except FileError:
+            raise
         except BlockingIOError:
             raise FileError(f"{self._path}: another session is writing its decision log there") from None
         except OSError as error:
@@ -101,7 +111,7 @@ class DecisionLog:
         line = _line(entry)
         with self._naming_the_file():
             if self._size + len(line) > self._limit // 2:
-                os.replace(self._path, self._path.with_name(self._path.name + ".1"))
+                os.replace(self._path, self._older)
                 older, self._file, self._size = self._file, self._opened(), 0
                 older.close()
             self._append(line)
@@ -120,6 +130,10 @@ class DecisionLog:
 
     def _beginning(self) -> bytes:
         return _line(self._header) + (_line(self._control) if self._control else b"")
+
+    def policy(self, position: int, name: str) -> None:
+        self._header, self._control = {**self._header, "policy": name}, None
+        self._write({"policy": position, "name": name})
 
     def control(
         self, position: int, thresholds: NDArray[np.float32] | None, page_share: float | None
@@ -160,6 +174,15 @@ class DecisionLog:
 
     def close(self) -> None:
         self._file.close()
+
+
+def _require_log(path: Path) -> None:
+    """Or a file with nothing in it."""
+    with path.open("rb") as file:
+        if not MARK.startswith(file.read(len(MARK))):
+            raise FileError(
+                f"{path}: not a decision log, and not overwritten: choose another file for the log"
+            )
 
 
 def bits(x: NDArray[np.bool_]) -> str:

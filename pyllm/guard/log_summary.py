@@ -24,8 +24,9 @@ class LogSummary:
     header: the first line. n_tokens: evaluated under the policy, not densely for a repair; n_bulk: of these
     with a bulk; local: (n_layers, n_heads) how often of these. n_bytes, n_read: of their bulks. tally: of the
     audits. controls: (position, thresholds (n_layers,) or (n_layers, n_heads) or None, page_share or None),
-    each holding from there on. repairs: (cause, first, stop, lost share). rewinds: how many. cut_off: the
-    last line has no end, as where its writer was stopped, and counts for nothing.
+    each holding from there on. repairs: (cause, first, stop, lost share). rewinds: how many. policies:
+    (position, name), each from there on, after that of the header. cut_off: the last line has no end, as
+    where its writer was stopped, and counts for nothing.
     """
 
     header: dict[str, Any]
@@ -38,6 +39,7 @@ class LogSummary:
     rewinds: int = 0
     controls: list[tuple[int, NDArray[np.float64] | None, float | None]] = field(default_factory=list)
     repairs: list[tuple[int, int, int, float]] = field(default_factory=list)
+    policies: list[tuple[int, str]] = field(default_factory=list)
     cut_off: bool = False
 
     @classmethod
@@ -80,6 +82,7 @@ class LogSummary:
             "control": self._add_control,
             "repair": self._add_repair,
             "rewind": self._add_rewind,
+            "policy": self._add_policy,
         }
         kind = next(iter(entry), "")
         if kind not in kinds:
@@ -118,6 +121,9 @@ class LogSummary:
 
     def _add_rewind(self, entry: dict[str, Any]) -> None:
         self.rewinds += 1
+
+    def _add_policy(self, entry: dict[str, Any]) -> None:
+        self.policies.append((entry["policy"], str(entry["name"])))
 
     def _bits(self, text: str) -> NDArray[np.bool_]:
         """What `log.bits` wrote, (n_layers, n_heads)."""

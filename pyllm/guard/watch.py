@@ -45,15 +45,17 @@ class Watch:
         self._native, self._n_batch = native, n_batch
         self._demanded: int | None = None
         self._log: DecisionLog | None = None
+        self.follow(policy)  # first: a log is not emptied for what is refused
+        self._logged_policy = str(policy)
         if guard.log is not None:
             shape = {"n_layers": native.info.n_layers, "n_heads": native.info.n_heads}
-            header = {**identity, "policy": str(policy), **shape, "guard": _shown(guard)}
+            header = {**identity, "policy": self._logged_policy, **shape, "guard": _shown(guard)}
             self._log = DecisionLog(Path(guard.log), header, guard.log_bytes, guard.log_masses)
-        self.follow(policy)
 
     def follow(self, policy: Policy) -> None:
         """Watches another policy from here on; control starts over."""
         guard, info = self.guard, self._native.info
+        self._policy = str(policy)
         self._controller = Controller(
             policy, info.n_layers, info.n_heads, guard.miss_target, guard.lost_limit
         )
@@ -160,10 +162,16 @@ class Watch:
         elif self._applied is not self.control:
             settings = self._controller.native(self.control)
             if self._log:
-                share = settings["page_share"] if settings.get("page_bits") else None
-                self._log.control(position, settings["thresholds"], share)
+                self._log_control(self._log, position, settings)
             self._native.set_attention(**settings)
             self._applied = self.control
+
+    def _log_control(self, log: DecisionLog, position: int, settings: Mapping[str, Any]) -> None:
+        if self._logged_policy != self._policy:
+            log.policy(position, self._policy)
+            self._logged_policy = self._policy
+        share = settings["page_share"] if settings.get("page_bits") else None
+        log.control(position, settings["thresholds"], share)
 
     def _set_dense(self) -> None:
         if self._applied is not self._dense:
