@@ -302,7 +302,16 @@ MISSED = '"missed": "00", "page_missed": "00"'
             "line 2: lost shares outside",
         ),
         (f'{HEADER}\n{{"control": 0, "threshold": [0.1, 0.2], "page_share": null}}\n', "line 2: numbers"),
-        (f'{HEADER}\n{{"repair": 5, "first": 1, "stop": 9, "lost": "x"}}\n', "line 2: could not convert"),
+        (f'{HEADER}\n{{"repair": 5, "first": 1, "stop": 9, "lost": "x"}}\n', "line 2: lost is 'x'"),
+        (f'{HEADER}\n{{"repair": 5, "first": 1, "stop": 9, "lost": "nan"}}\n', "line 2: lost is 'nan'"),
+        (f'{HEADER}\n{{"repair": 5, "first": 1, "stop": 9, "lost": NaN}}\n', "line 2: not JSON"),
+        (
+            f'{HEADER}\n{{"control": 5, "threshold": null, "page_share": 1e999}}\n',
+            "line 2: page_share is inf",
+        ),
+        ('{"pyllm_log": 1, "n_layers": 4096, "n_heads": 4096}\n', "line 1: n_layers and n_heads are"),
+        (f'{HEADER[:-1]}, "guard": "abc"}}\n', "line 1: guard is 'abc'"),
+        (f'{HEADER[:-1]}, "guard": [1, 2]}}\n', r"line 1: guard is \[1, 2\]"),
     ],
 )
 def test_a_damaged_log_is_one_clear_error(
@@ -318,6 +327,16 @@ def test_a_damaged_log_is_one_clear_error(
     assert out == ""
     assert err.count("\n") == 1
     assert str(path) in err
+
+
+def test_names_are_no_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    names = '"model": "[/x]", "fingerprint": "[red]", "policy": "[/]", "guard": {"[/y]": "[/z]"}'
+    changed = '{"policy": 3, "name": "[/w]"}'
+    (tmp_path / "log").write_text(f"{HEADER[:-1]}, {names}}}\n{changed}\n")
+    assert main(["log", str(tmp_path / "log")]) == 0
+    out = capsys.readouterr().out
+    for text in ("[/x] ([red])", "[/]", "[/y] [/z]", "[/w]"):
+        assert text in out
 
 
 def test_other_versions_and_missing_files(tmp_path: Path) -> None:

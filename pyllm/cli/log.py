@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from pyllm.cli.terminal import percent, render
 from pyllm.guard.log_summary import LogSummary
@@ -48,7 +49,7 @@ def overview(summary: LogSummary) -> Table:
         ("lost share", f"mean {share(tally.lost_share)}"),
         ("repairs", f"{len(summary.repairs):,}"),
     ):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # a name is no markup
     if summary.cut_off:
         table.add_row("remark", "the last line is cut off and left out: its writer was stopped")
     return table

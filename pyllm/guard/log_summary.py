@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +16,8 @@ from pyllm.errors import FileError, FormatError, UnsupportedError
 from pyllm.guard.audit import Audit
 from pyllm.guard.log import VERSION
 from pyllm.guard.tally import Tally
+
+MOST_HEADS = 2**16  # of all layers; the largest models have a quarter of them
 
 
 @dataclass
@@ -70,8 +73,10 @@ class LogSummary:
                 f"{path}: line 1: decision log of version {version!r}, this pyllm reads {VERSION}"
             )
         shape = header.get("n_layers"), header.get("n_heads")
-        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= 4096 for n in shape):
+        if not _is_shape(shape):
             raise FormatError(f"{path}: line 1: n_layers and n_heads are {shape}")
+        if not isinstance(header.get("guard", {}), dict):
+            raise FormatError(f"{path}: line 1: guard is {header['guard']!r}, expected its settings")
         tally = Tally.empty(header["n_layers"], header["n_heads"])
         return cls(header, tally, np.zeros_like(tally.local))
 
@@ -113,11 +118,13 @@ class LogSummary:
         thresholds, share = entry["threshold"], entry["page_share"]
         if thresholds is not None:
             thresholds = _numbers(thresholds, [self.local.shape, self.local.shape[:1]])
-        self.controls.append((entry["control"], thresholds, None if share is None else float(share)))
+        self.controls.append(
+            (entry["control"], thresholds, None if share is None else _share(entry, "page_share"))
+        )
 
     def _add_repair(self, entry: dict[str, Any]) -> None:
         first, stop = _whole(entry, "first"), _whole(entry, "stop")
-        self.repairs.append((entry["repair"], first, stop, float(entry["lost"])))
+        self.repairs.append((entry["repair"], first, stop, _share(entry, "lost")))
 
     def _add_rewind(self, entry: dict[str, Any]) -> None:
         self.rewinds += 1
@@ -144,12 +151,29 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
     try:
-        entry = json.loads(line)
+        entry = json.loads(line, parse_constant=_refused)
     except (ValueError, RecursionError):
         raise FormatError(f"{path}: line {number}: not JSON") from None
     if not isinstance(entry, dict):
         raise FormatError(f"{path}: line {number}: expected a JSON object")
     return entry
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _is_shape(shape: tuple[Any, ...]) -> bool:
+    """Of a model: also what a summary of so many heads holds has its bound."""
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= MOST_HEADS for n in shape)
+    return whole and math.prod(shape) <= MOST_HEADS
+
+
+def _share(entry: dict[str, Any], name: str) -> float:
+    value = entry[name]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}, expected a share, 0 to 1")
+    return float(value)
 
 
 def _whole(entry: dict[str, Any], name: str) -> int:
