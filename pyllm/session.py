@@ -189,11 +189,7 @@ class Session:
         What a repair made dense for a reason that is now gone is evaluated again, so that the same tokens
         give the same decisions whatever was there before.
         """
-        if not self.watch:
-            return n_tokens
-        kept = self.watch.rewind(n_tokens)
-        self._native.rewind(kept)
-        return kept
+        return self.watch.rewind(n_tokens) if self.watch else n_tokens
 
     def verify(self) -> NDArray[np.float32] | None:
         """Has the guard audit the last token, where it is not verified yet.

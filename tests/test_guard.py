@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import native
-from pyllm import LLM, Adaptive, ArgumentError, Dense, Guard, Session, _native
+from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, Guard, Session, _native
 from pyllm.evaluate import texts
 from pyllm.generation import Request, Sampling, TokenLogprob
 from pyllm.guard.controller import Control
@@ -178,6 +178,32 @@ def test_a_damaged_sketch_is_repaired(sharp: LLM) -> None:
     assert state(guarded) == state(plain)
     assert healthy.stats.guard
     assert healthy.stats.guard.repairs == 0
+
+
+def test_a_preset_is_repaired(sharp: LLM) -> None:
+    """A fitted estimate, pages and layers that never are local, as profiles have them."""
+    n_kv_heads, head_dim = sharp.info.n_kv_heads, sharp.info.head_dim
+    coefficients = np.broadcast_to([0.3, 0.4, 0.1], (2, sharp.info.n_heads, 3))
+    means = np.zeros((2, n_kv_heads, head_dim))
+    covariances = np.broadcast_to(np.eye(head_dim), (2, n_kv_heads, head_dim, head_dim))
+    fitted = Calibration(coefficients, means, covariances, (16, 600))
+    pages = Adaptive([0.05, 2.0], window=64, page_bits=3, page_share=0.05)
+    preset = replace(pages, estimate="maximum", calibration=fitted)
+    tokens, guard = ids(900), Guard(audit_rate=1 / 16, control_period=1024, lost_limit=0.5)
+    guarded = session(sharp, preset, guard)
+    stretch, logits = repaired(guarded, tokens)
+    plain, faulty = session(sharp, preset, None), session(sharp, preset, None)
+    for token in tokens[: stretch.cause + 1]:  # as guarded had them: pages depend on how a prompt is cut
+        faulty.eval([token])
+        if faulty.position <= stretch.first:
+            plain.eval([token])
+    plain.attention = Dense(window=64)
+    expected = plain.eval(tokens[stretch.first : stretch.cause + 1])
+    np.testing.assert_array_equal(logits, expected)
+    assert state(guarded) == state(plain) != state(faulty)
+    assert guarded.stats.pages_read
+    assert 0 < (guarded.stats.layers[0].heads_local or 0) < 100
+    assert guarded.stats.layers[1].heads_local == 0
 
 
 def found_in(session: Session, pieces: Iterable[list[int]]) -> Tally:

@@ -175,18 +175,42 @@ def test_the_step_is_the_formula() -> None:
     assert math.log(share / (1 - share)) == pytest.approx(math.log(0.005 / 0.995) + control.page_shift)
 
 
-def test_the_ends_are_everything_and_nothing() -> None:
-    policy = controller(Adaptive(np.linspace(0, 1.2, 12).reshape(N_LAYERS, N_HEADS), page_bits=2))
+def ends(policy: Controller) -> tuple[Control, Control]:
+    """Where nothing but misses leads to, and none."""
     strict = loose = Control.none(N_LAYERS)
     for _ in range(200):
         strict = policy.step(strict, [audit_with(1.0, page_missed=1.0)])
         loose = policy.step(loose, [audit_with(0.0)])
+    return strict, loose
+
+
+def test_the_ends_are_everything_and_nothing() -> None:
+    policy = controller(Adaptive(np.linspace(0, 1, 12).reshape(N_LAYERS, N_HEADS), page_bits=2))
+    strict, loose = ends(policy)
     assert (policy.native(strict)["thresholds"] > 1).all()
     assert (policy.native(strict)["page_bits"], policy.native(loose)["page_bits"]) == (0, 2)
     assert (policy.native(loose)["thresholds"] == 0).all()
     assert policy.native(loose)["page_share"] == pytest.approx(1 / (1 + math.exp(-PAGE_MARGIN[1])))
     # No farther than the ends: one way back is not longer than the range.
     assert np.ptp([strict.shift, loose.shift]) <= 4 * MARGIN
+
+
+def test_heads_that_never_are_local_stay_so() -> None:
+    """Beside some that may be; where none may, the threshold is a start like any other."""
+    thresholds = np.full((N_LAYERS, N_HEADS), 0.9)
+    thresholds[1], thresholds[2, 0] = 2.0, 1.5
+    policy = controller(Adaptive(thresholds))
+    strict, loose = ends(policy)
+    assert strict.shift[1] == loose.shift[1] == 0
+    for control, expected in ((strict, 2), (loose, 0)):
+        found = policy.native(control)["thresholds"]
+        np.testing.assert_array_equal(found[0], expected)
+        np.testing.assert_array_equal(found[1], 2)
+        np.testing.assert_array_equal(found[2], [1.5, *[expected] * (N_HEADS - 1)])
+    # A layer's way back is no longer for a head that never moves.
+    assert strict.shift[2] == strict.shift[0]
+    everywhere = controller(Adaptive([2.0, 1.5, 3.0]))
+    assert (everywhere.native(ends(everywhere)[1])["thresholds"] == 0).all()
 
 
 def test_what_a_repair_finds_at_fault_is_tightened() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from pyllm.cli.terminal import percent, prefill_bar, render
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import texts
 from pyllm.guard import Guard, trial
-from pyllm.guard.bounds import wilson
 from pyllm.llm import LLM
 
 HELP = "Try the guard's controller: does the miss rate reach its target, from any first threshold?"
@@ -51,42 +49,56 @@ def thresholds(text: str) -> tuple[float, ...]:
 
 def run(args: argparse.Namespace) -> int:
     guard = Guard(audit_rate=args.audit_rate, miss_target=args.miss_target, repair=False, seed=args.seed)
-    policy = args.attention or Adaptive(window=256)
+    llm = options.open_llm(args)
+    policy = llm.attention if args.attention else Adaptive(window=256)
     if not isinstance(policy, Adaptive):
         raise ArgumentError(
-            f"--attention: the controller moves adaptive attention's thresholds, not {policy}"
+            f"--attention: the controller moves adaptive attention's thresholds, and {policy} has none"
         )
-    policies = [replace(policy, threshold=start) for start in args.starts]
-    llm = options.open_llm(args)
+    for start in args.starts:
+        trial.starting(policy, start)  # refuses what is no threshold
     least = policy.window + 512
     if not least <= args.document <= llm.n_ctx:
         raise ArgumentError(
             f"--document: expected {least} tokens, for some to lie behind the window, to the context's "
             f"{llm.n_ctx}, got {args.document}"
         )
-    if args.tokens < 2 * trial.PIECE:
-        raise ArgumentError(
-            f"--tokens: expected at least {2 * trial.PIECE}, for two halves, got {args.tokens}"
-        )
+    _require_halves("--tokens", args.tokens)
     tokens = _tokens(llm, args)
+    _require_halves(f"--text: {', '.join(args.text)}" if args.text else "the texts", len(tokens))
     courses, done = [], 0
     with prefill_bar("evaluating") as tick:
 
         def on_tokens(n: int) -> None:
             nonlocal done
             done += n
-            tick(done, len(tokens) * len(policies))
+            tick(done, len(tokens) * len(args.starts))
 
-        for policy in policies:
-            courses.append(trial.run(llm, tokens, policy, guard, args.document, on_tokens))
+        for start in args.starts:
+            courses.append(trial.run(llm, tokens, policy, start, guard, args.document, on_tokens))
     found = [numbers(course, guard) for course in courses]
     if args.json:
-        print(json.dumps({"model": llm.name, "tokens": len(tokens), "courses": found}, indent=1))
+        settings = {name: getattr(args, name) for name in ("document", "miss_target", "audit_rate", "seed")}
+        shown = {
+            "model": llm.name,
+            "policy": str(policy),
+            "tokens": len(tokens),
+            **settings,
+            "courses": found,
+        }
+        print(json.dumps(shown, indent=1, allow_nan=False))
     else:
         target = f"target {100 * guard.miss_target:g} %"
         print(f"{llm.name}: {len(tokens):,} tokens, at most {args.document:,} to a document, {target}")
         print(render(table(found)), end="")
     return 0
+
+
+def _require_halves(what: str, n_tokens: int) -> None:
+    if n_tokens < 2 * trial.PIECE:
+        raise ArgumentError(
+            f"{what}: expected at least {2 * trial.PIECE} tokens, for two halves, got {n_tokens}"
+        )
 
 
 def _tokens(llm: LLM, args: argparse.Namespace) -> Any:
@@ -96,21 +108,20 @@ def _tokens(llm: LLM, args: argparse.Namespace) -> Any:
 
 
 def numbers(course: trial.Course, guard: Guard) -> dict[str, Any]:
-    """Of one course, as the JSON has them. Intervals are of the second half's audits."""
+    """Of one course, as the JSON has them: null where nothing was audited. The interval and what follows it
+    are of the second half."""
     early, late = course.half(False), course.half(True)
-    pairs = late.audits * late.missed.size
-    low, high = wilson(late.missed.sum(), pairs)
     return {
         "start": course.start,
         "audits": early.audits + late.audits,
         "miss_rate_first_half": early.miss_rate,
         "miss_rate_second_half": late.miss_rate,
-        "interval": [float(low), float(high)],
+        "interval": course.interval,
         "of_target": late.miss_rate / guard.miss_target if late.miss_rate is not None else None,
         "heads_local": course.heads_local,
         "lost_share": late.lost_share,
         "thresholds": np.round(course.thresholds, 4).tolist(),
-        "layers": np.round(late.miss_rates()[0].mean(axis=1), 5).tolist(),
+        "layers": np.round(late.miss_rates()[0].mean(axis=1), 5).tolist() if late.audits else None,
     }
 
 

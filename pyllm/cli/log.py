@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from pyllm.cli.terminal import percent, render
 from pyllm.guard.log_summary import LogSummary
 
 HELP = "Sum up a decision log that --log wrote."
 
-COURSE = 12  # lines of the thresholds' course
+COURSE = 12  # lines of what has a course: thresholds, policies, repairs
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +38,7 @@ def overview(summary: LogSummary) -> Table:
     for name, value in (
         ("model", f"{header.get('model')} ({header.get('fingerprint')})"),
         ("policy", f"{header.get('policy')}"),
+        *((f"from token {position:,}", name) for position, name in summary.policies[-COURSE:]),
         ("guard", ", ".join(f"{k} {v}" for k, v in dict(header.get("guard") or {}).items())),
         ("tokens", f"{summary.n_tokens:,}, {summary.n_bulk:,} with a bulk; {summary.rewinds:,} rewinds"),
         ("heads local", percent(100 * int(summary.local.sum()) / pairs if pairs else None)),
@@ -47,7 +49,9 @@ def overview(summary: LogSummary) -> Table:
         ("lost share", f"mean {share(tally.lost_share)}"),
         ("repairs", f"{len(summary.repairs):,}"),
     ):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))  # a name is no markup
+    if summary.cut_off:
+        table.add_row("remark", "the last line is cut off and left out: its writer was stopped")
     return table
 
 

@@ -10,6 +10,10 @@ A rate of all pairs falls with growing τ, from the rate of truly long heads at 
 defined wherever there were audits. (A rate of the heads called local would be undefined where none is, and
 need not fall.) Long heads that read pages have their rate, page_miss, over the same pairs, and page_share
 follows it on the same scale.
+
+Where some heads may be local, those whose threshold is above 1 never are, and stay so: whoever set them
+apart, as `pyllm calibrate` does, measured what opening them costs in divergence, which no miss rate tells.
+Where none may be local that is only the strictest start.
 """
 
 from __future__ import annotations
@@ -59,6 +63,7 @@ class Controller:
         self._target, self._lost_limit = target, lost_limit
         thresholds = self._native["thresholds"]
         self._margins = None if thresholds is None else logit(thresholds, -MARGIN, MARGIN)
+        self._moves = ~never_local(np.zeros((n_layers, n_heads)) if thresholds is None else thresholds)
         self._pages = bool(self._native.get("page_bits"))
         self._page_margin = float(logit(self._native.get("page_share", 0.0), *PAGE_MARGIN))
 
@@ -87,8 +92,10 @@ class Controller:
     def _bounded(self, shift: NDArray[np.float64], page_shift: float) -> Control:
         if self._margins is None:
             shift = np.zeros_like(shift)
-        else:
-            shift = np.clip(shift, -MARGIN - self._margins.max(axis=1), MARGIN - self._margins.min(axis=1))
+        else:  # a layer without a head that moves has no room
+            greatest = self._margins.max(axis=1, initial=-MARGIN, where=self._moves)
+            least = self._margins.min(axis=1, initial=MARGIN, where=self._moves)
+            shift = np.clip(shift, -MARGIN - greatest, MARGIN - least)
         low, high = (end - self._page_margin for end in PAGE_MARGIN)
         return Control(shift, min(max(page_shift, low), high) if self._pages else 0.0)
 
@@ -98,13 +105,20 @@ class Controller:
         if self._margins is not None:
             shift = control.shift[:, None]
             moved = threshold(np.clip(self._margins + shift, -MARGIN, MARGIN))
-            settings["thresholds"] = np.where(shift == 0, settings["thresholds"], moved).astype(np.float32)
+            moves = self._moves & (shift != 0)
+            settings["thresholds"] = np.where(moves, moved, settings["thresholds"]).astype(np.float32)
         if self._pages and control.page_shift:
             margin = self._page_margin + control.page_shift
             settings["page_share"] = float(1 / (1 + np.exp(-margin)))
             if margin <= PAGE_MARGIN[0]:
                 settings["page_bits"] = 0
         return settings
+
+
+def never_local(thresholds: ArrayLike) -> NDArray[np.bool_]:
+    """Which of these the controller leaves: those above 1 among others that are not. Shaped as they are."""
+    above = np.asarray(thresholds) > 1
+    return above & ~above.all()
 
 
 def logit(share: ArrayLike, low: float, high: float) -> NDArray[np.float64]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from pyllm.guard.audit import Audit
 from pyllm.guard.log import VERSION
 from pyllm.guard.tally import Tally
 
+MOST_HEADS = 2**16  # of all layers; the largest models have a quarter of them
+
 
 @dataclass
 class LogSummary:
@@ -24,7 +27,9 @@ class LogSummary:
     header: the first line. n_tokens: evaluated under the policy, not densely for a repair; n_bulk: of these
     with a bulk; local: (n_layers, n_heads) how often of these. n_bytes, n_read: of their bulks. tally: of the
     audits. controls: (position, thresholds (n_layers,) or (n_layers, n_heads) or None, page_share or None),
-    each holding from there on. repairs: (cause, first, stop, lost share). rewinds: how many.
+    each holding from there on. repairs: (cause, first, stop, lost share). rewinds: how many. policies:
+    (position, name), each from there on, after that of the header. cut_off: the last line has no end, as
+    where its writer was stopped, and counts for nothing.
     """
 
     header: dict[str, Any]
@@ -37,15 +42,21 @@ class LogSummary:
     rewinds: int = 0
     controls: list[tuple[int, NDArray[np.float64] | None, float | None]] = field(default_factory=list)
     repairs: list[tuple[int, int, int, float]] = field(default_factory=list)
+    policies: list[tuple[int, str]] = field(default_factory=list)
+    cut_off: bool = False
 
     @classmethod
     def of(cls, path: Path) -> LogSummary:
         """Raises FileError where the file cannot be read; FormatError, naming file and line, where it is no
         decision log or damaged; UnsupportedError for a version unknown here."""
         lines = _lines(path)
-        number, header = next(lines, (1, {}))
-        summary = cls._begin(path, header)
-        for number, entry in lines:
+        _, first = next(lines, (1, b"{}"))
+        summary = cls._begin(path, _entry(path, 1, first))
+        for number, line in lines:
+            if not line.endswith(b"\n"):
+                summary.cut_off = True
+                break
+            entry = _entry(path, number, line)
             try:
                 summary._add(entry)
             except (KeyError, TypeError, ValueError, OverflowError) as error:
@@ -62,8 +73,10 @@ class LogSummary:
                 f"{path}: line 1: decision log of version {version!r}, this pyllm reads {VERSION}"
             )
         shape = header.get("n_layers"), header.get("n_heads")
-        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= 4096 for n in shape):
+        if not _is_shape(shape):
             raise FormatError(f"{path}: line 1: n_layers and n_heads are {shape}")
+        if not isinstance(header.get("guard", {}), dict):
+            raise FormatError(f"{path}: line 1: guard is {header['guard']!r}, expected its settings")
         tally = Tally.empty(header["n_layers"], header["n_heads"])
         return cls(header, tally, np.zeros_like(tally.local))
 
@@ -74,6 +87,7 @@ class LogSummary:
             "control": self._add_control,
             "repair": self._add_repair,
             "rewind": self._add_rewind,
+            "policy": self._add_policy,
         }
         kind = next(iter(entry), "")
         if kind not in kinds:
@@ -104,14 +118,19 @@ class LogSummary:
         thresholds, share = entry["threshold"], entry["page_share"]
         if thresholds is not None:
             thresholds = _numbers(thresholds, [self.local.shape, self.local.shape[:1]])
-        self.controls.append((entry["control"], thresholds, None if share is None else float(share)))
+        self.controls.append(
+            (entry["control"], thresholds, None if share is None else _share(entry, "page_share"))
+        )
 
     def _add_repair(self, entry: dict[str, Any]) -> None:
         first, stop = _whole(entry, "first"), _whole(entry, "stop")
-        self.repairs.append((entry["repair"], first, stop, float(entry["lost"])))
+        self.repairs.append((entry["repair"], first, stop, _share(entry, "lost")))
 
     def _add_rewind(self, entry: dict[str, Any]) -> None:
         self.rewinds += 1
+
+    def _add_policy(self, entry: dict[str, Any]) -> None:
+        self.policies.append((entry["policy"], str(entry["name"])))
 
     def _bits(self, text: str) -> NDArray[np.bool_]:
         """What `log.bits` wrote, (n_layers, n_heads)."""
@@ -121,26 +140,40 @@ class LogSummary:
         return np.unpackbits(data, count=self.local.size).reshape(self.local.shape).astype(bool)
 
 
-def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, entry) of every line."""
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number, line) of every line."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, _entry(path, number, line)
+            yield from enumerate(file, 1)
     except OSError as error:
         raise FileError(f"{path}: the log could not be read: {error.strerror or error}") from None
 
 
 def _entry(path: Path, number: int, line: bytes) -> dict[str, Any]:
-    if not line.endswith(b"\n"):
-        raise FormatError(f"{path}: line {number}: the line is cut off")
     try:
-        entry = json.loads(line)
+        entry = json.loads(line, parse_constant=_refused)
     except (ValueError, RecursionError):
         raise FormatError(f"{path}: line {number}: not JSON") from None
     if not isinstance(entry, dict):
         raise FormatError(f"{path}: line {number}: expected a JSON object")
     return entry
+
+
+def _refused(constant: str) -> Any:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _is_shape(shape: tuple[Any, ...]) -> bool:
+    """Of a model: also what a summary of so many heads holds has its bound."""
+    whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 < n <= MOST_HEADS for n in shape)
+    return whole and math.prod(shape) <= MOST_HEADS
+
+
+def _share(entry: dict[str, Any], name: str) -> float:
+    value = entry[name]
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+        raise ValueError(f"{name} is {value!r}, expected a share, 0 to 1")
+    return float(value)
 
 
 def _whole(entry: dict[str, Any], name: str) -> int:

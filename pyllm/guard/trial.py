@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import Adaptive
-from pyllm.guard.controller import Control
+from pyllm.evaluate.metrics import student
+from pyllm.guard.bounds import wilson
+from pyllm.guard.controller import Control, never_local
 from pyllm.guard.settings import Guard
 from pyllm.guard.tally import Tally
 from pyllm.llm import LLM
@@ -36,6 +39,13 @@ class Course:
         return sum_of([tally for tally in found if tally])
 
     @property
+    def interval(self) -> tuple[float, float] | None:
+        """95 % confidence interval of the second half's miss rate. None for fewer than two pieces with
+        audits."""
+        found = [piece.guard for piece in self.pieces[len(self.pieces) // 2 :] if piece.guard]
+        return rate_interval([tally for tally in found if tally.audits])
+
+    @property
     def heads_local(self) -> float | None:
         """Per cent, in the second half."""
         late = [piece.layer_counts for piece in self.pieces[len(self.pieces) // 2 :]]
@@ -49,6 +59,26 @@ def sum_of(tallies: Sequence[Tally]) -> Tally:
     return total
 
 
+def rate_interval(pieces: Sequence[Tally]) -> tuple[float, float] | None:
+    """95 % confidence interval of the miss rate of pieces of text, each with audits. None for fewer than two.
+
+    Heads of one token err together and neighbouring tokens resemble each other, so that pieces are what
+    counts as independent: Student's t over them, of a ratio of sums, on the rate's logarithm, which keeps it
+    above 0. Where nothing was missed, the upper end is Wilson's with every audit as one draw.
+    """
+    n = len(pieces)
+    if n < 2:
+        return None
+    missed = np.array([piece.missed.mean() for piece in pieces])
+    audits = np.array([piece.audits for piece in pieces])
+    rate = float(missed.sum() / audits.sum())
+    if rate == 0:
+        return 0.0, float(wilson(0, audits.sum())[1])
+    variance = n / (n - 1) * float(np.square(missed - rate * audits).sum()) / float(audits.sum()) ** 2
+    half = student(n - 1) * math.sqrt(variance) / rate
+    return rate * math.exp(-half), min(1.0, rate * math.exp(half))
+
+
 def mixed(texts: Sequence[NDArray[np.int32]], n_tokens: int) -> NDArray[np.int32]:
     """At most n_tokens ids (n,) of all texts in turn, STRETCH of one after STRETCH of the other."""
     longest = max(map(len, texts))
@@ -56,19 +86,34 @@ def mixed(texts: Sequence[NDArray[np.int32]], n_tokens: int) -> NDArray[np.int32
     return np.concatenate(parts)[:n_tokens]
 
 
+def starting(policy: Adaptive, start: float) -> Adaptive:
+    """With this first threshold for all heads but those that never are local, as `never_local` has it.
+
+    Beside these a start above 1 is 1: nothing is local then either, but may become so. Raises ArgumentError
+    for a start that is no threshold.
+    """
+    thresholds = np.asarray(policy.threshold)
+    never = never_local(thresholds)
+    if not never.any():
+        return replace(policy, threshold=start)
+    return replace(policy, threshold=np.where(never, thresholds, min(start, 1.0)))
+
+
 def run(
     llm: LLM,
     tokens: NDArray[np.int32],
     policy: Adaptive,
+    start: float,
     guard: Guard,
     n_ctx: int,
     on_tokens: Callable[[int], None],
 ) -> Course:
     """Evaluates tokens, cut into equal documents that fit n_ctx; control is handed on from one to the next.
 
-    policy: with one threshold for all heads. on_tokens: called with the number of tokens after every piece.
+    start: the first threshold, as `starting` takes it. on_tokens: called with the number of tokens after
+    every piece.
     """
-    session = llm.session(n_ctx=n_ctx, attention=policy)
+    session = llm.session(n_ctx=n_ctx, attention=starting(policy, start))
     pieces: list[Stats] = []
     control: Control | None = None
     for document in np.array_split(tokens, -(-len(tokens) // n_ctx)):
@@ -81,4 +126,4 @@ def run(
             on_tokens(len(document[at : at + PIECE]))
         assert session.watch
         control, thresholds = session.watch.control, session.watch.thresholds()
-    return Course(float(np.asarray(policy.threshold)), pieces, thresholds[:, 0])
+    return Course(start, pieces, thresholds[:, 0])

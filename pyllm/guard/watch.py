@@ -45,15 +45,17 @@ class Watch:
         self._native, self._n_batch = native, n_batch
         self._demanded: int | None = None
         self._log: DecisionLog | None = None
+        self.follow(policy)  # first: a log is not emptied for what is refused
+        self._logged_policy = str(policy)
         if guard.log is not None:
             shape = {"n_layers": native.info.n_layers, "n_heads": native.info.n_heads}
-            header = {**identity, "policy": str(policy), **shape, "guard": _shown(guard)}
+            header = {**identity, "policy": self._logged_policy, **shape, "guard": _shown(guard)}
             self._log = DecisionLog(Path(guard.log), header, guard.log_bytes, guard.log_masses)
-        self.follow(policy)
 
     def follow(self, policy: Policy) -> None:
         """Watches another policy from here on; control starts over."""
         guard, info = self.guard, self._native.info
+        self._policy = str(policy)
         self._controller = Controller(
             policy, info.n_layers, info.n_heads, guard.miss_target, guard.lost_limit
         )
@@ -108,10 +110,13 @@ class Watch:
         return self._timeline.boundary(position)
 
     def rewind(self, n: int) -> int:
-        """Follows a rewind to n tokens; returns how many of these stand, the rest must be evaluated again."""
-        if self._log:
+        """Follows a rewind to n tokens. Returns how many of these stand; the others are dropped too, and must
+        be evaluated again."""
+        kept = self._timeline.rewind(n)
+        self._native.rewind(kept)
+        if self._log:  # last: a full disk must not keep what no longer stands
             self._log.rewind(n)
-        return self._timeline.rewind(n)
+        return kept
 
     def pin_repair(self) -> int:
         """Keeps what the latest repair made dense, whatever follows its first token; returns its position."""
@@ -127,7 +132,8 @@ class Watch:
         """Evaluates one batch at the session's position; it does not go beyond `stop` of that.
 
         Where an audit fails, from the last clean one on everything is evaluated again, densely, before this
-        returns; rows are then asked for again. A failure in this leaves the session at the last clean audit.
+        returns; rows are then asked for again. A failure, also of the log, leaves the session where the batch
+        began, and one in a repair at the last clean audit.
         """
         first = self._native.position
         stop = first + len(tokens)
@@ -137,17 +143,17 @@ class Watch:
         before = self._native.layer_stats() if self._log else None
         try:
             self._native.eval(tokens, rows(first, stop), record)
+            if record is None:
+                return
+            if before is not None:
+                self._log_tokens(first, record, self._native.layer_stats() - before)
+            failed = self._book(audits(record, first, self.guard.promise))
+            if failed and self.guard.repair:
+                self._repair(failed, stop, rows)
         except BaseException:
             # Ctrl-C may come when the batch is finished already: nothing stays that was not looked at.
-            self._native.rewind(first)
+            self._native.rewind(self._timeline.rewind(first))
             raise
-        if record is None:
-            return
-        if before is not None:
-            self._log_tokens(first, record, self._native.layer_stats() - before)
-        failed = self._book(audits(record, first, self.guard.promise))
-        if failed and self.guard.repair:
-            self._repair(failed, stop, rows)
 
     def _apply(self, position: int) -> None:
         """Gives the library what holds for `position`."""
@@ -155,11 +161,17 @@ class Watch:
             self._set_dense()
         elif self._applied is not self.control:
             settings = self._controller.native(self.control)
+            if self._log:
+                self._log_control(self._log, position, settings)
             self._native.set_attention(**settings)
             self._applied = self.control
-            if self._log:
-                share = settings["page_share"] if settings.get("page_bits") else None
-                self._log.control(position, settings["thresholds"], share)
+
+    def _log_control(self, log: DecisionLog, position: int, settings: Mapping[str, Any]) -> None:
+        if self._logged_policy != self._policy:
+            log.policy(position, self._policy)
+            self._logged_policy = self._policy
+        share = settings["page_share"] if settings.get("page_bits") else None
+        log.control(position, settings["thresholds"], share)
 
     def _set_dense(self) -> None:
         if self._applied is not self._dense:
@@ -204,15 +216,10 @@ class Watch:
         tokens = self._native.tokens[stretch.first : stop]
         self._native.rewind(stretch.first)
         self._set_dense()
-        try:
-            for at in range(0, len(tokens), self._n_batch):
-                part = tokens[at : at + self._n_batch]
-                first = stretch.first + at
-                self._native.eval(part, rows(first, first + len(part)))
-        except BaseException:
-            self._native.rewind(stretch.first)
-            self._timeline.rewind(stretch.first)
-            raise
+        for at in range(0, len(tokens), self._n_batch):
+            part = tokens[at : at + self._n_batch]
+            first = stretch.first + at
+            self._native.eval(part, rows(first, first + len(part)))
         self.tally = self.tally.with_repair(len(tokens))
 
     def _log_tokens(self, first: int, record: Record, spent: NDArray[np.uint64]) -> None:
