@@ -84,25 +84,27 @@ def perplexity(nll: NDArray[np.float64]) -> float:
 
 
 def mean_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
-    """95 % confidence interval of the mean of values (n,) >= 0, which stand in the order of the text.
-
-    Student's t over blocks of neighbouring tokens, as tokens are not independent, on the logarithm of the
-    mean, as few blocks hold most of a divergence: where blocks are lognormal with a deviation of 1, 8 of them
-    have the mean below the upper end in 90 % of cases, where a bootstrap has it in 79 %. None for fewer than
-    two blocks.
-    """
+    """95 % confidence interval of the mean of values (n,) >= 0, which stand in the order of the text: of
+    blocks, as neighbouring tokens are not independent. None for fewer than two blocks."""
     starts = np.arange(0, len(values), BLOCK)
-    n = len(starts)
-    if n < 2:
+    if len(starts) < 2:
         return None
-    sums = np.add.reduceat(values, starts)
-    counts = np.diff(np.append(starts, len(values)))
-    mean = float(values.mean())
-    if mean <= 0:
-        return mean, mean
-    variance = n / (n - 1) * float(np.square(sums - mean * counts).sum()) / len(values) ** 2
-    half = student(n - 1) * math.sqrt(variance) / mean
-    return mean * math.exp(-half), mean * math.exp(half)
+    return ratio_interval(np.add.reduceat(values, starts), np.diff(np.append(starts, len(values))))
+
+
+def ratio_interval(sums: NDArray[np.float64], counts: NDArray[np.integer]) -> tuple[float, float]:
+    """95 % confidence interval of Σ sums / Σ counts, both (n,), n >= 2, of n independent parts, sums >= 0.
+
+    Student's t on the ratio's logarithm, as few parts hold most of a divergence: where parts of one size are
+    lognormal with a deviation of 1, 8 of them have the ratio below the upper end in 90 % of cases, where a
+    bootstrap has it in 79 %.
+    """
+    n, ratio = len(sums), float(sums.sum() / counts.sum())
+    if ratio <= 0:
+        return ratio, ratio
+    variance = n / (n - 1) * float(np.square(sums - ratio * counts).sum()) / float(counts.sum()) ** 2
+    half = student(n - 1) * math.sqrt(variance) / ratio
+    return ratio * math.exp(-half), ratio * math.exp(half)
 
 
 def student(n: int) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -10,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import Adaptive
-from pyllm.evaluate.metrics import student
+from pyllm.evaluate.metrics import ratio_interval
 from pyllm.guard.bounds import wilson
 from pyllm.guard.controller import Control, never_local
 from pyllm.guard.settings import Guard
@@ -63,20 +62,16 @@ def rate_interval(pieces: Sequence[Tally]) -> tuple[float, float] | None:
     """95 % confidence interval of the miss rate of pieces of text, each with audits. None for fewer than two.
 
     Heads of one token err together and neighbouring tokens resemble each other, so that pieces are what
-    counts as independent: Student's t over them, of a ratio of sums, on the rate's logarithm, which keeps it
-    above 0. Where nothing was missed, the upper end is Wilson's with every audit as one draw.
+    counts as independent. Where nothing was missed, the upper end is Wilson's with every audit as one draw.
     """
-    n = len(pieces)
-    if n < 2:
+    if len(pieces) < 2:
         return None
     missed = np.array([piece.missed.mean() for piece in pieces])
     audits = np.array([piece.audits for piece in pieces])
-    rate = float(missed.sum() / audits.sum())
-    if rate == 0:
+    if not missed.any():
         return 0.0, float(wilson(0, audits.sum())[1])
-    variance = n / (n - 1) * float(np.square(missed - rate * audits).sum()) / float(audits.sum()) ** 2
-    half = student(n - 1) * math.sqrt(variance) / rate
-    return rate * math.exp(-half), min(1.0, rate * math.exp(half))
+    low, high = ratio_interval(missed, audits)
+    return low, min(1.0, high)
 
 
 def mixed(texts: Sequence[NDArray[np.int32]], n_tokens: int) -> NDArray[np.int32]:
