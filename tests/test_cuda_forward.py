@@ -265,6 +265,18 @@ def test_sessions_of_one_model_take_turns(path: Path) -> None:
     assert np.array_equal(alone, together)
 
 
+def test_a_thread_begins_anywhere(path: Path, tmp_path: Path) -> None:
+    """Its current GPU may be another one until its first call, which may be to rewind or load."""
+    session = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256).session()
+    session.eval(TOKENS)
+    session.save(tmp_path / "state")
+    expected = session.eval([7])
+    for call in (lambda: session.rewind(len(TOKENS)), lambda: session.load(tmp_path / "state")):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(call).result()
+        assert np.array_equal(session.eval([7]), expected)
+
+
 def test_a_split_cache_is_for_gpus(path: Path) -> None:
     for device, kv in (("cpu", "split"), ("cuda", "both")):
         with pytest.raises(ArgumentError, match="kv"):

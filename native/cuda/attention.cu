@@ -158,7 +158,8 @@ int32_t create(const backend *be, const attention_shape *shape, attention_state 
 }
 
 void cut(const backend *be, attention_state *s, int32_t from, int32_t to) {
-  for (int32_t i = 0; i < s->shape.n_layers; i++) cuda_cut(queue_of(be), s->a, s->layers[i], from, to);
+  queue *q = cuda_enter(be);
+  for (int32_t i = 0; i < s->shape.n_layers; i++) cuda_cut(q, s->a, s->layers[i], from, to);
 }
 
 /* ---- looking in from the host ---- */

@@ -7,6 +7,12 @@ extern "C" {
 #include "error.h"
 }
 
+queue *cuda_enter(const backend *be) {
+  device *d = (device *)be->device;
+  check(&d->queue, cudaSetDevice(d->number));
+  return &d->queue;
+}
+
 namespace {
 int32_t cuda_fail(pyllm_error *err, cudaError_t error, const char *what) {
   cudaGetLastError(); /* so that it is not reported twice */
@@ -65,15 +71,8 @@ int32_t open(int32_t number, void **opened, pyllm_error *err) {
   return PYLLM_OK;
 }
 
-/* Every thread that comes here may have used another device before. */
-queue *begin(const backend *be) {
-  device *d = (device *)be->device;
-  check(&d->queue, cudaSetDevice(d->number));
-  return &d->queue;
-}
-
 void *alloc(const backend *be, size_t bytes) {
-  queue *q = begin(be);
+  queue *q = cuda_enter(be);
   void *memory;
   if (q->error || cudaMalloc(&memory, bytes ? bytes : 1)) {
     cudaGetLastError();
@@ -84,13 +83,13 @@ void *alloc(const backend *be, size_t bytes) {
 }
 
 void release(const backend *be, void *memory) {
-  begin(be);
+  cuda_enter(be);
   cudaFree(memory);
 }
 
 /* cudaMemcpyDefault: the GPU's addresses may be of mapped memory of the host. */
 void copy(const backend *be, void *to, const void *from, size_t bytes) {
-  queue *q = begin(be);
+  queue *q = cuda_enter(be);
   if (!q->error) check(q, cudaMemcpyAsync(to, from, bytes, cudaMemcpyDefault, q->stream));
   if (!q->error) check(q, cudaStreamSynchronize(q->stream));
 }
@@ -103,19 +102,19 @@ void read(const backend *be, void *to, const void *from, size_t bytes) {
 }
 
 int32_t sync(const backend *be, pyllm_error *err) {
-  queue *q = begin(be);
+  queue *q = cuda_enter(be);
   if (!q->error) check(q, cudaStreamSynchronize(q->stream));
   return q->error ? cuda_fail(err, q->error, "the GPU failed; the model must be opened again") : PYLLM_OK;
 }
 } // namespace
 
 static void graph_begin(const backend *be) {
-  queue *q = begin(be);
+  queue *q = cuda_enter(be);
   if (!q->error) check(q, cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal));
 }
 
 static void *graph_end(const backend *be) {
-  queue *q = begin(be);
+  queue *q = queue_of(be);
   cudaGraph_t written = nullptr;
   cudaGraphExec_t graph = nullptr;
   check(q, cudaStreamEndCapture(q->stream, &written));
@@ -125,17 +124,17 @@ static void *graph_end(const backend *be) {
 }
 
 static void graph_run(const backend *be, void *graph) {
-  queue *q = begin(be);
+  queue *q = cuda_enter(be);
   if (!q->error) check(q, cudaGraphLaunch((cudaGraphExec_t)graph, q->stream));
 }
 
 static void graph_free(const backend *be, void *graph) {
-  begin(be);
+  cuda_enter(be);
   if (graph) cudaGraphExecDestroy((cudaGraphExec_t)graph);
 }
 
 void *cuda_alloc_mapped(const backend *be, size_t bytes, void **host) {
-  queue *q = begin(be);
+  queue *q = cuda_enter(be);
   void *memory = nullptr;
   *host = nullptr;
   if (q->error || cudaHostAlloc(host, bytes, cudaHostAllocMapped)) {
@@ -149,7 +148,7 @@ void *cuda_alloc_mapped(const backend *be, size_t bytes, void **host) {
 }
 
 void cuda_free_mapped(const backend *be, void *host) {
-  queue *q = begin(be);
+  queue *q = cuda_enter(be);
   if (host && !q->error) check(q, cudaStreamSynchronize(q->stream)); /* kernels may still write there */
   cudaFreeHost(host);
 }
@@ -175,7 +174,7 @@ static void from_staging(device *d, void *to, size_t offset, size_t bytes) {
 
 void cuda_begin(const backend *be, int32_t position, int32_t n) {
   device *d = (device *)be->device;
-  queue *q = begin(be);
+  queue *q = cuda_enter(be);
   if (!q->error) check(q, cudaStreamSynchronize(q->stream)); /* the last batch has been read from the staging memory */
   if (!need_staging(d, 0)) return;
   step now = {position, n};

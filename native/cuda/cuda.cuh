@@ -32,6 +32,9 @@ inline bool few_tokens(int32_t n) { return n <= FEW_TOKENS; }
 
 extern const attention_ops cuda_attention_ops; /* attention.cu */
 
+/* The queue, at the head of every call that is no stage: whichever thread it comes from has used another GPU before. Stages
+ * follow in the same thread and may be captured, which forbids that: they take queue_of. */
+queue *cuda_enter(const backend *be);
 inline queue *queue_of(const backend *be) { return &((device *)be->device)->queue; }
 inline const step *step_of(const backend *be) { return ((device *)be->device)->step; }
 

@@ -112,6 +112,7 @@ int32_t finish(queue *q, pyllm_error *err) {
 
 queue open_queue() {
   queue q = {};
+  check(&q, cudaSetDevice(0));
   check(&q, cudaStreamCreateWithFlags(&q.stream, cudaStreamNonBlocking));
   return q;
 }

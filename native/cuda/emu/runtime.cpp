@@ -17,6 +17,10 @@ struct emu_stream {
   std::atomic_flag busy; /* a command is on its way: those of a session's turn come from one thread at a time */
 };
 
+/* The one device; every thread begins on another, as it may on a machine with two. */
+enum { DEVICE = 0, OTHER_DEVICE = 1 };
+static thread_local int current_device = OTHER_DEVICE;
+
 static size_t memory_bytes = (size_t)4 << 30, memory_used;
 static cudaError_t last_error;
 
@@ -44,9 +48,13 @@ cudaError_t cudaGetDeviceCount(int *n) {
   *n = 1;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device ? failed(cudaErrorInvalidDevice) : cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  if (device != DEVICE) return failed(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int device) {
-  if (device) return failed(cudaErrorInvalidDevice);
+  if (device != DEVICE) return failed(cudaErrorInvalidDevice);
   *out = {"emulated on the processor", 9, 0, 2, memory_bytes, 227 << 10};
   return cudaSuccess;
 }
@@ -65,6 +73,7 @@ const char *cudaGetErrorString(cudaError_t error) {
   case cudaSuccess: return "no error";
   case cudaErrorMemoryAllocation: return "out of memory";
   case cudaErrorInvalidDevice: return "invalid device ordinal";
+  case cudaErrorInvalidResourceHandle: return "a stream of a device that is not the thread's current one";
   case cudaErrorIllegalState: return "a stream that two threads use at once";
   case cudaErrorLaunchFailure: return emu::failure();
   default: return "invalid argument";
@@ -74,6 +83,7 @@ const char *cudaGetErrorString(cudaError_t error) {
 /* ---- memory ---- */
 
 cudaError_t cudaMalloc(void **out, size_t bytes) {
+  if (current_device != DEVICE) return failed(cudaErrorInvalidDevice);
   size_t free, total;
   cudaMemGetInfo(&free, &total);
   *out = bytes <= free ? malloc(bytes) : nullptr;
@@ -103,6 +113,7 @@ cudaError_t cudaHostGetDevicePointer(void **out, void *at, unsigned) {
 /* ---- streams ---- */
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
+  if (current_device != DEVICE) return failed(cudaErrorInvalidDevice);
   *out = new (std::nothrow) emu_stream{nullptr, cudaSuccess, ATOMIC_FLAG_INIT};
   return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }
@@ -125,6 +136,7 @@ cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stre
 }
 
 cudaError_t emu::launch(cudaStream_t stream, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> thread) {
+  if (current_device != DEVICE) return failed(cudaErrorInvalidResourceHandle);
   return submit(stream,
                 [=] { return emu::run(grid, block, shared_bytes, thread) ? cudaSuccess : cudaErrorLaunchFailure; });
 }

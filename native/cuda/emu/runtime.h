@@ -1,5 +1,6 @@
 /* The part of CUDA's runtime that the backend uses, over the host's memory. Streams do at once what they are given;
- * while one is captured it only writes it down. A stream that two threads use at once is an error. */
+ * while one is captured it only writes it down. A stream that two threads use at once is an error, and so is one whose
+ * device is not the thread's current one: a thread's first call has to be cudaSetDevice. */
 #ifndef PYLLM_CUDA_EMU_RUNTIME_H
 #define PYLLM_CUDA_EMU_RUNTIME_H
 #include <cstddef>
@@ -13,6 +14,7 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDevice = 101,
+  cudaErrorInvalidResourceHandle = 400,
   cudaErrorIllegalState = 401,
   cudaErrorLaunchFailure = 719
 };
