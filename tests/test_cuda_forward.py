@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from emulated import GIGABYTE, is_emulated, set_memory
+from emulated import GIGABYTE, fail_next, is_emulated, set_memory
 from pyllm import LLM, Adaptive, Calibration, Dense, Oracle, Session, Static, Window, _native
 from pyllm.attention import Policy
-from pyllm.errors import ArgumentError, InsufficientMemoryError, UnsupportedError
+from pyllm.errors import ArgumentError, InsufficientMemoryError, PyllmError, UnsupportedError
 from tiny_models import write_tiny
 
 pytestmark = pytest.mark.usefixtures("emulated_gpu")
@@ -117,6 +118,59 @@ def test_a_token_is_one_launch(path: Path, policy: Policy) -> None:
         s.attention = Dense(sinks=4, window=30)
     follow(3)
     assert calls(session)["token"] - after["token"] == 3 + 2
+
+
+@pytest.mark.skipif(not is_emulated, reason="a real GPU does not fail when it is told to")
+@pytest.mark.parametrize("call", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
+def test_a_token_that_cannot_be_written_down(path: Path, call: str) -> None:
+    """It goes stage by stage, and the next one is tried again, once."""
+    llm = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256)
+    session, stages = llm.session(), llm.session()
+    for s in (session, stages):
+        s.eval(TOKENS[:100])
+
+    def written(n: int) -> int:
+        """How many of n tokens were one launch."""
+        before = calls(session)["token"]
+        for token in TOKENS[session.position : session.position + n]:
+            expected = stages.eval([token], record=stages.new_record(1))
+            assert np.array_equal(session.eval([token]), expected)
+        return calls(session)["token"] - before
+
+    assert written(1) == 0
+    fail_next(call, 2)
+    assert [written(1), written(2)] == [0, 2]
+    for s in (session, stages):
+        s.attention = Dense(sinks=4, window=30)
+    assert written(1) == 0
+    fail_next(call, 2, times=2)
+    assert written(4) == 0
+
+
+def test_a_stopped_token_loads_no_kernels(path: Path) -> None:
+    """So the one after it goes stage by stage, too."""
+    llm = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256)
+    session, stopped = llm.session(), Event()
+
+    def stop() -> None:
+        while not stopped.is_set():
+            session.abort()
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(stop)
+        try:
+            with pytest.raises(PyllmError, match="evaluation stopped at position 0"):
+                while True:  # until one is stopped that is the first since the policy was set
+                    session.eval([7])
+                    session.attention = POLICIES[0]
+                    session.rewind(0)
+        finally:
+            stopped.set()
+    before = calls(session)
+    session.eval([7])
+    assert calls(session)["token"] == before["token"]
+    session.eval([7])
+    assert calls(session)["token"] == before["token"] + 1
 
 
 @pytest.mark.parametrize("policy", POLICIES[3:7], ids=str)

@@ -59,8 +59,9 @@ void close(void *opened) {
 int32_t open(int32_t number, void **opened, pyllm_error *err) {
   int32_t status = use(number, err);
   if (status) return status;
-  device *d = new (std::nothrow) device{{nullptr, cudaSuccess}, number, nullptr, nullptr, 0};
+  device *d = new (std::nothrow) device{};
   if (!d) return fail(err, PYLLM_ERR_MEMORY, "memory for device cuda:%d was refused", number);
+  d->number = number;
   cudaError_t error = cudaStreamCreateWithFlags(&d->queue.stream, cudaStreamNonBlocking);
   if (!error) error = cudaMalloc((void **)&d->step, sizeof *d->step);
   if (error) {
@@ -110,16 +111,22 @@ int32_t sync(const backend *be, pyllm_error *err) {
 
 static void graph_begin(const backend *be) {
   queue *q = cuda_enter(be);
+  ((device *)be->device)->writing = !q->error;
   if (!q->error) check(q, cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal));
 }
 
+/* A failure since graph_begin is forgotten: whatever it was, such as another thread that waits for the whole device, nothing
+ * has run. */
 static void *graph_end(const backend *be) {
   queue *q = queue_of(be);
   cudaGraph_t written = nullptr;
   cudaGraphExec_t graph = nullptr;
+  if (!((device *)be->device)->writing) return nullptr;
   check(q, cudaStreamEndCapture(q->stream, &written));
   if (!q->error) check(q, cudaGraphInstantiate(&graph, written, 0));
   if (written) cudaGraphDestroy(written);
+  if (q->error) cudaGetLastError();
+  q->error = cudaSuccess;
   return graph;
 }
 

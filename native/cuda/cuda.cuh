@@ -17,6 +17,7 @@ struct step {
 struct device {
   struct queue queue;
   int32_t number; /* of the GPU */
+  bool writing;   /* a graph, and nothing had failed before */
   struct step *step;
   unsigned char
       *staging; /* (staging_bytes) of the host's memory that the GPU copies from: a step, behind it embeddings */

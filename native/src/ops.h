@@ -108,8 +108,8 @@ struct ops {
   /* Waits for all stages called; the first failure of anything so far, after which the backend does nothing more. */
   int32_t (*sync)(const backend *be, pyllm_error *err);
   /* Stages called between graph_begin and graph_end are not done but written down, and done in one launch by graph_run, as
-   * often as wanted: with the same arguments, on what the memory then holds. graph_end: NULL where it failed, as sync
-   * tells. All are NULL on a backend where starting a stage costs nothing. */
+   * often as wanted: with the same arguments, on what the memory then holds. graph_end: NULL where that failed, and
+   * nothing was done. All are NULL on a backend where starting a stage costs nothing. */
   void (*graph_begin)(const backend *be);
   void *(*graph_end)(const backend *be);
   void (*graph_run)(const backend *be, void *graph);

@@ -141,3 +141,5 @@ int32_t hook_emu_matrix_s8(const int8_t *a, const int8_t *b, int32_t *d, pyllm_e
 }
 
 void hook_emu_memory(uint64_t bytes) { emu::set_memory(bytes); }
+
+void hook_emu_fail(const char *call, int32_t error, int32_t times) { emu::fail_next(call, error, times); }

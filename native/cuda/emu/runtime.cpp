@@ -5,6 +5,7 @@
 #include <malloc.h>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 typedef std::vector<std::function<cudaError_t()>> commands;
@@ -25,6 +26,20 @@ static size_t memory_bytes = (size_t)4 << 30, memory_used;
 static cudaError_t last_error;
 
 static cudaError_t failed(cudaError_t error) { return last_error = error; }
+
+/* What a test has asked to fail; the function asks by its name. */
+static struct {
+  std::string call;
+  cudaError_t error;
+  int times;
+} plan;
+
+static cudaError_t planned(const char *call) {
+  if (plan.times == 0 || plan.call != call) return cudaSuccess;
+  plan.times--;
+  return failed(plan.error);
+}
+void emu::fail_next(const char *call, int error, int times) { plan = {call, (cudaError_t)error, times}; }
 
 static void perform(cudaStream_t stream, std::function<cudaError_t()> &command) {
   if (stream->capture) {
@@ -146,15 +161,20 @@ void emu::set_memory(size_t bytes) { memory_bytes = bytes; }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (stream->capture) return failed(cudaErrorInvalidValue);
+  if (cudaError_t error = planned(__func__)) return error;
   stream->capture = new (std::nothrow) emu_graph;
   return stream->capture ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
   *out = stream->capture;
   stream->capture = nullptr;
-  return *out ? cudaSuccess : failed(cudaErrorInvalidValue);
+  if (!*out) return failed(cudaErrorInvalidValue);
+  cudaError_t error = planned(__func__);
+  if (error) cudaGraphDestroy(std::exchange(*out, nullptr));
+  return error;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
+  if (cudaError_t error = planned(__func__)) return error;
   *out = new (std::nothrow) emu_graph(*graph);
   return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }

@@ -74,5 +74,7 @@ namespace emu {
 cudaError_t launch(cudaStream_t stream, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> thread);
 /* The device's memory, for tests of what does not fit. */
 void set_memory(size_t bytes);
+/* The next `times` calls of a function of CUDA fail. Those ask that a test needs (planned, runtime.cpp). */
+void fail_next(const char *call, int error, int times);
 } // namespace emu
 #endif
