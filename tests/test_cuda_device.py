@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from emulated import GIGABYTE, lib
+from emulated import GIGABYTE, fail_next, lib
 from pyllm import LLM, _native
 from pyllm.errors import ArgumentError, DeviceError, InsufficientMemoryError
 from tiny_models import write_tiny
@@ -66,6 +66,20 @@ def test_auto_takes_a_gpu_that_holds_the_model_and_a_session(tiny_model: Path, t
     lib.hook_emu_memory(4 * GIGABYTE)
     odd = write_tiny(tmp_path / "odd.gguf", head_dim=48, n_heads=8, tokenizer=True)
     assert LLM(odd).device == "cpu"  # no kernels for such heads
+
+
+@pytest.mark.usefixtures("emulated_gpu")
+def test_a_gpu_without_kernels(tiny_model: Path) -> None:
+    """An older card, or a library that was built for another: told before anything is loaded onto it."""
+    message = r"no kernels for emulated on the processor, of compute capability 9\.0 \(no kernel image"
+    file = _native.File([tiny_model])
+    for open_it in (_native.device_info, lambda name: _native.Model(file, 1, None, name)):
+        fail_next("cudaFuncGetAttributes", 209)
+        with pytest.raises(DeviceError, match=message):
+            open_it("cuda")
+    fail_next("cudaFuncGetAttributes", 209)
+    assert LLM(tiny_model).device == "cpu"
+    assert LLM(tiny_model).device == "cuda"
 
 
 def test_this_machine(tiny_model: Path) -> None:

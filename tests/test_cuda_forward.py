@@ -156,14 +156,18 @@ def test_a_stopped_token_loads_no_kernels(path: Path) -> None:
         while not stopped.is_set():
             session.abort()
 
+    def first_tokens() -> None:
+        """Of a policy, until one is stopped."""
+        while True:
+            session.eval([7])
+            session.attention = POLICIES[0]
+            session.rewind(0)
+
     with ThreadPoolExecutor(1) as thread:
         thread.submit(stop)
         try:
             with pytest.raises(PyllmError, match="evaluation stopped at position 0"):
-                while True:  # until one is stopped that is the first since the policy was set
-                    session.eval([7])
-                    session.attention = POLICIES[0]
-                    session.rewind(0)
+                first_tokens()
         finally:
             stopped.set()
     before = calls(session)

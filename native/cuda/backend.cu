@@ -20,6 +20,22 @@ int32_t cuda_fail(pyllm_error *err, cudaError_t error, const char *what) {
               cudaGetErrorString(error));
 }
 
+/* Stands for all kernels of this library, which are built for the same GPUs. */
+__global__ void any_kernel() {}
+
+/* Whether the current device, of this number, can run them: told before weights are on their way to it. */
+int32_t check_kernels(int32_t number, pyllm_error *err) {
+  cudaFuncAttributes attributes;
+  cudaError_t error = cudaFuncGetAttributes(&attributes, any_kernel);
+  if (!error) return PYLLM_OK;
+  cudaDeviceProp card = {};
+  cudaGetDeviceProperties(&card, number);
+  cudaGetLastError();
+  return fail(err, PYLLM_ERR_DEVICE,
+              "CUDA cannot be used: the library has no kernels for %.127s, of compute capability %d.%d (%s)", card.name,
+              card.major, card.minor, cudaGetErrorString(error));
+}
+
 int32_t use(int32_t number, pyllm_error *err) {
   int n = 0;
   cudaError_t error = cudaGetDeviceCount(&n);
@@ -29,7 +45,7 @@ int32_t use(int32_t number, pyllm_error *err) {
   if (error) return cuda_fail(err, error, "CUDA cannot be used");
   if (number >= n) return fail(err, PYLLM_ERR_DEVICE, "CUDA device %d is not there: this machine has %d", number, n);
   error = cudaSetDevice(number);
-  return error ? cuda_fail(err, error, "CUDA cannot be used") : PYLLM_OK;
+  return error ? cuda_fail(err, error, "CUDA cannot be used") : check_kernels(number, err);
 }
 
 int32_t info(int32_t number, pyllm_device_info *out, pyllm_error *err) {

@@ -78,6 +78,7 @@ cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
   *total = memory_bytes;
   return cudaSuccess;
 }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, void (*)()) { return planned(__func__); }
 cudaError_t cudaGetLastError() {
   cudaError_t error = last_error;
   last_error = cudaSuccess;
@@ -88,6 +89,7 @@ const char *cudaGetErrorString(cudaError_t error) {
   case cudaSuccess: return "no error";
   case cudaErrorMemoryAllocation: return "out of memory";
   case cudaErrorInvalidDevice: return "invalid device ordinal";
+  case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
   case cudaErrorInvalidResourceHandle: return "a stream of a device that is not the thread's current one";
   case cudaErrorIllegalState: return "a stream that two threads use at once";
   case cudaErrorLaunchFailure: return emu::failure();
