@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from emulated import GIGABYTE, fail_next, is_emulated, set_memory
 from pyllm import LLM, Adaptive, Calibration, Dense, Oracle, Session, Static, Window, _native
 from pyllm.attention import Policy
+from pyllm.device import RESERVE
 from pyllm.errors import ArgumentError, InsufficientMemoryError, PyllmError, UnsupportedError
 from tiny_models import write_tiny
 
@@ -271,7 +272,7 @@ def test_a_context_that_only_a_split_cache_fits(long_path: Path) -> None:
     whole = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 0), 2)
     assert (whole.kv_bytes, whole.host_bytes) == (memory.host_bytes, 0)
     info = _native.device_info("cuda")
-    set_memory(info.total_bytes - info.free_bytes + memory.total + whole.kv_bytes // 2)
+    set_memory(info.total_bytes - info.free_bytes + RESERVE + memory.total + whole.kv_bytes // 2)
     with pytest.raises(InsufficientMemoryError, match=r"a context of 32768 tokens needs .* enough for"):
         LLM(long_path, device="cuda", attention=policy, n_batch=64).session()
     before = _native.device_info("cuda").free_bytes
