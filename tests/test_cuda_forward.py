@@ -15,7 +15,7 @@ from emulated import GIGABYTE, fail_next, is_emulated, set_memory
 from pyllm import LLM, Adaptive, Calibration, Dense, Oracle, Session, Static, Window, _native
 from pyllm.attention import Policy
 from pyllm.device import RESERVE
-from pyllm.errors import ArgumentError, InsufficientMemoryError, PyllmError, UnsupportedError
+from pyllm.errors import ArgumentError, DeviceError, InsufficientMemoryError, PyllmError, UnsupportedError
 from tiny_models import write_tiny
 
 pytestmark = pytest.mark.usefixtures("emulated_gpu")
@@ -303,6 +303,34 @@ def test_a_policy_whose_memory_is_refused_leaves_the_last_one(path: Path) -> Non
         set_memory(4 * GIGABYTE)
         assert session.attention == policy
         assert np.array_equal(session.eval(TOKENS[140:143]), other.eval(TOKENS[140:143]))
+
+
+@pytest.mark.skipif(not is_emulated, reason="a real GPU does not fail when it is told to")
+@pytest.mark.parametrize(
+    ("times", "remedy"), [(1, "the model must be opened"), (100, "this process must be started")]
+)
+def test_a_gpu_that_failed(path: Path, times: int, remedy: str) -> None:
+    """It says what helps, and never that memory was refused."""
+    llm = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256)
+    session = llm.session()
+    fail_next("cudaStreamSynchronize", 700, times)
+    message = f"the GPU failed; {remedy} again: an illegal memory access"
+    for call in (lambda: session.eval([7]), lambda: setattr(session, "attention", POLICIES[3]), llm.session):
+        with pytest.raises(DeviceError, match=message):
+            call()
+
+
+@pytest.mark.skipif(not is_emulated, reason="a real GPU does not fail when it is told to")
+def test_a_batch_whose_memory_is_refused(path: Path) -> None:
+    """Nothing else is lost."""
+    session, other = (LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256).session() for _ in range(2))
+    for s in (session, other):
+        s.eval(TOKENS[:10])
+    fail_next("cudaHostAlloc", 2)
+    with pytest.raises(InsufficientMemoryError, match="memory for a batch of 50 tokens was refused"):
+        session.eval(TOKENS[10:60])
+    assert session.position == 10
+    assert np.array_equal(session.eval(TOKENS[10:60]), other.eval(TOKENS[10:60]))
 
 
 def test_sessions_of_one_model_take_turns(path: Path) -> None:

@@ -99,13 +99,15 @@ int32_t set_policy(const backend *be, attention_state *s, const attention_policy
   device_policy uploaded;
   if (!upload_policy(be, s->shape, *policy, uploaded)) {
     release_policy(be, s->shape, uploaded);
-    return fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for an attention policy was refused");
+    return alloc_failure(be, fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for an attention policy was refused"), err);
   }
   bool resize = policy->page_bits && policy->page_bits != s->sketch_bits;
   layer_sketch *sketches = resize ? new_sketches(be, s, policy->page_bits) : NULL;
   if (resize && !sketches) {
     release_policy(be, s->shape, uploaded);
-    return fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for a key sketch of %d bits was refused", policy->page_bits);
+    int32_t status =
+        fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for a key sketch of %d bits was refused", policy->page_bits);
+    return alloc_failure(be, status, err);
   }
   for (int32_t i = 0; sketches && i < s->shape.n_layers; i++) {
     layer_sketch_free(be, s->layers[i].sketch);
@@ -150,8 +152,9 @@ int32_t create(const backend *be, const attention_shape *shape, attention_state 
   }
   if (!s || !take_memory(be, s)) {
     destroy(be, s);
-    return fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for the KV cache of a context of %d tokens was refused",
-                shape->n_ctx);
+    status = fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for the KV cache of a context of %d tokens was refused",
+                  shape->n_ctx);
+    return alloc_failure(be, status, err);
   }
   *out = s;
   return PYLLM_OK;

@@ -13,6 +13,8 @@ queue *cuda_enter(const backend *be) {
   return &d->queue;
 }
 
+enum { EMBEDDINGS = 64 }; /* where they begin in the staging memory */
+
 namespace {
 int32_t cuda_fail(pyllm_error *err, cudaError_t error, const char *what) {
   cudaGetLastError(); /* so that it is not reported twice */
@@ -80,6 +82,7 @@ int32_t open(int32_t number, void **opened, pyllm_error *err) {
   d->number = number;
   cudaError_t error = cudaStreamCreateWithFlags(&d->queue.stream, cudaStreamNonBlocking);
   if (!error) error = cudaMalloc((void **)&d->step, sizeof *d->step);
+  if (!error) error = cudaHostAlloc((void **)&d->staging, d->staging_bytes = EMBEDDINGS, 0);
   if (error) {
     close(d);
     return cuda_fail(err, error, "CUDA cannot be used");
@@ -121,7 +124,11 @@ void read(const backend *be, void *to, const void *from, size_t bytes) {
 int32_t sync(const backend *be, pyllm_error *err) {
   queue *q = cuda_enter(be);
   if (!q->error) check(q, cudaStreamSynchronize(q->stream));
-  return q->error ? cuda_fail(err, q->error, "the GPU failed; the model must be opened again") : PYLLM_OK;
+  if (!q->error) return PYLLM_OK;
+  bool lasting = cudaStreamSynchronize(q->stream) != cudaSuccess; /* as after an illegal address, for all models */
+  return cuda_fail(err, q->error,
+                   lasting ? "the GPU failed; this process must be started again"
+                           : "the GPU failed; the model must be opened again");
 }
 } // namespace
 
@@ -176,44 +183,45 @@ void cuda_free_mapped(const backend *be, void *host) {
   cudaFreeHost(host);
 }
 
-enum { EMBEDDINGS = 64 }; /* where they begin in the staging memory */
-
-/* Staging memory for n * cols embeddings; only while the GPU does not read what is there. */
-static bool need_staging(device *d, size_t floats) {
-  size_t bytes = EMBEDDINGS + floats * sizeof(float);
-  if (d->queue.error) return false;
+/* Makes the staging memory at least this large; false, and it is as it was, where that is refused. */
+static bool need_staging(device *d, size_t bytes) {
+  unsigned char *larger;
   if (bytes <= d->staging_bytes) return true;
+  if (cudaHostAlloc((void **)&larger, bytes, 0)) {
+    cudaGetLastError();
+    return false;
+  }
+  check(&d->queue, cudaStreamSynchronize(d->queue.stream)); /* the step has been read from the one there was */
   cudaFreeHost(d->staging);
-  d->staging = nullptr;
-  d->staging_bytes = 0;
-  check(&d->queue, cudaHostAlloc((void **)&d->staging, bytes, 0));
-  if (!d->queue.error) d->staging_bytes = bytes;
-  return !d->queue.error;
+  d->staging = larger;
+  d->staging_bytes = bytes;
+  return true;
 }
 
 static void from_staging(device *d, void *to, size_t offset, size_t bytes) {
-  check(&d->queue, cudaMemcpyAsync(to, d->staging + offset, bytes, cudaMemcpyHostToDevice, d->queue.stream));
+  queue *q = &d->queue;
+  if (!q->error) check(q, cudaMemcpyAsync(to, d->staging + offset, bytes, cudaMemcpyHostToDevice, q->stream));
 }
 
 void cuda_begin(const backend *be, int32_t position, int32_t n) {
   device *d = (device *)be->device;
   queue *q = cuda_enter(be);
   if (!q->error) check(q, cudaStreamSynchronize(q->stream)); /* the last batch has been read from the staging memory */
-  if (!need_staging(d, 0)) return;
   step now = {position, n};
   memcpy(d->staging, &now, sizeof now);
   from_staging(d, d->step, 0, sizeof now);
 }
 
 /* The table stays in the file's mapping: what a batch needs of it is less than it is large. */
-void cuda_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
-                int32_t n, float *x) {
+int32_t cuda_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
+                   int32_t n, float *x, pyllm_error *err) {
   device *d = (device *)be->device;
-  size_t floats = (size_t)n * (size_t)cols;
-  if (EMBEDDINGS + floats * sizeof(float) > d->staging_bytes) sync(be, nullptr);
-  if (!need_staging(d, floats)) return;
-  be->cpu->embed(be, type, table, cols, tokens, n, (float *)(d->staging + EMBEDDINGS));
-  from_staging(d, x, EMBEDDINGS, floats * sizeof(float));
+  size_t bytes = (size_t)n * (size_t)cols * sizeof *x;
+  if (!need_staging(d, EMBEDDINGS + bytes))
+    return alloc_failure(be, fail(err, PYLLM_ERR_MEMORY, "memory for a batch of %d tokens was refused", n), err);
+  int32_t status = be->cpu->embed(be, type, table, cols, tokens, n, (float *)(d->staging + EMBEDDINGS), err);
+  if (!status) from_staging(d, x, EMBEDDINGS, bytes);
+  return status;
 }
 
 static const ops cuda_ops = {

@@ -44,8 +44,8 @@ inline const step *step_of(const backend *be) { return ((device *)be->device)->s
 void *cuda_alloc_mapped(const backend *be, size_t bytes, void **host);
 void cuda_free_mapped(const backend *be, void *host);
 void cuda_begin(const backend *be, int32_t position, int32_t n);
-void cuda_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
-                int32_t n, float *x);
+int32_t cuda_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
+                   int32_t n, float *x, pyllm_error *err);
 void cuda_angles(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
                  float *cosine, float *sine);
 void cuda_linear(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs);

@@ -92,6 +92,7 @@ const char *cudaGetErrorString(cudaError_t error) {
   case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
   case cudaErrorInvalidResourceHandle: return "a stream of a device that is not the thread's current one";
   case cudaErrorIllegalState: return "a stream that two threads use at once";
+  case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
   case cudaErrorLaunchFailure: return emu::failure();
   default: return "invalid argument";
   }
@@ -115,6 +116,7 @@ cudaError_t cudaFree(void *at) {
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned) {
+  if (cudaError_t error = planned(__func__)) return error;
   *out = malloc(bytes);
   return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }
@@ -138,7 +140,10 @@ cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   delete stream;
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return stream->error; } /* as on a device, it stays */
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (cudaError_t error = planned(__func__)) return error;
+  return stream->error; /* as on a device, it stays */
+}
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
   return submit(stream, [=] {
     memcpy(to, from, bytes);

@@ -17,6 +17,7 @@ enum cudaError_t {
   cudaErrorNoKernelImageForDevice = 209,
   cudaErrorInvalidResourceHandle = 400,
   cudaErrorIllegalState = 401,
+  cudaErrorIllegalAddress = 700,
   cudaErrorLaunchFailure = 719
 };
 enum cudaMemcpyKind {
