@@ -184,9 +184,15 @@ template <class F> void each_half(int32_t d, F f) {
     }
 }
 
+/* A copy within the host's memory waits for no kernels: those that work on a split cache are waited for here. */
+void settle(const backend *be, const attention_state *s) {
+  if (s->a.n_recent) be->ops->sync(be, NULL);
+}
+
 void read_blocks(const backend *be, attention_state *s, int32_t layer, int32_t kv_head, int32_t n, void *blocks) {
   int32_t d = s->shape.head_dim;
   size_t bytes = kv_block_bytes(d);
+  settle(be, s);
   be->ops->read(be, blocks, blocks_at(s, layer, kv_head), (size_t)n * bytes);
   for (int32_t b = 0; b < n; b++) {
     uint16_t *to = (uint16_t *)blocks + b * kv_block_halves(d);
@@ -200,6 +206,7 @@ void write_blocks(const backend *be, attention_state *s, int32_t layer, int32_t 
                   const void *blocks) {
   int32_t d = s->shape.head_dim;
   size_t bytes = kv_block_bytes(d);
+  settle(be, s);
   for (int32_t b = 0; b < n; b++) {
     const unsigned char *from = (const unsigned char *)blocks + (size_t)b * bytes; /* of any alignment */
     host_block to;

@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <malloc.h>
+#include <map>
 #include <new>
 #include <string>
 #include <utility>
@@ -13,10 +14,12 @@ struct emu_graph {
   commands list;
 };
 struct emu_stream {
-  emu_graph *capture; /* NULL while commands run at once */
+  emu_graph *capture; /* NULL while none is written down */
+  commands waiting;   /* until the stream is waited for */
   cudaError_t error;
   std::atomic_flag busy; /* a command is on its way: those of a session's turn come from one thread at a time */
 };
+static std::vector<cudaStream_t> streams;
 
 /* The one device; every thread begins on another, as it may on a machine with two. */
 enum { DEVICE = 0, OTHER_DEVICE = 1 };
@@ -41,20 +44,27 @@ static cudaError_t planned(const char *call) {
 }
 void emu::fail_next(const char *call, int error, int times) { plan = {call, (cudaError_t)error, times}; }
 
-static void perform(cudaStream_t stream, std::function<cudaError_t()> &command) {
-  if (stream->capture) {
-    stream->capture->list.push_back(std::move(command));
-    return;
-  }
-  cudaError_t error = command();
-  if (error) stream->error = failed(error); /* as on a device, known when the stream is waited for */
-}
-
 static cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> command) {
   if (stream->busy.test_and_set()) return failed(cudaErrorIllegalState);
-  perform(stream, command);
+  (stream->capture ? stream->capture->list : stream->waiting).push_back(std::move(command));
   stream->busy.clear();
   return cudaSuccess;
+}
+
+/* Does what waits; as on a device, the first error stays, and nothing is done behind it. */
+static cudaError_t perform(cudaStream_t stream) {
+  if (stream->busy.test_and_set()) return failed(cudaErrorIllegalState);
+  for (const auto &command : stream->waiting)
+    if (!stream->error) stream->error = command();
+  stream->waiting.clear();
+  if (stream->error) failed(stream->error);
+  stream->busy.clear();
+  return stream->error;
+}
+
+/* As freeing does. Another thread's stream would be busy meanwhile: tests use one model's at a time. */
+static void perform_all() {
+  for (cudaStream_t stream : streams) perform(stream);
 }
 
 /* ---- the device ---- */
@@ -100,17 +110,29 @@ const char *cudaGetErrorString(cudaError_t error) {
 
 /* ---- memory ---- */
 
+static std::map<const char *, size_t> on_device; /* what cudaMalloc gave, and its bytes */
+
+static bool is_on_device(const void *address) {
+  auto behind = on_device.upper_bound((const char *)address);
+  if (behind == on_device.begin()) return false;
+  --behind;
+  return (const char *)address < behind->first + behind->second;
+}
+
 cudaError_t cudaMalloc(void **out, size_t bytes) {
   if (current_device != DEVICE) return failed(cudaErrorInvalidDevice);
   size_t free, total;
   cudaMemGetInfo(&free, &total);
   *out = bytes <= free ? malloc(bytes) : nullptr;
   if (!*out) return failed(cudaErrorMemoryAllocation);
+  on_device[(const char *)*out] = bytes;
   memset(*out, 0xff, bytes);
   memory_used += malloc_usable_size(*out);
   return cudaSuccess;
 }
 cudaError_t cudaFree(void *at) {
+  perform_all();
+  on_device.erase((const char *)at);
   if (at) memory_used -= malloc_usable_size(at);
   free(at);
   return cudaSuccess;
@@ -121,6 +143,7 @@ cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned) {
   return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaFreeHost(void *at) {
+  perform_all();
   free(at);
   return cudaSuccess;
 }
@@ -133,22 +156,27 @@ cudaError_t cudaHostGetDevicePointer(void **out, void *at, unsigned) {
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
   if (current_device != DEVICE) return failed(cudaErrorInvalidDevice);
-  *out = new (std::nothrow) emu_stream{nullptr, cudaSuccess, ATOMIC_FLAG_INIT};
-  return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
+  *out = new (std::nothrow) emu_stream{nullptr, {}, cudaSuccess, ATOMIC_FLAG_INIT};
+  if (!*out) return failed(cudaErrorMemoryAllocation);
+  streams.push_back(*out);
+  return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  perform(stream);
+  std::erase(streams, stream);
   delete stream;
   return cudaSuccess;
 }
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   if (cudaError_t error = planned(__func__)) return error;
-  return stream->error; /* as on a device, it stays */
+  return perform(stream);
 }
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
-  return submit(stream, [=] {
+  auto copy = [=] {
     memcpy(to, from, bytes);
     return cudaSuccess;
-  });
+  };
+  return is_on_device(to) || is_on_device(from) ? submit(stream, copy) : copy();
 }
 cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stream) {
   return submit(stream, [=] {
