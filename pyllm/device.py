@@ -12,6 +12,12 @@ from pyllm import _native
 from pyllm.errors import ArgumentError, DeviceError, InsufficientMemoryError
 from pyllm.memory import available_memory
 
+# A GPU gives memory out in such units to whatever is larger than half of one.
+UNIT = 2 << 20
+# Kept free of a GPU's memory: kernels as they are loaded, their stacks and graphs take some, and so does the
+# last unit of each of a session's arrays.
+RESERVE = 256 << 20
+
 
 def choose(device: str, file: _native.File) -> str:
     """The device that a model from this file is opened on: "cpu", "cuda" or "cuda:N".
@@ -33,7 +39,7 @@ def choose(device: str, file: _native.File) -> str:
 
 def require_weights(device: str, file: _native.File) -> None:
     """Raises InsufficientMemoryError where the file's weights do not fit into the device's free memory."""
-    needed, available = _native.Model.memory(file), available_on(device)
+    needed, available = _weights(device, file), available_on(device)
     if available is None or needed <= available:
         return
     fits = f"; the weights of {_layers_within(available, file)} would fit" if device != "cpu" else ""
@@ -45,12 +51,22 @@ def require_weights(device: str, file: _native.File) -> None:
 
 def available_on(device: str) -> int | None:
     """Bytes of memory that can still be taken on a device; None if unknown. Raises DeviceError."""
-    return available_memory() if device == "cpu" else _native.device_info(device).free_bytes
+    if device == "cpu":
+        return available_memory()
+    return max(0, _native.device_info(device).free_bytes - RESERVE)
 
 
 def memory_of(device: str) -> str:
     """What its memory is called in messages."""
     return "memory" if device == "cpu" else f"memory on {device} ({_native.device_info(device).name})"
+
+
+def _weights(device: str, file: _native.File) -> int:
+    """Bytes that a file's weights take; on a GPU each matrix leaves half a unit unused, on average."""
+    needed = _native.Model.memory(file)
+    if device == "cpu":
+        return needed
+    return needed + UNIT // 2 * sum(tensor.size > UNIT // 2 for tensor in file.tensors())
 
 
 def _layers_within(available: int, file: _native.File) -> str:

@@ -63,9 +63,9 @@ def tiny(tiny_model: Path) -> LLM:
 @pytest.fixture
 def emulated_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The package runs on the library whose CUDA backend is emulated, a GPU of 4 GB."""
-    from emulated import GIGABYTE, ffi, lib, set_memory  # builds it: only where it is needed
+    from emulated import ffi, lib, reset  # builds it: only where it is needed
 
     monkeypatch.setattr("pyllm._native.loading.loaded", lambda: (ffi, lib))
-    set_memory(4 * GIGABYTE)
+    reset()
     yield
-    set_memory(4 * GIGABYTE)
+    reset()

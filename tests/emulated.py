@@ -40,4 +40,16 @@ def set_memory(n_bytes: int) -> None:
         lib.hook_emu_memory(n_bytes)
 
 
-__all__ = ["GIGABYTE", "check", "ffi", "is_emulated", "lib", "set_memory"]
+def fail_next(call: str, error: int, times: int = 1) -> None:
+    """The next calls of a function of CUDA fail with this number of cudaError_t; only emulated."""
+    lib.hook_emu_fail(call.encode(), error, times)
+
+
+def reset() -> None:
+    """A GPU of 4 GB, of which nothing is to fail."""
+    set_memory(4 * GIGABYTE)
+    if is_emulated:
+        fail_next("", 0, 0)
+
+
+__all__ = ["GIGABYTE", "check", "fail_next", "ffi", "is_emulated", "lib", "reset", "set_memory"]

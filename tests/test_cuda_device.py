@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from emulated import GIGABYTE, lib
+from emulated import GIGABYTE, fail_next, set_memory
 from pyllm import LLM, _native
+from pyllm.device import RESERVE, UNIT
 from pyllm.errors import ArgumentError, DeviceError, InsufficientMemoryError
 from tiny_models import write_tiny
 
@@ -44,10 +45,22 @@ def test_weights_move_to_the_gpu_and_leave_it_again(tiny_model: Path) -> None:
 @pytest.mark.usefixtures("emulated_gpu")
 def test_weights_that_do_not_fit(tiny_model: Path) -> None:
     needed = _native.Model.memory(_native.File([tiny_model]))
-    lib.hook_emu_memory(needed - 1)
+    set_memory(RESERVE + needed - 1)
     with pytest.raises(InsufficientMemoryError, match=r"on cuda \(emulated.*only .* 1 of 2 layers would fit"):
         LLM(tiny_model, device="cuda")
     assert LLM(tiny_model, device="auto").device == "cpu"
+
+
+@pytest.mark.usefixtures("emulated_gpu")
+def test_memory_that_is_given_out_in_units(tmp_path: Path) -> None:
+    """Of each of the large matrices half a unit more is needed."""
+    path = write_tiny(tmp_path / "wide.gguf", n_ff=1536, tokenizer=True)  # 1.5 MiB for each matrix of the FFN
+    needed = _native.Model.memory(_native.File([path])) + 2 * 3 * UNIT // 2
+    set_memory(RESERVE + needed - 1)
+    with pytest.raises(InsufficientMemoryError):
+        LLM(path, device="cuda")
+    set_memory(RESERVE + needed)
+    assert LLM(path, device="cuda").device == "cuda"
 
 
 @pytest.mark.usefixtures("emulated_gpu")
@@ -58,14 +71,28 @@ def test_auto_takes_a_gpu_that_holds_the_model_and_a_session(tiny_model: Path, t
     del llm
     free = _native.device_info("cuda").free_bytes
     weights = _native.Model.memory(_native.File([tiny_model]))
-    lib.hook_emu_memory(4 * GIGABYTE - free + weights + needed // 2)
+    set_memory(4 * GIGABYTE - free + RESERVE + weights + needed // 2)
     llm = LLM(tiny_model)
     assert llm.device == "cpu"
     assert llm.session().eval([1, 2, 3]).shape == (llm.info.n_vocab,)
     assert LLM(tiny_model, n_ctx=64, n_batch=16).device == "cuda"
-    lib.hook_emu_memory(4 * GIGABYTE)
+    set_memory(4 * GIGABYTE)
     odd = write_tiny(tmp_path / "odd.gguf", head_dim=48, n_heads=8, tokenizer=True)
     assert LLM(odd).device == "cpu"  # no kernels for such heads
+
+
+@pytest.mark.usefixtures("emulated_gpu")
+def test_a_gpu_without_kernels(tiny_model: Path) -> None:
+    """An older card, or a library that was built for another: told before anything is loaded onto it."""
+    message = r"no kernels for emulated on the processor, of compute capability 9\.0 \(no kernel image"
+    file = _native.File([tiny_model])
+    for open_it in (_native.device_info, lambda name: _native.Model(file, 1, None, name)):
+        fail_next("cudaFuncGetAttributes", 209)
+        with pytest.raises(DeviceError, match=message):
+            open_it("cuda")
+    fail_next("cudaFuncGetAttributes", 209)
+    assert LLM(tiny_model).device == "cpu"
+    assert LLM(tiny_model).device == "cuda"
 
 
 def test_this_machine(tiny_model: Path) -> None:

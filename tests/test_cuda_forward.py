@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
-from emulated import GIGABYTE, is_emulated, set_memory
+from emulated import GIGABYTE, fail_next, is_emulated, set_memory
 from pyllm import LLM, Adaptive, Calibration, Dense, Oracle, Session, Static, Window, _native
 from pyllm.attention import Policy
-from pyllm.errors import ArgumentError, InsufficientMemoryError, UnsupportedError
+from pyllm.device import RESERVE
+from pyllm.errors import ArgumentError, DeviceError, InsufficientMemoryError, PyllmError, UnsupportedError
 from tiny_models import write_tiny
 
 pytestmark = pytest.mark.usefixtures("emulated_gpu")
@@ -119,6 +121,63 @@ def test_a_token_is_one_launch(path: Path, policy: Policy) -> None:
     assert calls(session)["token"] - after["token"] == 3 + 2
 
 
+@pytest.mark.skipif(not is_emulated, reason="a real GPU does not fail when it is told to")
+@pytest.mark.parametrize("call", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
+def test_a_token_that_cannot_be_written_down(path: Path, call: str) -> None:
+    """It goes stage by stage, and the next one is tried again, once."""
+    llm = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256)
+    session, stages = llm.session(), llm.session()
+    for s in (session, stages):
+        s.eval(TOKENS[:100])
+
+    def written(n: int) -> int:
+        """How many of n tokens were one launch."""
+        before = calls(session)["token"]
+        for token in TOKENS[session.position : session.position + n]:
+            expected = stages.eval([token], record=stages.new_record(1))
+            assert np.array_equal(session.eval([token]), expected)
+        return calls(session)["token"] - before
+
+    assert written(1) == 0
+    fail_next(call, 2)
+    assert [written(1), written(2)] == [0, 2]
+    for s in (session, stages):
+        s.attention = Dense(sinks=4, window=30)
+    assert written(1) == 0
+    fail_next(call, 2, times=2)
+    assert written(4) == 0
+
+
+def test_a_stopped_token_loads_no_kernels(path: Path) -> None:
+    """So the one after it goes stage by stage, too."""
+    llm = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256)
+    session, stopped = llm.session(), Event()
+
+    def stop() -> None:
+        while not stopped.is_set():
+            session.abort()
+
+    def first_tokens() -> None:
+        """Of a policy, until one is stopped."""
+        while True:
+            session.eval([7])
+            session.attention = POLICIES[0]
+            session.rewind(0)
+
+    with ThreadPoolExecutor(1) as thread:
+        thread.submit(stop)
+        try:
+            with pytest.raises(PyllmError, match="evaluation stopped at position 0"):
+                first_tokens()
+        finally:
+            stopped.set()
+    before = calls(session)
+    session.eval([7])
+    assert calls(session)["token"] == before["token"]
+    session.eval([7])
+    assert calls(session)["token"] == before["token"] + 1
+
+
 @pytest.mark.parametrize("policy", POLICIES[3:7], ids=str)
 def test_records(path: Path, policy: Policy) -> None:
     """Both devices record the same, and recording changes nothing."""
@@ -213,7 +272,7 @@ def test_a_context_that_only_a_split_cache_fits(long_path: Path) -> None:
     whole = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 0), 2)
     assert (whole.kv_bytes, whole.host_bytes) == (memory.host_bytes, 0)
     info = _native.device_info("cuda")
-    set_memory(info.total_bytes - info.free_bytes + memory.total + whole.kv_bytes // 2)
+    set_memory(info.total_bytes - info.free_bytes + RESERVE + memory.total + whole.kv_bytes // 2)
     with pytest.raises(InsufficientMemoryError, match=r"a context of 32768 tokens needs .* enough for"):
         LLM(long_path, device="cuda", attention=policy, n_batch=64).session()
     before = _native.device_info("cuda").free_bytes
@@ -246,6 +305,34 @@ def test_a_policy_whose_memory_is_refused_leaves_the_last_one(path: Path) -> Non
         assert np.array_equal(session.eval(TOKENS[140:143]), other.eval(TOKENS[140:143]))
 
 
+@pytest.mark.skipif(not is_emulated, reason="a real GPU does not fail when it is told to")
+@pytest.mark.parametrize(
+    ("times", "remedy"), [(1, "the model must be opened"), (100, "this process must be started")]
+)
+def test_a_gpu_that_failed(path: Path, times: int, remedy: str) -> None:
+    """It says what helps, and never that memory was refused."""
+    llm = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256)
+    session = llm.session()
+    fail_next("cudaStreamSynchronize", 700, times)
+    message = f"the GPU failed; {remedy} again: an illegal memory access"
+    for call in (lambda: session.eval([7]), lambda: setattr(session, "attention", POLICIES[3]), llm.session):
+        with pytest.raises(DeviceError, match=message):
+            call()
+
+
+@pytest.mark.skipif(not is_emulated, reason="a real GPU does not fail when it is told to")
+def test_a_batch_whose_memory_is_refused(path: Path) -> None:
+    """Nothing else is lost."""
+    session, other = (LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256).session() for _ in range(2))
+    for s in (session, other):
+        s.eval(TOKENS[:10])
+    fail_next("cudaHostAlloc", 2)
+    with pytest.raises(InsufficientMemoryError, match="memory for a batch of 50 tokens was refused"):
+        session.eval(TOKENS[10:60])
+    assert session.position == 10
+    assert np.array_equal(session.eval(TOKENS[10:60]), other.eval(TOKENS[10:60]))
+
+
 def test_sessions_of_one_model_take_turns(path: Path) -> None:
     """Two threads with a session each, one of which rewinds while the other's token may be written down."""
     llm = LLM(path, device="cuda", attention=POLICIES[4], n_ctx=256)
@@ -263,6 +350,18 @@ def test_sessions_of_one_model_take_turns(path: Path) -> None:
     with ThreadPoolExecutor(2) as threads:
         together = list(threads.map(follow, (20, 21)))
     assert np.array_equal(alone, together)
+
+
+def test_a_thread_begins_anywhere(path: Path, tmp_path: Path) -> None:
+    """Its current GPU may be another one until its first call, which may be to rewind or load."""
+    session = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256).session()
+    session.eval(TOKENS)
+    session.save(tmp_path / "state")
+    expected = session.eval([7])
+    for call in (lambda: session.rewind(len(TOKENS)), lambda: session.load(tmp_path / "state")):
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(call).result()
+        assert np.array_equal(session.eval([7]), expected)
 
 
 def test_a_split_cache_is_for_gpus(path: Path) -> None:

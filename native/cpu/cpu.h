@@ -97,8 +97,8 @@ int32_t cpu_sync(const backend *be, pyllm_error *err);
 void cpu_begin(const backend *be, int32_t position, int32_t n);
 void cpu_angles(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
                 float *cosine, float *sine);
-void cpu_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
-               int32_t n, float *x);
+int32_t cpu_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
+                  int32_t n, float *x, pyllm_error *err);
 void cpu_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out);
 void cpu_linear(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs);
 void cpu_rope_store(const backend *be, const rope_job *job, int32_t n, layer_cache *cache);

@@ -41,10 +41,12 @@ static void embed_rows(void *context, int32_t begin, int32_t end, int32_t thread
                      run->cols);
 }
 
-void cpu_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
-               int32_t n, float *x) {
+int32_t cpu_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
+                  int32_t n, float *x, pyllm_error *err) {
+  (void)err;
   embed_run run = {type, table, tokens, cols, x};
   pool_run(be->pool, n, TOKENS_PER_PIECE, embed_rows, &run);
+  return PYLLM_OK;
 }
 
 typedef struct norm_run {

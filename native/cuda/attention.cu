@@ -99,13 +99,15 @@ int32_t set_policy(const backend *be, attention_state *s, const attention_policy
   device_policy uploaded;
   if (!upload_policy(be, s->shape, *policy, uploaded)) {
     release_policy(be, s->shape, uploaded);
-    return fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for an attention policy was refused");
+    return alloc_failure(be, fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for an attention policy was refused"), err);
   }
   bool resize = policy->page_bits && policy->page_bits != s->sketch_bits;
   layer_sketch *sketches = resize ? new_sketches(be, s, policy->page_bits) : NULL;
   if (resize && !sketches) {
     release_policy(be, s->shape, uploaded);
-    return fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for a key sketch of %d bits was refused", policy->page_bits);
+    int32_t status =
+        fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for a key sketch of %d bits was refused", policy->page_bits);
+    return alloc_failure(be, status, err);
   }
   for (int32_t i = 0; sketches && i < s->shape.n_layers; i++) {
     layer_sketch_free(be, s->layers[i].sketch);
@@ -150,15 +152,17 @@ int32_t create(const backend *be, const attention_shape *shape, attention_state 
   }
   if (!s || !take_memory(be, s)) {
     destroy(be, s);
-    return fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for the KV cache of a context of %d tokens was refused",
-                shape->n_ctx);
+    status = fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for the KV cache of a context of %d tokens was refused",
+                  shape->n_ctx);
+    return alloc_failure(be, status, err);
   }
   *out = s;
   return PYLLM_OK;
 }
 
 void cut(const backend *be, attention_state *s, int32_t from, int32_t to) {
-  for (int32_t i = 0; i < s->shape.n_layers; i++) cuda_cut(queue_of(be), s->a, s->layers[i], from, to);
+  queue *q = cuda_enter(be);
+  for (int32_t i = 0; i < s->shape.n_layers; i++) cuda_cut(q, s->a, s->layers[i], from, to);
 }
 
 /* ---- looking in from the host ---- */
@@ -180,9 +184,15 @@ template <class F> void each_half(int32_t d, F f) {
     }
 }
 
+/* A copy within the host's memory waits for no kernels: those that work on a split cache are waited for here. */
+void settle(const backend *be, const attention_state *s) {
+  if (s->a.n_recent) be->ops->sync(be, NULL);
+}
+
 void read_blocks(const backend *be, attention_state *s, int32_t layer, int32_t kv_head, int32_t n, void *blocks) {
   int32_t d = s->shape.head_dim;
   size_t bytes = kv_block_bytes(d);
+  settle(be, s);
   be->ops->read(be, blocks, blocks_at(s, layer, kv_head), (size_t)n * bytes);
   for (int32_t b = 0; b < n; b++) {
     uint16_t *to = (uint16_t *)blocks + b * kv_block_halves(d);
@@ -196,6 +206,7 @@ void write_blocks(const backend *be, attention_state *s, int32_t layer, int32_t 
                   const void *blocks) {
   int32_t d = s->shape.head_dim;
   size_t bytes = kv_block_bytes(d);
+  settle(be, s);
   for (int32_t b = 0; b < n; b++) {
     const unsigned char *from = (const unsigned char *)blocks + (size_t)b * bytes; /* of any alignment */
     host_block to;

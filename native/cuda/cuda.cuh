@@ -17,6 +17,7 @@ struct step {
 struct device {
   struct queue queue;
   int32_t number; /* of the GPU */
+  bool writing;   /* a graph, and nothing had failed before */
   struct step *step;
   unsigned char
       *staging; /* (staging_bytes) of the host's memory that the GPU copies from: a step, behind it embeddings */
@@ -32,6 +33,9 @@ inline bool few_tokens(int32_t n) { return n <= FEW_TOKENS; }
 
 extern const attention_ops cuda_attention_ops; /* attention.cu */
 
+/* The queue, at the head of every call that is no stage: whichever thread it comes from has used another GPU before. Stages
+ * follow in the same thread and may be captured, which forbids that: they take queue_of. */
+queue *cuda_enter(const backend *be);
 inline queue *queue_of(const backend *be) { return &((device *)be->device)->queue; }
 inline const step *step_of(const backend *be) { return ((device *)be->device)->step; }
 
@@ -40,8 +44,8 @@ inline const step *step_of(const backend *be) { return ((device *)be->device)->s
 void *cuda_alloc_mapped(const backend *be, size_t bytes, void **host);
 void cuda_free_mapped(const backend *be, void *host);
 void cuda_begin(const backend *be, int32_t position, int32_t n);
-void cuda_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
-                int32_t n, float *x);
+int32_t cuda_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
+                   int32_t n, float *x, pyllm_error *err);
 void cuda_angles(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
                  float *cosine, float *sine);
 void cuda_linear(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs);

@@ -61,7 +61,7 @@ int32_t backend_place(const backend *be, matrix *m, const char *where, pyllm_err
   m->data = backend_copy(be, host, bytes);
   free(host);
   if (m->data) return be->ops->sync(be, err);
-  return fail(err, PYLLM_ERR_MEMORY, "%s: %zu bytes of the GPU's memory refused", where, bytes);
+  return alloc_failure(be, fail(err, PYLLM_ERR_MEMORY, "%s: %zu bytes of the GPU's memory refused", where, bytes), err);
 }
 
 void backend_free_matrix(const backend *be, matrix *m) {

@@ -125,9 +125,12 @@ static int32_t layers(pyllm_session *s, int32_t n, const batch_record *record, p
   return PYLLM_OK;
 }
 
+enum { GRAPH_TRIES = 2 };
+
 /* Writes down what one token and its logits take; false where that is not to be had. */
 static bool write_graph(pyllm_session *s) {
   const backend *be = &s->model->backend;
+  if (s->graph.failures == GRAPH_TRIES) return false;
   uint64_t before = trace_bytes(&s->trace);
   be->ops->graph_begin(be);
   before_layers(s, 1);
@@ -135,6 +138,7 @@ static bool write_graph(pyllm_session *s) {
   logits_of(s, 0, 1, s->buffers.logits);
   s->graph.stages = be->ops->graph_end(be);
   s->graph.bytes = trace_bytes(&s->trace) - before;
+  s->graph.failures += s->graph.stages == NULL;
   return s->graph.stages != NULL;
 }
 
@@ -142,9 +146,7 @@ static bool write_graph(pyllm_session *s) {
  * launch may load it, which no graph can hold. */
 static bool token_graph(pyllm_session *s, const batch_record *record, float *logits) {
   const backend *be = &s->model->backend;
-  bool was_warm = s->graph.warm;
-  s->graph.warm = true;
-  if (!be->ops->graph_begin || !was_warm || record->all || atomic_load(&s->abort)) return false;
+  if (!be->ops->graph_begin || !s->graph.warm || record->all || atomic_load(&s->abort)) return false;
   bool written = s->graph.stages == NULL;
   if (written && !write_graph(s)) return false;
   be->ops->graph_run(be, s->graph.stages);
@@ -156,8 +158,7 @@ static bool token_graph(pyllm_session *s, const batch_record *record, float *log
 void forward_changed(pyllm_session *s) {
   const backend *be = &s->model->backend;
   if (s->graph.stages) be->ops->graph_free(be, s->graph.stages);
-  s->graph.stages = NULL;
-  s->graph.warm = false;
+  s->graph = (struct token_graph){0};
 }
 
 int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
@@ -166,10 +167,11 @@ int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logit
   const backend *be = &m->backend;
   trace_begin(&s->trace);
   be->ops->begin(be, s->position, n);
-  be->ops->embed(be, m->embedding_type, m->embedding->data, m->config.dim, tokens, n, s->buffers.x);
+  int32_t status =
+      be->ops->embed(be, m->embedding_type, m->embedding->data, m->config.dim, tokens, n, s->buffers.x, err);
   /* Prompts read rows from all over the table, which would stay resident beside its packed copy. */
   if (n > 1) gguf_release_pages(m->file, m->embedding);
-  int32_t status = PYLLM_OK;
+  if (status) return status;
   if (n != 1 || n_logits != 1 || !token_graph(s, record, logits)) {
     before_layers(s, n);
     status = layers(s, n, record, err);
@@ -180,6 +182,7 @@ int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logit
     if (!status) status = check_logits(s, logits, n_logits, err);
   }
   if (status) return status;
+  s->graph.warm |= n == 1 && n_logits == 1;
   for (int32_t i = 0; i < n; i++) s->tokens[s->position + i] = tokens[i];
   s->position += n;
   return PYLLM_OK;

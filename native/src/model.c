@@ -66,7 +66,9 @@ static float *bind_vector(binder *b, const char *name, int32_t n, bool required)
     v = backend_copy(&b->model->backend, host, (size_t)n * sizeof *host);
   }
   free(host);
-  if (!v) b->status = fail(b->err, PYLLM_ERR_MEMORY, "%s: tensor %s: memory refused", path, name);
+  if (!v)
+    b->status = alloc_failure(&b->model->backend,
+                              fail(b->err, PYLLM_ERR_MEMORY, "%s: tensor %s: memory refused", path, name), b->err);
   else count(b->model, t, (uint64_t)n * sizeof *v);
   return v; /* owned by the model even when status is set: closing frees it */
 }
@@ -137,7 +139,8 @@ static int32_t bind_rope(pyllm_model *m, pyllm_error *err) {
   if (status) return status;
   m->rope_frequency = backend_copy(&m->backend, frequency, (size_t)(m->config.n_rot / 2) * sizeof *frequency);
   free(frequency);
-  return m->rope_frequency ? PYLLM_OK : fail(err, PYLLM_ERR_MEMORY, "%s: RoPE table refused", gguf_path(m->file));
+  if (m->rope_frequency) return PYLLM_OK;
+  return alloc_failure(&m->backend, fail(err, PYLLM_ERR_MEMORY, "%s: RoPE table refused", gguf_path(m->file)), err);
 }
 
 static int32_t bind_weights(pyllm_model *m, pyllm_error *err) {

@@ -108,17 +108,18 @@ struct ops {
   /* Waits for all stages called; the first failure of anything so far, after which the backend does nothing more. */
   int32_t (*sync)(const backend *be, pyllm_error *err);
   /* Stages called between graph_begin and graph_end are not done but written down, and done in one launch by graph_run, as
-   * often as wanted: with the same arguments, on what the memory then holds. graph_end: NULL where it failed, as sync
-   * tells. All are NULL on a backend where starting a stage costs nothing. */
+   * often as wanted: with the same arguments, on what the memory then holds. graph_end: NULL where that failed, and
+   * nothing was done. All are NULL on a backend where starting a stage costs nothing. */
   void (*graph_begin)(const backend *be);
   void *(*graph_end)(const backend *be);
   void (*graph_run)(const backend *be, void *graph);
   void (*graph_free)(const backend *be, void *graph);
   /* A batch of n tokens from `position` on: what all stages after it work on. */
   void (*begin)(const backend *be, int32_t position, int32_t n);
-  /* x (n, cols) = rows `tokens` of a table in file format. table and tokens are the host's. Reads n rows. */
-  void (*embed)(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
-                int32_t n, float *x);
+  /* x (n, cols) = rows `tokens` of a table in file format. table and tokens are the host's. Reads n rows. Fails where the
+   * host's memory for them is refused, and nothing is changed then. */
+  int32_t (*embed)(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
+                   int32_t n, float *x, pyllm_error *err);
   /* out = RMS norm of x (n, out->cols) with weight w; both forms where `rounded`. */
   void (*norm)(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out);
   /* Several matrices on one input. Reads each weight once per batch (decode) or per 128 tokens (prefill). */
@@ -130,6 +131,12 @@ struct ops {
   /* out = silu(gate) * up, (n, out->cols). */
   void (*swiglu)(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
 };
+
+/* Where alloc gave NULL: the failure of the backend, if that is why, and otherwise `refused`, of which err tells already. */
+static inline int32_t alloc_failure(const backend *be, int32_t refused, pyllm_error *err) {
+  int32_t status = be->ops->sync(be, err);
+  return status ? status : refused;
+}
 
 /* The CPU's table. */
 extern const ops cpu_ops;

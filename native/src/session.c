@@ -89,7 +89,8 @@ static int32_t allocate(pyllm_session *s, const pyllm_session_params *params, py
   attention_shape shape = shape_of(&s->model->config, params);
   s->tokens = malloc((size_t)s->n_ctx * sizeof *s->tokens);
   if (!s->tokens || !new_buffers(be, &s->buffers, &s->model->config, s->n_batch))
-    return fail(err, PYLLM_ERR_MEMORY, "memory for batches of %d tokens was refused", s->n_batch);
+    return alloc_failure(be, fail(err, PYLLM_ERR_MEMORY, "memory for batches of %d tokens was refused", s->n_batch),
+                         err);
   int32_t status = be->ops->attention->create(be, &shape, &s->attention, err);
   return status ? status : be->ops->attention->set_policy(be, s->attention, &s->policy, err);
 }

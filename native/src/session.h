@@ -29,9 +29,10 @@ struct pyllm_session {
   attention_state *attention;
   batch_buffers buffers;
   struct token_graph {
-    void *stages;   /* the backend's, of one token and its logits; NULL until they were written down */
-    bool warm;      /* a token was evaluated since the policy was set, so that all its kernels are loaded */
-    uint64_t bytes; /* that its stages book */
+    void *stages;     /* the backend's, of one token and its logits; NULL until they were written down */
+    bool warm;        /* a token was evaluated since the policy was set, so that all its kernels are loaded */
+    int32_t failures; /* to write them down */
+    uint64_t bytes;   /* that its stages book */
   } graph;
   trace trace;
   atomic_bool abort;

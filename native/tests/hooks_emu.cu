@@ -112,6 +112,7 @@ int32_t finish(queue *q, pyllm_error *err) {
 
 queue open_queue() {
   queue q = {};
+  check(&q, cudaSetDevice(0));
   check(&q, cudaStreamCreateWithFlags(&q.stream, cudaStreamNonBlocking));
   return q;
 }
@@ -140,3 +141,5 @@ int32_t hook_emu_matrix_s8(const int8_t *a, const int8_t *b, int32_t *d, pyllm_e
 }
 
 void hook_emu_memory(uint64_t bytes) { emu::set_memory(bytes); }
+
+void hook_emu_fail(const char *call, int32_t error, int32_t times) { emu::fail_next(call, error, times); }

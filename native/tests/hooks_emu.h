@@ -13,6 +13,8 @@ int32_t hook_emu_matrix_s8(const int8_t *a, const int8_t *b, int32_t *d, pyllm_e
 
 /* The memory of the emulated device. */
 void hook_emu_memory(uint64_t bytes);
+/* The next `times` calls of a function of CUDA fail with this error. */
+void hook_emu_fail(const char *call, int32_t error, int32_t times);
 
 #pragma GCC visibility pop
 #endif

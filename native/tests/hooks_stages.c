@@ -183,11 +183,11 @@ int32_t hook_begin(const char *device, const char *isa, int32_t type, const void
   size_t bytes = (size_t)n * (size_t)half * sizeof(float), row_bytes = (size_t)n * (size_t)cols * sizeof(float);
   float *to = take(&run, NULL, row_bytes), *cos_to = take(&run, NULL, bytes), *sin_to = take(&run, NULL, bytes);
   o->begin(&run.be, position, n);
-  o->embed(&run.be, quant_find(type), table, cols, tokens, n, to);
+  status = o->embed(&run.be, quant_find(type), table, cols, tokens, n, to, err);
   o->angles(&run.be, take(&run, frequency, (size_t)half * sizeof *frequency), half, mscale, position, n, cos_to,
             sin_to);
   o->read(&run.be, x, to, row_bytes);
   o->read(&run.be, cosine, cos_to, bytes);
   o->read(&run.be, sine, sin_to, bytes);
-  return close_run(&run, PYLLM_OK, err);
+  return close_run(&run, status, err);
 }

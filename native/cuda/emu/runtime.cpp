@@ -3,8 +3,10 @@
 #include <cstdio>
 #include <cstdlib>
 #include <malloc.h>
+#include <map>
 #include <new>
 #include <string>
+#include <utility>
 #include <vector>
 
 typedef std::vector<std::function<cudaError_t()>> commands;
@@ -12,30 +14,57 @@ struct emu_graph {
   commands list;
 };
 struct emu_stream {
-  emu_graph *capture; /* NULL while commands run at once */
+  emu_graph *capture; /* NULL while none is written down */
+  commands waiting;   /* until the stream is waited for */
   cudaError_t error;
   std::atomic_flag busy; /* a command is on its way: those of a session's turn come from one thread at a time */
 };
+static std::vector<cudaStream_t> streams;
+
+/* The one device; every thread begins on another, as it may on a machine with two. */
+enum { DEVICE = 0, OTHER_DEVICE = 1 };
+static thread_local int current_device = OTHER_DEVICE;
 
 static size_t memory_bytes = (size_t)4 << 30, memory_used;
 static cudaError_t last_error;
 
 static cudaError_t failed(cudaError_t error) { return last_error = error; }
 
-static void perform(cudaStream_t stream, std::function<cudaError_t()> &command) {
-  if (stream->capture) {
-    stream->capture->list.push_back(std::move(command));
-    return;
-  }
-  cudaError_t error = command();
-  if (error) stream->error = failed(error); /* as on a device, known when the stream is waited for */
+/* What a test has asked to fail; the function asks by its name. */
+static struct {
+  std::string call;
+  cudaError_t error;
+  int times;
+} plan;
+
+static cudaError_t planned(const char *call) {
+  if (plan.times == 0 || plan.call != call) return cudaSuccess;
+  plan.times--;
+  return failed(plan.error);
 }
+void emu::fail_next(const char *call, int error, int times) { plan = {call, (cudaError_t)error, times}; }
 
 static cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> command) {
   if (stream->busy.test_and_set()) return failed(cudaErrorIllegalState);
-  perform(stream, command);
+  (stream->capture ? stream->capture->list : stream->waiting).push_back(std::move(command));
   stream->busy.clear();
   return cudaSuccess;
+}
+
+/* Does what waits; as on a device, the first error stays, and nothing is done behind it. */
+static cudaError_t perform(cudaStream_t stream) {
+  if (stream->busy.test_and_set()) return failed(cudaErrorIllegalState);
+  for (const auto &command : stream->waiting)
+    if (!stream->error) stream->error = command();
+  stream->waiting.clear();
+  if (stream->error) failed(stream->error);
+  stream->busy.clear();
+  return stream->error;
+}
+
+/* As freeing does. Another thread's stream would be busy meanwhile: tests use one model's at a time. */
+static void perform_all() {
+  for (cudaStream_t stream : streams) perform(stream);
 }
 
 /* ---- the device ---- */
@@ -44,9 +73,13 @@ cudaError_t cudaGetDeviceCount(int *n) {
   *n = 1;
   return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device ? failed(cudaErrorInvalidDevice) : cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  if (device != DEVICE) return failed(cudaErrorInvalidDevice);
+  current_device = device;
+  return cudaSuccess;
+}
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int device) {
-  if (device) return failed(cudaErrorInvalidDevice);
+  if (device != DEVICE) return failed(cudaErrorInvalidDevice);
   *out = {"emulated on the processor", 9, 0, 2, memory_bytes, 227 << 10};
   return cudaSuccess;
 }
@@ -55,6 +88,7 @@ cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
   *total = memory_bytes;
   return cudaSuccess;
 }
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *, void (*)()) { return planned(__func__); }
 cudaError_t cudaGetLastError() {
   cudaError_t error = last_error;
   last_error = cudaSuccess;
@@ -65,7 +99,10 @@ const char *cudaGetErrorString(cudaError_t error) {
   case cudaSuccess: return "no error";
   case cudaErrorMemoryAllocation: return "out of memory";
   case cudaErrorInvalidDevice: return "invalid device ordinal";
+  case cudaErrorNoKernelImageForDevice: return "no kernel image is available for execution on the device";
+  case cudaErrorInvalidResourceHandle: return "a stream of a device that is not the thread's current one";
   case cudaErrorIllegalState: return "a stream that two threads use at once";
+  case cudaErrorIllegalAddress: return "an illegal memory access was encountered";
   case cudaErrorLaunchFailure: return emu::failure();
   default: return "invalid argument";
   }
@@ -73,25 +110,40 @@ const char *cudaGetErrorString(cudaError_t error) {
 
 /* ---- memory ---- */
 
+static std::map<const char *, size_t> on_device; /* what cudaMalloc gave, and its bytes */
+
+static bool is_on_device(const void *address) {
+  auto behind = on_device.upper_bound((const char *)address);
+  if (behind == on_device.begin()) return false;
+  --behind;
+  return (const char *)address < behind->first + behind->second;
+}
+
 cudaError_t cudaMalloc(void **out, size_t bytes) {
+  if (current_device != DEVICE) return failed(cudaErrorInvalidDevice);
   size_t free, total;
   cudaMemGetInfo(&free, &total);
   *out = bytes <= free ? malloc(bytes) : nullptr;
   if (!*out) return failed(cudaErrorMemoryAllocation);
+  on_device[(const char *)*out] = bytes;
   memset(*out, 0xff, bytes);
   memory_used += malloc_usable_size(*out);
   return cudaSuccess;
 }
 cudaError_t cudaFree(void *at) {
+  perform_all();
+  on_device.erase((const char *)at);
   if (at) memory_used -= malloc_usable_size(at);
   free(at);
   return cudaSuccess;
 }
 cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned) {
+  if (cudaError_t error = planned(__func__)) return error;
   *out = malloc(bytes);
   return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaFreeHost(void *at) {
+  perform_all();
   free(at);
   return cudaSuccess;
 }
@@ -103,19 +155,28 @@ cudaError_t cudaHostGetDevicePointer(void **out, void *at, unsigned) {
 /* ---- streams ---- */
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
-  *out = new (std::nothrow) emu_stream{nullptr, cudaSuccess, ATOMIC_FLAG_INIT};
-  return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
+  if (current_device != DEVICE) return failed(cudaErrorInvalidDevice);
+  *out = new (std::nothrow) emu_stream{nullptr, {}, cudaSuccess, ATOMIC_FLAG_INIT};
+  if (!*out) return failed(cudaErrorMemoryAllocation);
+  streams.push_back(*out);
+  return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
+  perform(stream);
+  std::erase(streams, stream);
   delete stream;
   return cudaSuccess;
 }
-cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return stream->error; } /* as on a device, it stays */
+cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
+  if (cudaError_t error = planned(__func__)) return error;
+  return perform(stream);
+}
 cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
-  return submit(stream, [=] {
+  auto copy = [=] {
     memcpy(to, from, bytes);
     return cudaSuccess;
-  });
+  };
+  return is_on_device(to) || is_on_device(from) ? submit(stream, copy) : copy();
 }
 cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stream) {
   return submit(stream, [=] {
@@ -125,6 +186,7 @@ cudaError_t cudaMemsetAsync(void *at, int value, size_t bytes, cudaStream_t stre
 }
 
 cudaError_t emu::launch(cudaStream_t stream, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> thread) {
+  if (current_device != DEVICE) return failed(cudaErrorInvalidResourceHandle);
   return submit(stream,
                 [=] { return emu::run(grid, block, shared_bytes, thread) ? cudaSuccess : cudaErrorLaunchFailure; });
 }
@@ -134,15 +196,20 @@ void emu::set_memory(size_t bytes) { memory_bytes = bytes; }
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   if (stream->capture) return failed(cudaErrorInvalidValue);
+  if (cudaError_t error = planned(__func__)) return error;
   stream->capture = new (std::nothrow) emu_graph;
   return stream->capture ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t *out) {
   *out = stream->capture;
   stream->capture = nullptr;
-  return *out ? cudaSuccess : failed(cudaErrorInvalidValue);
+  if (!*out) return failed(cudaErrorInvalidValue);
+  cudaError_t error = planned(__func__);
+  if (error) cudaGraphDestroy(std::exchange(*out, nullptr));
+  return error;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsigned long long) {
+  if (cudaError_t error = planned(__func__)) return error;
   *out = new (std::nothrow) emu_graph(*graph);
   return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }

@@ -1,5 +1,7 @@
-/* The part of CUDA's runtime that the backend uses, over the host's memory. Streams do at once what they are given;
- * while one is captured it only writes it down. A stream that two threads use at once is an error. */
+/* The part of CUDA's runtime that the backend uses, over the host's memory. Streams do what they are given when they are
+ * waited for, or anything is freed, so that what does not wait is found; copies within the host's memory wait for no
+ * stream. While a stream is captured it only writes down. A stream that two threads use at once is an error, and so is one
+ * whose device is not the thread's current one: a thread's first call has to be cudaSetDevice. */
 #ifndef PYLLM_CUDA_EMU_RUNTIME_H
 #define PYLLM_CUDA_EMU_RUNTIME_H
 #include <cstddef>
@@ -13,7 +15,10 @@ enum cudaError_t {
   cudaErrorMemoryAllocation = 2,
   cudaErrorInsufficientDriver = 35,
   cudaErrorInvalidDevice = 101,
+  cudaErrorNoKernelImageForDevice = 209,
+  cudaErrorInvalidResourceHandle = 400,
   cudaErrorIllegalState = 401,
+  cudaErrorIllegalAddress = 700,
   cudaErrorLaunchFailure = 719
 };
 enum cudaMemcpyKind {
@@ -44,6 +49,8 @@ cudaError_t cudaGetDeviceCount(int *n);
 cudaError_t cudaSetDevice(int device);
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int device);
 cudaError_t cudaMemGetInfo(size_t *free, size_t *total);
+struct cudaFuncAttributes {};
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes *out, void (*kernel)());
 cudaError_t cudaGetLastError();
 const char *cudaGetErrorString(cudaError_t error);
 
@@ -72,5 +79,7 @@ namespace emu {
 cudaError_t launch(cudaStream_t stream, dim3 grid, dim3 block, size_t shared_bytes, std::function<void()> thread);
 /* The device's memory, for tests of what does not fit. */
 void set_memory(size_t bytes);
+/* The next `times` calls of a function of CUDA fail. Those ask that a test needs (planned, runtime.cpp). */
+void fail_next(const char *call, int error, int times);
 } // namespace emu
 #endif
