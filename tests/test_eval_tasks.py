@@ -311,6 +311,15 @@ def test_an_unfinished_line_is_dropped(tmp_path: Path) -> None:
         assert Answers.open(path, {}).find("qa", 5, "dense") == an_answer(5)
 
 
+def test_a_file_without_a_line_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    for foreign in (b"GGUF", b'{"format": "another"}', b"\xff" * 99):
+        path.write_bytes(foreign)
+        with pytest.raises(FormatError, match=rf"{path}: not the answers"):
+            Answers.open(path, {})
+        assert path.read_bytes() == foreign
+
+
 def test_what_is_no_answers_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     Answers.open(path, {}).add([an_answer()])
@@ -437,6 +446,7 @@ BAD = [
     (["--plot", "x.png"], "--plot"),
     (["--limit", "0"], "--limit"),
     (["--json", "/nosuch/rows.json"], "/nosuch/rows.json: cannot be written"),
+    (["--json", "/tmp/x.out", "--csv", "/tmp/../tmp/x.out"], "--json and --csv are the same file"),
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -390,6 +391,28 @@ BAD = [
     (["--plot", "plot.gif"], ".png, .svg, .pdf"),
     (["--text", "nosuch.txt"], "nosuch.txt"),
 ]
+
+
+def test_outputs_that_cannot_be_written(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the work: one would be lost to another, and a pipe would wait for a reader for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "rows")
+    (tmp_path / "leads to a pipe").symlink_to("pipe")
+    for arguments, cause in (
+        (["--json", "rows", "--csv", "rows"], "--json and --csv are the same file"),
+        (["--json", "rows", "--csv", "link"], "--json and --csv are the same file"),
+        (["--csv", "p.png", "--plot", "./p.png"], "--csv and --plot are the same file"),
+        (["--json", "pipe"], "it is a pipe or a device"),
+        (["--csv", "leads to a pipe"], "it is a pipe or a device"),
+    ):
+        placed = [x if x.startswith("--") else f"{tmp_path}/{x}" for x in arguments]
+        assert main(command(tiny_model, prose, *placed)) == 1
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err.count("\n")) == ("", 1)
+        assert cause in shown.err
+    assert not (tmp_path / "rows").exists()
 
 
 @pytest.mark.parametrize(("arguments", "text"), BAD)

@@ -510,6 +510,26 @@ def test_bad_input_is_one_line(
     assert not output.exists()
 
 
+def test_outputs_that_would_overwrite_each_other(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder is not even listed: it is empty."""
+    (tmp_path / "locked.profile").mkdir()
+    for output, arguments, cause in (
+        ("r.html", ["--json", "r.html"], "--output and --json are the same file"),
+        ("r.profile", [], "--output and the profile beside it are the same file"),
+        ("r.html", ["--json", "r.profile"], "--json and the profile beside it are the same file"),
+        ("r.html", ["--profile", "r.html"], "--output and --profile are the same file"),
+        ("locked.html", [], "locked.profile: cannot be written: it is a directory"),
+        ("", [], "cannot be written"),
+    ):
+        placed = [x if x.startswith("--") else f"{tmp_path}/{x}" for x in arguments]
+        assert main(command(tiny_model, tmp_path, tmp_path / output, *placed)) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert cause in error
+
+
 def test_an_empty_folder(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main(command(tiny_model, tmp_path / "empty", tmp_path / "report.html")) == 1

@@ -14,7 +14,7 @@ from pyllm.cli.terminal import prefill_bar, render
 from pyllm.cpus import ISAS
 from pyllm.evaluate import texts
 from pyllm.evaluate.calibrate import BUDGETS, Plan, calibrate
-from pyllm.evaluate.results import require_writable
+from pyllm.evaluate.outputs import require_writable
 from pyllm.models import DEFAULT_MODEL
 from pyllm.profile import Profile, beside
 

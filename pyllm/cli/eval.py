@@ -18,7 +18,8 @@ from pyllm.evaluate import compare, dialogue, domains, report, texts, tradeoff
 from pyllm.evaluate.asked import asked
 from pyllm.evaluate.candidates import PAGE_BITS, PAGE_SHARES, ROWS, SHARES, THRESHOLDS, Candidate, Choice
 from pyllm.evaluate.evaluation import Evaluation
-from pyllm.evaluate.results import Results, csv_bytes, require_writable, write
+from pyllm.evaluate.outputs import require_outputs, write
+from pyllm.evaluate.results import Results, csv_bytes
 from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
@@ -197,9 +198,9 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Raises FileError and ArgumentError where --json, --csv or --plot could not be written in the end."""
-    for path in filter(None, (args.json, args.csv, args.plot)):
-        require_writable(path)
+    """Raises FileError and ArgumentError where --json, --csv or --plot could not be written in the end, or
+    one would overwrite another."""
+    require_outputs({"--json": args.json, "--csv": args.csv, "--plot": args.plot})
     if args.plot:
         if args.plot.suffix[1:].lower() not in IMAGES:
             raise ArgumentError(f"--plot {args.plot}: expected a name that ends in .{', .'.join(IMAGES)}")

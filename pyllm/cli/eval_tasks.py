@@ -12,7 +12,7 @@ from pyllm.cli.terminal import prefill_bar, render
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.asked import asked
-from pyllm.evaluate.results import write
+from pyllm.evaluate.outputs import write
 from pyllm.evaluate.tasks import catalog, haystack, summary
 from pyllm.evaluate.tasks.answers import Answers
 from pyllm.evaluate.tasks.running import TaskEvaluation, asking, require_bulk, with_dense

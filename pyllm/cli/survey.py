@@ -11,7 +11,7 @@ from pyllm.attention import Dense
 from pyllm.cli.eval import IMAGES, check_outputs
 from pyllm.cli.terminal import prefill_bar, render
 from pyllm.errors import ArgumentError
-from pyllm.evaluate.results import write
+from pyllm.evaluate.outputs import write
 from pyllm.models import DEFAULT_MODEL
 from pyllm.survey import folder, plot, tables
 from pyllm.survey.model_file import ModelFile

@@ -7,7 +7,6 @@ import dataclasses
 import io
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm import atomic_file
 from pyllm.errors import FileError, FormatError
 from pyllm.evaluate import domains
 from pyllm.evaluate.classifier import Classifier
+from pyllm.evaluate.outputs import write
 
 FORMAT = "pyllm eval 1"
 
@@ -134,25 +133,6 @@ def csv_bytes(rows: list[Row]) -> bytes:
     writer.writeheader()
     writer.writerows(dataclasses.asdict(row) for row in rows)
     return text.getvalue().encode()
-
-
-def write(path: Path, data: bytes) -> None:
-    """Raises FileError."""
-    try:
-        atomic_file.write(path, memoryview(data))
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def require_writable(path: Path) -> None:
-    """Raises FileError where a file could not be written in the end, before the work is done."""
-    if path.is_dir():
-        raise FileError(f"{path}: cannot be written: it is a directory")
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def require_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

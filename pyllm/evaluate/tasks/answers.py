@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.errors import FileError, FormatError
-from pyllm.evaluate.results import require_same, write
+from pyllm.evaluate.outputs import write
+from pyllm.evaluate.results import require_same
 
 FORMAT = "pyllm eval tasks 1"
 
@@ -59,11 +60,13 @@ class Answers:
         except OSError as error:
             raise FileError(f"{path}: the answers cannot be read: {error.strerror or error}") from None
         whole = data[: data.rfind(b"\n") + 1]
+        head = (json.dumps({"format": FORMAT, "settings": settings}) + "\n").encode()
         if whole:
             answers._read(path, whole)
+        elif not head.startswith(data):
+            raise FormatError(f"{path}: not the answers of an evaluation of tasks: name another file")
         if not whole or whole != data:
-            head = json.dumps({"format": FORMAT, "settings": settings}) + "\n"
-            write(path, whole or head.encode())
+            write(path, whole or head)
         return answers
 
     def find(self, task: str, sample: int, policy: str) -> Answer | None:
