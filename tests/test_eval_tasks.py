@@ -9,9 +9,11 @@ import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +21,7 @@ from hypothesis import strategies as st
 from pyllm import LLM, Adaptive, ArgumentError, Dense, FormatError, Window
 from pyllm.attention import Policy
 from pyllm.cli import main
+from pyllm.evaluate.intervals import fractions_interval, paired_interval
 from pyllm.evaluate.tasks import catalog, haystack, summary, words
 from pyllm.evaluate.tasks.answers import Answer, Answers
 from pyllm.evaluate.tasks.draft import Draft, Task
@@ -244,7 +247,7 @@ def test_who_reads_everything_knows_everything(tiny: LLM) -> None:
 
 
 def test_who_knows_nothing_scores_nothing(tiny: LLM) -> None:
-    rows = summary.rows(evaluated(tiny, lambda *_: "I do not know."), 0)
+    rows = summary.rows(evaluated(tiny, lambda *_: "I do not know."))
     assert [row.task for row in rows] == [*catalog.TASKS, "all"]
     assert not any(row.score for row in rows)
     assert summary.above_chance(rows) == []
@@ -262,7 +265,7 @@ def test_every_policy_answers_the_same_samples(tiny: LLM) -> None:
             return sample.answers[0] if sample.index % 2 else ""
         return " ".join(sample.answers[: len(sample.answers) // 2])
 
-    rows = summary.rows(evaluated(tiny, say, Window(window=64), n=4), 0)
+    rows = summary.rows(evaluated(tiny, say, Window(window=64), n=4))
     assert all(len(prompts) == 1 for prompts in seen.values())
     by_key = {(row.task, row.policy): row for row in rows}
     for task, expected in (("niah_single", 50), ("niah_multivalue", 50), ("vt", 40), ("fwe", 100 / 3)):
@@ -279,11 +282,24 @@ def test_every_policy_answers_the_same_samples(tiny: LLM) -> None:
     assert set(summary.above_chance(rows)) >= {"niah_single", "vt", "qa"}
 
 
+def test_the_task_chooses_the_interval_not_its_scores() -> None:
+    """A task of several answers has fractions, also where all happen to be 0 or 1."""
+    one = [an_answer(sample, policy=policy) for sample in range(3) for policy in ("dense", "window")]
+    several = [replace(answer, expected=["7", "8"]) for answer in one]
+    (_, newcombe), (_, bonett_price) = summary.rows(one), summary.rows(several)
+    both = np.ones((2, 3))
+    for row, expected in (
+        (newcombe, paired_interval(*both)),
+        (bonett_price, fractions_interval(np.zeros(3))),
+    ):
+        assert (row.difference_low, row.difference_high) == tuple(100 * end for end in expected)
+
+
 # ---- answers on disk ----
 
 
-def an_answer(sample: int = 0, text: str = "7\u2028\x85 “ü”\n") -> Answer:
-    return Answer("qa", sample, "dense", 1.0, text, ["7"], 0.25, 99, None, 100.0, 50.5)
+def an_answer(sample: int = 0, policy: str = "dense") -> Answer:
+    return Answer("qa", sample, policy, 1.0, "7\u2028\x85 “ü”\n", ["7"], 0.25, 99, None, 100.0, 50.5)
 
 
 def test_answers_come_back(tmp_path: Path) -> None:

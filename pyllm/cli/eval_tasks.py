@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     settings: dict[str, Any] = {
         "model": llm.name,
         "model sha256": [file_sha256(path) for path in llm.paths],
+        "device": llm.device,
         "isa": llm.info.isa,
         "haystack": haystack.sha256(),
         "length": samples.length,
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         samples.make(task, 0)  # a length that is too short is refused before the work
     with prefill_bar() as tick:
         left = evaluation.run(args.limit, tick)
-    rows = summary.rows(evaluation.finished(), args.seed)
+    rows = summary.rows(evaluation.finished())
     if args.csv:
         write(args.csv, summary.csv_bytes(rows))
     print(f"{llm.name}: {samples.length:,} tokens{', plain prompts' if samples.plain else ''}")
