@@ -6,6 +6,8 @@ import csv
 import json
 import math
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, FormatError, Oracle, Static, Window
+from pyllm import LLM, Adaptive, Calibration, Dense, FormatError, Oracle, Static, Window
 from pyllm.cli import main
 from pyllm.evaluate import texts, tradeoff
 from pyllm.evaluate.candidates import ROWS, Candidate, Choice, Fitted, candidates, top_share
+from pyllm.evaluate.evaluation import Evaluation, fitting_texts
 from pyllm.evaluate.metrics import BLOCK, Reference, Scores, mean_interval, perplexity, student
 from pyllm.evaluate.results import Results
 from pyllm.evaluate.static_labels import first_with_bulk, local_shares
@@ -350,6 +353,71 @@ def test_finished_rows_are_not_evaluated_again(
     assert capsys.readouterr().out.count("adaptive head 0.5") == 1
 
 
+def test_what_is_finished_is_not_fitted_again(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fit reads the fitted texts, which here are gone from the second run."""
+    llm, path = LLM(tiny_model, n_ctx=300), tmp_path / "rows.json"
+    choice = Choice(WINDOW, SINKS, ("window", "static", "maximum"), thresholds=(0.9,), shares=(0.5,))
+    text = texts.excerpt(llm, "prose", prose.read_text(), 301, 0)
+
+    def evaluation(choice: Choice, other: Sequence[Text]) -> Evaluation:
+        results = Results.open(path, {})
+        return Evaluation(llm, choice, [text], other, results, path, n_decode=4, seed=0, n_ctx=300)
+
+    first = evaluation(choice, fitting_texts(llm, choice, 300, 0))
+    assert first.run(None, lambda *_: None) == 0
+    finished = path.read_bytes()
+    again = evaluation(replace(choice, policies=("maximum", "static", "pages"), page_shares=(0.01,)), ())
+    assert again.run(None, lambda *_: None) == 0
+    names = [f"{name} {g}" for name in ("maximum", "static") for g in ("head", "group")]
+    assert sorted(row.line for row in again.finished()) == sorted([*names, "pages 3-bit"])
+    assert [record.line for record in again.classifiers()] == ["maximum"]
+    assert finished != path.read_bytes()
+    assert evaluation(choice, ()).run(None, lambda *_: None) == 0
+
+
+def test_rows_that_are_asked_for_twice(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    named = ["--attention", f"dense,window={WINDOW},sinks={SINKS}", f"window:{WINDOW},sinks={SINKS}"]
+    assert main(command(tiny_model, prose, "--policies", "window,window", "--json", path, *named)) == 0
+    assert [row["line"] for row in json.loads(path.read_text())["rows"]] == [
+        "window",
+        "dense,window=64,sinks=4",
+        "window:64,sinks=4",
+    ]
+    one = ["eval", tiny_model, "--text", prose, "--ctx", 1150, "--decode", 0, "--attention", "dense", "dense"]
+    assert main([str(x) for x in (*one, "--json", tmp_path / "one")]) == 0
+    assert len(json.loads((tmp_path / "one").read_text())["rows"]) == 1
+
+
+def test_settings_say_what_was_fitted_on(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    arguments = ["--shares", "0.5", "--json", str(path), "--policies"]
+
+    def run(policies: str) -> dict[str, Any]:
+        assert main(command(tiny_model, prose, *arguments, policies)) == 0
+        settings: dict[str, Any] = json.loads(path.read_text())["settings"]
+        return settings
+
+    assert "fitted texts" not in run("window")
+    settings = run("window,static")
+    llm = LLM(tiny_model, n_ctx=300)
+    texts = fitting_texts(llm, Choice(policies=("static",)), 300, 0)
+    assert settings["fitted texts"] == {text.name: text.sha256 for text in texts}
+    assert settings["device"] == "cpu"
+    assert run("dense") == settings
+    content = json.loads(path.read_text())
+    content["settings"]["fitted texts"] = {"prose": "of another Python"}
+    path.write_text(json.dumps(content))
+    assert main(command(tiny_model, prose, *arguments, "window,static")) == 1
+    assert "made with fitted texts {'prose': 'of another Python'}" in capsys.readouterr().err
+
+
 def test_results_of_other_settings_are_not_mixed(
     tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -372,6 +440,7 @@ def test_results_of_other_settings_are_not_mixed(
 BAD = [
     (["--policies", "dense,sideways"], "'sideways' is unknown; there are dense, window, static"),
     (["--policies", ""], "nothing to evaluate"),
+    (["--policies", "adaptive", "--thresholds", ""], "nothing to evaluate"),
     (["--policies", "oracle", "--thresholds", "-1"], "threshold"),
     (["--page-bits", "5"], "page_bits"),
     (["--page-shares", "1.5"], "page_share"),
@@ -449,8 +518,3 @@ def test_numbers_that_are_none(tiny_model: Path, prose: Path, capsys: pytest.Cap
         main(command(tiny_model, prose, "--thresholds", "0.9,x"))
     assert exit_.value.code == 2
     assert "'0.9,x'" in capsys.readouterr().err
-
-
-def test_a_choice_of_nothing() -> None:
-    with pytest.raises(ArgumentError, match="nothing"):
-        candidates(Choice(policies=("adaptive",), thresholds=()))

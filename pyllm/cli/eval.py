@@ -17,9 +17,9 @@ from pyllm.errors import ArgumentError
 from pyllm.evaluate import compare, dialogue, domains, report, texts, tradeoff
 from pyllm.evaluate.asked import asked
 from pyllm.evaluate.candidates import PAGE_BITS, PAGE_SHARES, ROWS, SHARES, THRESHOLDS, Candidate, Choice
-from pyllm.evaluate.evaluation import Evaluation
+from pyllm.evaluate.evaluation import Evaluation, fitting_texts
 from pyllm.evaluate.outputs import require_outputs, write
-from pyllm.evaluate.results import Results, csv_bytes
+from pyllm.evaluate.results import FITTED, Results, csv_bytes
 from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
@@ -139,10 +139,13 @@ def run(args: argparse.Namespace) -> int:
         chosen.append(dialogue.excerpt(llm, n_ctx + 1, args.seed))
     for text in chosen:
         tradeoff.require_bulk(text, choice.window, choice.sinks, args.decode)
-    settings = evaluation_settings(args, llm, n_ctx, chosen)
+    other = fitting_texts(llm, choice, n_ctx, args.seed)
+    settings = evaluation_settings(args, llm, n_ctx, chosen, other)
     results = Results.open(args.json, settings) if args.json else Results(settings)
     extra = _extra(llm, args.attentions or (), choice)
-    evaluation = Evaluation(llm, choice, chosen, results, args.json, args.decode, args.seed, n_ctx, extra)
+    evaluation = Evaluation(
+        llm, choice, chosen, other, results, args.json, args.decode, args.seed, n_ctx, extra
+    )
     with prefill_bar() as tick:
         left = evaluation.run(args.limit, tick)
     rows = evaluation.finished()
@@ -208,16 +211,18 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def evaluation_settings(
-    args: argparse.Namespace, llm: LLM, n_ctx: int, chosen: Sequence[Text]
+    args: argparse.Namespace, llm: LLM, n_ctx: int, chosen: Sequence[Text], other: Sequence[Text] = ()
 ) -> dict[str, Any]:
     """All that a row depends on besides its policy: results of other settings are not mixed with these."""
     return {
         "model": llm.name,
         "model sha256": [file_sha256(path) for path in llm.paths],
         **compare.rope(llm),
+        "device": llm.device,
         "isa": llm.info.isa,
         "threads": llm.info.n_threads,
         "texts": {text.name: text.sha256 for text in chosen},
+        **({FITTED: {text.name: text.sha256 for text in other}} if other else {}),
         "tokens": n_ctx,
         "batch": args.batch,
         "window": args.window,

@@ -48,8 +48,8 @@ def policy(text: str) -> attention.Policy:
 
 
 def words(text: str) -> tuple[str, ...]:
-    """What stands between commas, for argparse."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+    """What stands between commas, each once, for argparse."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def policy_or_preset(text: str) -> attention.Policy | str:

@@ -92,7 +92,9 @@ def run(args: argparse.Namespace) -> int:
     made_with = evaluation_settings(args, llm, n_ctx, texts)
     made_with["profile sha256"] = file_sha256(path) if presets else None
     results = Results.open(args.json, made_with) if args.json else Results(made_with)
-    evaluation = Evaluation(llm, choice, texts, results, args.json, args.decode, args.seed, n_ctx, presets)
+    evaluation = Evaluation(
+        llm, choice, texts, (), results, args.json, args.decode, args.seed, n_ctx, presets
+    )
     result = pilot.run(evaluation, found, args.budget_kl, prefill_bar, path)
     write(args.output, page.render(result, calibration, _made(args, llm, model)))
     kept = "" if result.recommendation.kept else "no policy keeps to the budget; the nearest: "

@@ -115,7 +115,7 @@ def _fitted(
 ) -> tuple[NDArray[np.float64], Calibration]:
     """What is learnt from the first part: how often each head is local, and the calibration."""
     n = sum(len(text.tokens) for text in texts)
-    shares = local_shares(llm, list(texts), **plan.geometry, progress=lambda done, _: work.at(done))
+    shares = local_shares(llm, texts, **plan.geometry, progress=lambda done, _: work.at(done))
     work.add(n)
     ids = [text.tokens for text in texts]
     calibration = fit(llm, ids, **plan.geometry, progress=lambda done, _: work.at(done))

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import GRANULARITIES, Adaptive, Dense, Oracle, Policy, Static, Window
-from pyllm.calibration import Calibration
+from pyllm.calibration import MOMENTS, Calibration
 from pyllm.errors import ArgumentError
 
 THRESHOLDS = (0.6, 0.8, 0.9, 0.95)
@@ -29,6 +29,10 @@ class Candidate:
     line: str
     policy: Policy
     setting: float | None = None
+
+    @property
+    def key(self) -> tuple[str, float | None]:
+        return self.line, self.setting
 
     @property
     def name(self) -> str:
@@ -101,11 +105,17 @@ CALIBRATED = {
 
 
 def candidates(choice: Choice, fitted: Fitted | None = None) -> list[Candidate]:
-    """Every row, in the order of the table. Raises ArgumentError where there is none."""
-    rows = [row for name in choice.policies for row in ROWS[name](choice, fitted or Fitted())]
-    if not rows:
-        raise ArgumentError("nothing to evaluate: no policy, threshold or share was given")
-    return rows
+    """Every row, in the order of the table."""
+    return [row for name in choice.policies for row in ROWS[name](choice, fitted or Fitted())]
+
+
+def keys(choice: Choice) -> list[tuple[str, float | None]]:
+    """Of every row, before anything is fitted: what that says does not change what rows are called."""
+    blank = np.zeros((1, 1, 1))
+    calibrations = {
+        moments: Calibration(np.zeros((1, 1, 3)), blank, blank[None], (0, 1), moments) for moments in MOMENTS
+    }
+    return [candidate.key for candidate in candidates(choice, Fitted(1, blank[0], calibrations))]
 
 
 def _dense(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:

@@ -20,6 +20,7 @@ from pyllm.evaluate.classifier import Classifier
 from pyllm.evaluate.outputs import write
 
 FORMAT = "pyllm eval 1"
+FITTED = "fitted texts"  # the setting that tells their digests
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,10 @@ class Results:
         if not os.path.lexists(path):
             return cls(settings)
         results = cls.read(path)
-        require_same(path, results.settings, settings)
+        # Rows that need no fit go with any: the first that does decides on which texts.
+        known = {FITTED: {**settings, **results.settings}.get(FITTED)}
+        require_same(path, {**known, **results.settings}, {**known, **settings})
+        results.settings = {**settings, **results.settings}
         return results
 
     @classmethod
