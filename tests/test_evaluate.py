@@ -20,12 +20,13 @@ from matplotlib.image import imread
 from pyllm import LLM, Adaptive, Calibration, Dense, FormatError, Oracle, Static, Window
 from pyllm.cli import main
 from pyllm.evaluate import texts, tradeoff
-from pyllm.evaluate.candidates import ROWS, Candidate, Choice, Fitted, candidates, top_share
+from pyllm.evaluate.candidates import ROWS, Candidate, Choice, Fitted, candidates
 from pyllm.evaluate.evaluation import Evaluation, fitting_texts
 from pyllm.evaluate.metrics import BLOCK, Reference, Scores, mean_interval, perplexity, student
 from pyllm.evaluate.results import Results
 from pyllm.evaluate.static_labels import first_with_bulk, local_shares
 from pyllm.evaluate.texts import Text
+from pyllm.local_heads import top_share
 
 WINDOW, SINKS = 64, 4
 FIRST = first_with_bulk(WINDOW, SINKS)

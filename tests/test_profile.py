@@ -19,10 +19,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, FileError, FormatError, Oracle, Window
+from pyllm import (
+    LLM,
+    Adaptive,
+    ArgumentError,
+    Calibration,
+    Dense,
+    FileError,
+    FormatError,
+    Oracle,
+    Static,
+    Window,
+)
 from pyllm.attention import PRESETS, Policy
 from pyllm.calibration import MOMENTS
 from pyllm.cli import main
+from pyllm.evaluate.candidates import Choice, Fitted, candidates
 from pyllm.profile import DESCRIPTION, Measured, Preset, Profile, beside
 
 SHAPE = (2, 8)  # of the tiny model
@@ -172,6 +184,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a preset less": (at("presets/balanced", None), "no preset balanced"),
     "no such policy": (at("presets/balanced/policy/name", "static"), "static"),
     "a policy's field": (at("presets/balanced/policy/windw", 3), "windw"),
+    "another profile": (at("presets/balanced/policy/profile", "m.profile"), "adaptive has no profile"),
     "its range": (at("presets/balanced/policy/page_bits", 7), "page_bits: expected"),
     "its shape": (at("presets/balanced/policy/threshold", [0.5] * 3), r"shape \(3,\)"),
     "a measure less": (at("presets/balanced/measured/kl", None), "'kl'"),
@@ -269,6 +282,41 @@ def test_estimates_take_the_profiles_calibration(profile: Profile, model: Path) 
     beside([model]).unlink()
     with pytest.raises(ArgumentError, match="needs a calibration for this model, and there is none"):
         LLM(model, attention="adaptive:0.8,estimate=maximum")
+
+
+def test_a_policy_takes_the_calibration_of_a_profile(profile: Profile, model: Path, tmp_path: Path) -> None:
+    llm, path = LLM(model), beside([model])
+    expected = Adaptive(0.8, estimate="maximum", calibration=profile.calibration)
+    for source in (profile, path, str(path)):
+        policy = Adaptive(0.8, estimate="maximum", profile=source)
+        assert policy == llm.session(attention=policy).attention == expected
+        assert replace(policy, threshold=0.7) == replace(expected, threshold=0.7)
+    with pytest.raises(ArgumentError, match="a calibration and a profile"):
+        Adaptive(calibration=CALIBRATION, profile=path)
+    with pytest.raises(FileError, match="nowhere: the profile cannot be read"):
+        Adaptive(estimate="maximum", profile=tmp_path / "nowhere")
+    larger = Calibration(np.zeros((3, 8, 3)), np.zeros((3, 2, 32)), np.zeros((3, 2, 32, 32)), (0, 1))
+    other = replace(profile, calibration=larger, local_shares=np.zeros((3, 8), np.float32))
+    with pytest.raises(ArgumentError, match="but the model has"):
+        llm.session(attention=Adaptive(estimate="maximum", profile=other))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_static_labels_by_the_profiles_shares(profile: Profile, model: Path, share: float) -> None:
+    """As the rows of an evaluation: the heads of a key/value head together."""
+    llm = LLM(model)
+    policy = llm.policy(f" static:{share},page_bits=3,window=512 ")
+    fitted = Fitted(2, profile.local_shares.astype(np.float64))
+    (_, row) = candidates(Choice(512, policies=["static"], shares=[share]), fitted)
+    assert row.line == "static group"
+    assert isinstance(row.policy, Static)
+    assert policy == replace(row.policy, page_bits=3)
+    assert llm.session(attention=policy).attention == policy
+    with pytest.raises(ArgumentError, match=r"'static:1\.5': expected a share of heads from 0 to 1"):
+        llm.policy("static:1.5")
+    beside([model]).unlink()
+    with pytest.raises(ArgumentError, match=r"'static:0\.3': needs a profile of this model"):
+        LLM(model, attention="static:0.3")
 
 
 def test_without_a_profile(model: Path) -> None:
