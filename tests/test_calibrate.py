@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from pyllm import LLM, Adaptive, ArgumentError, Dense
 from pyllm.attention import PRESETS, Policy
 from pyllm.cli import main
+from pyllm.cli.calibrate import over_budget
 from pyllm.evaluate import texts
 from pyllm.evaluate.calibrate import BUDGETS, Plan
 from pyllm.evaluate.curves import Bands, Curve
@@ -21,6 +23,7 @@ from pyllm.evaluate.parts import deal
 from pyllm.evaluate.search import BANDS, Search, Trial, bands, most
 from pyllm.evaluate.texts import Text
 from pyllm.profile import Measured, Profile, beside
+from test_profile import profile_of
 
 # ---- parts ----
 
@@ -315,6 +318,25 @@ def test_from_end_to_end(model: Path, prose: Path, capsys: pytest.CaptureFixture
     path.write_bytes(b"broken")
     assert main(command) == 0
     assert path.read_bytes() == first
+
+
+def test_says_which_presets_are_over_their_budget() -> None:
+    """What a budget bounds is the end of the interval, of prefill and of decode."""
+    within = Measured(900, 0.004, 0.003, 0.01, 97.5, 20.0, 200, 0.002, 0.001, 0.006, 12.0)
+    profile = profile_of("00")  # each with a budget of 0.01
+    found = [
+        over_budget(replace(profile, presets={"balanced": replace(profile.presets["balanced"], measured=m)}))
+        for m in (
+            within,
+            replace(within, kl_high=0.011),
+            replace(within, decode_kl_high=0.011),
+            replace(within, decode_kl=0.012, decode_kl_high=0.02),
+        )
+    ]
+    assert found[0] == []
+    assert found[1] == found[2]
+    assert found[1][0].startswith("balanced: the interval ends over its budget of 0.01 nats on this text")
+    assert found[3][0].startswith("balanced: even the mean is over its budget of 0.01 nats")
 
 
 def test_reported_is_what_a_session_does(model: Path, prose: Path) -> None:

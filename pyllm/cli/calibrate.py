@@ -98,10 +98,8 @@ def run(args: argparse.Namespace) -> int:
     print(LEGEND)
     for name, preset in profile.presets.items():
         print(f"{name}: {preset.policy}")
-    for name in over_budget(profile):
-        print(
-            f"{name}: over its budget on this text, though within it where it was chosen: take more --limit"
-        )
+    for sentence in over_budget(profile):
+        print(sentence)
     print(f"{path} written")
     return 0
 
@@ -123,9 +121,14 @@ def table(profile: Profile) -> Table:
 
 
 def over_budget(profile: Profile) -> list[str]:
-    """Those whose mean loss on the report's text is over their budget."""
-    return [
-        name
-        for name, preset in profile.presets.items()
-        if max(preset.measured.kl, preset.measured.decode_kl) > preset.budget
-    ]
+    """A sentence on every preset whose loss on the report's text is over its budget."""
+    found = []
+    for name, preset in profile.presets.items():
+        mean = max(preset.measured.kl, preset.measured.decode_kl)
+        if preset.measured.loss > preset.budget:
+            where = "the interval ends" if mean <= preset.budget else "even the mean is"
+            found.append(
+                f"{name}: {where} over its budget of {preset.budget:g} nats on this text, though within it "
+                "where it was chosen: take more --limit"
+            )
+    return found
