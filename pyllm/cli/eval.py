@@ -192,9 +192,8 @@ def _compare(paths: Sequence[Path]) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be refused before the model is opened."""
-    for name in ("ctx", "decode", "limit"):
+    for name, least in (("ctx", 1), ("decode", 0), ("limit", 1), ("seed", 0)):
         value = getattr(args, name)
-        least = 0 if name == "decode" else 1
         if value is not None and value < least:
             raise ArgumentError(f"--{name}: expected at least {least}, got {value}")
     check_outputs(args)
