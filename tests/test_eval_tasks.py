@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import random
 import re
 from collections import Counter
@@ -346,11 +347,24 @@ def test_what_is_no_answers_file_is_refused(tmp_path: Path) -> None:
         '{"format": "pyllm eval 1", "settings": {}}\n',
         good + "{}\n",
         good + "[1]\n",
+        good + "[" * 200_000 + "\n",
     ):
         path.write_text(broken)
         with pytest.raises(FormatError, match=re.escape(str(path))):
             Answers.open(path, {})
         assert path.read_text() == broken
+    for change, cause in (
+        ({"score": "x"}, "answer 1: score: expected float, got 'x'"),
+        ({"score": math.nan}, "answer 1: score: expected float, got nan"),
+        ({"score": 5}, "answer 1: score: expected 0 to 1, got 5"),
+        ({"expected": "7"}, "answer 1: expected: expected list, got '7'"),
+        ({"expected": [7]}, "answer 1: expected: expected list"),
+        ({"sample": None}, "answer 1: sample: expected int, got None"),
+    ):
+        head, line = good.strip().split("\n")
+        path.write_text(f"{head}\n{json.dumps({**json.loads(line), **change})}\n")
+        with pytest.raises(FormatError, match=re.escape(cause)):
+            Answers.open(path, {})
     path.write_bytes(b"GGUF\xff" + bytes(999) + b"\n")
     with pytest.raises(FormatError, match="UnicodeDecodeError") as error:
         Answers.open(path, {})
@@ -461,6 +475,7 @@ BAD = [
     (["--text", "x.txt"], "--text"),
     (["--plot", "x.png"], "--plot"),
     (["--limit", "0"], "--limit"),
+    (["--seed", "-1"], "--seed: expected at least 0, got -1"),
     (["--json", "/nosuch/rows.json"], "/nosuch/rows.json: cannot be written"),
     (["--json", "/tmp/x.out", "--csv", "/tmp/../tmp/x.out"], "--json and --csv are the same file"),
 ]

@@ -438,6 +438,60 @@ def test_results_of_other_settings_are_not_mixed(
         Results.open(path, {})
 
 
+WRONG_FIELDS: list[tuple[str, Any, str]] = [
+    ("rows/1/kl", None, "row 2: kl: expected float, got None"),
+    ("rows/0/bulk_work", "x", "row 1: bulk_work: expected float | None, got 'x'"),
+    ("rows/0/tokens", 1.5, "row 1: tokens: expected int, got 1.5"),
+    ("rows/0/tokens", True, "row 1: tokens: expected int, got True"),
+    ("rows/0/top1", math.nan, "row 1: top1: expected float, got nan"),
+    ("rows/0/top1", 10**400, "row 1: top1: expected float, got 1000"),
+    ("rows/0/windw", 3, "row 1: there is no 'windw'"),
+    ("rows/0", [3], "row 1: expected an object, got [3]"),
+    ("rows", 3, "TypeError"),
+    ("settings", [], "settings: expected an object"),
+    ("settings/rope base", "x", "settings: expected an object whose rope base"),
+    ("local_shares", [1, 2], "local_shares"),
+    ("classifiers/0/total/error", "x", "classifier 1: error: expected float, got 'x'"),
+    ("classifiers/0/layers/1/recall", "x", "classifier 1: layer 2: recall: expected float | None, got 'x'"),
+    ("classifiers/0/threshold", None, "classifier 1: threshold: expected float, got None"),
+]
+
+
+def test_fields_of_another_type(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One error that names file, row and field, whoever reads the file."""
+    path, broken = tmp_path / "rows.json", tmp_path / "broken.json"
+    asked = ["--policies", "adaptive", "--thresholds", "0.9", "--json", str(path)]
+    assert main(command(tiny_model, prose, *asked)) == 0
+    for place, value, cause in WRONG_FIELDS:
+        content = json.loads(path.read_text())
+        *folders, last = (int(key) if key.isdigit() else key for key in place.split("/"))
+        found = content
+        for folder in folders:
+            found = found[folder]
+        found[last] = value
+        broken.write_text(json.dumps(content))
+        with pytest.raises(FormatError) as error:
+            Results.read(broken)
+        assert str(error.value).startswith(f"{broken}: not the results of an evaluation (")
+        assert cause in str(error.value)
+    del content["rows"][0]["kl"]
+    broken.write_text(json.dumps(content))
+    with pytest.raises(FormatError, match=r"row 1: .*'kl'"):
+        Results.read(broken)
+    broken.write_text("[" * 200_000)
+    capsys.readouterr()
+    assert main(["eval", "--compare", str(path), str(broken)]) == 1
+    assert f"{broken}: not the results of an evaluation (RecursionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["eval-smollm2-4k-w256", "eval-smollm2-4k-w256-maximum"])
+def test_results_that_are_kept_can_still_be_read(name: str) -> None:
+    path = Path(__file__).parents[1] / "docs" / "data" / f"{name}.json"
+    assert len(Results.read(path).rows) > 10
+
+
 BAD = [
     (["--policies", "dense,sideways"], "'sideways' is unknown; there are dense, window, static"),
     (["--policies", ""], "nothing to evaluate"),
@@ -455,6 +509,7 @@ BAD = [
     (["--decode", "-1"], "--decode"),
     (["--decode", "280"], "'prose.txt'"),
     (["--limit", "0"], "--limit"),
+    (["--seed", "-1"], "--seed: expected at least 0, got -1"),
     (["--json", "/nosuch/rows.json"], "/nosuch/rows.json: cannot be written"),
     (["--csv", "/"], "/: cannot be written"),
     (["--plot", "/nosuch/plot.png"], "/nosuch/plot.png: cannot be written"),

@@ -8,6 +8,7 @@ import io
 import json
 import os
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.errors import FileError, FormatError
-from pyllm.evaluate import domains
+from pyllm.evaluate import domains, fields
 from pyllm.evaluate.classifier import Classifier
 from pyllm.evaluate.outputs import write
 
@@ -110,12 +111,12 @@ class Results:
             found = json.loads(text)
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']!r}")
-            shares = None if found["local_shares"] is None else np.array(found["local_shares"], np.float64)
-            rows = [Row(**row) for row in found["rows"]]
-            classifiers = [Classifier.read(record) for record in found.get("classifiers", [])]
-            return cls(dict(found["settings"]), shares, rows, classifiers)
-        except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{path}: not the results of an evaluation ({error!r})") from None
+            rows = fields.each("row", partial(fields.checked, Row), found["rows"])
+            classifiers = fields.each("classifier", Classifier.read, found.get("classifiers", []))
+            return cls(_settings(found["settings"]), _local_shares(found["local_shares"]), rows, classifiers)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise FormatError(f"{path}: not the results of an evaluation ({cause})") from None
 
     def save(self, path: Path) -> None:
         """Raises FileError."""
@@ -128,6 +129,22 @@ class Results:
             "classifiers": [dataclasses.asdict(record) for record in self.classifiers],
         }
         write(path, json.dumps(content, indent=1).encode() + b"\n")
+
+
+def _settings(found: Any) -> dict[str, Any]:
+    """Raises ValueError for what is none, and for a number that is shown as one and is not."""
+    if not isinstance(found, dict) or not fields.is_of(float, found.get("rope base", 0)):
+        raise ValueError("settings: expected an object whose rope base, if any, is a number")
+    return found
+
+
+def _local_shares(found: Any) -> NDArray[np.float64] | None:
+    if found is None:
+        return None
+    shares = np.array(found, np.float64)
+    if shares.ndim != 2 or not np.isfinite(shares).all():
+        raise ValueError("local_shares: expected finite numbers by layer and head")
+    return shares
 
 
 def csv_bytes(rows: list[Row]) -> bytes:
