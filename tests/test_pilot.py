@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -409,6 +411,17 @@ def test_a_second_run_goes_on_from_finished_rows(made: Made) -> None:
     # Measured times are kept with the rows.
     for name in ("kpis", "policies", "documents", "projection"):
         assert table(again, name) == table(made.page, name)
+
+
+def test_a_model_whose_name_is_no_text(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "$^$.txt").write_text(prose(400, 3))
+    model, output = tmp_path / os.fsdecode(b"t\xff.gguf"), tmp_path / "report.html"
+    shutil.copy(tiny_model, model)
+    assert main(command(model, tmp_path / "docs", output, "--no-calibrate", "--limit", "200")) == 0
+    page = BeautifulSoup(output.read_text("utf-8"), "html.parser")
+    assert table(page, "made")["model"][0].startswith("t\ufffd, fingerprint")
+    assert "$^$.txt" in text_of(page, "recommendation")
 
 
 def test_a_budget_that_cannot_be_met(

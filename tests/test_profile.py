@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -381,6 +382,24 @@ def test_presets_are_evaluated_under_names_of_their_own(
     assert first != second
     assert sorted(lines()) == sorted([first, second, "dense", "adaptive:0.8,window=64"])
     assert second in capsys.readouterr().out
+
+
+def test_a_profile_with_a_name_that_is_markup_or_no_text(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "[").mkdir()
+    path = tmp_path / os.fsdecode(b"[/d]$^$\xff.profile")
+    policy = Adaptive([0.95, 2.0], window=64, page_bits=3)
+    fingerprint = LLM(model, attention=Dense()).fingerprint
+    profile_of(fingerprint, {**POLICIES, "balanced": policy}).save(path)
+    prose, outputs = tmp_path / "prose.txt", [tmp_path / "rows.csv", tmp_path / "plot.png"]
+    prose.write_text("the inner hand " * 300)
+    common = ["eval", str(model), "--csv", str(outputs[0]), "--attention", f"balanced:{path}"]
+    on_text = ["--text", str(prose), "--ctx", "400", "--window", "64", "--plot", str(outputs[1])]
+    for arguments in (on_text, ["--tasks", "qa", "--length", "1800", "--samples", "1"]):
+        assert main([*common, *arguments]) == 0
+        assert "[/d]$^$\ufffd.profile" in capsys.readouterr().out.replace("\n", "")
+        assert "[/d]$^$\ufffd.profile" in outputs[0].read_text("utf-8")
 
 
 def test_a_preset_of_another_window_is_no_row(

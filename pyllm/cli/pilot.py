@@ -164,8 +164,8 @@ def _made(args: argparse.Namespace, llm: LLM, model: ModelFile) -> dict[str, str
             continue
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return {
-        "command": shown(Path(shlex.join(words))),
-        "model": f"{model.name}, fingerprint {model.fingerprint}",
+        "command": shown(shlex.join(words)),
+        "model": f"{shown(model.name)}, fingerprint {model.fingerprint}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("pyllm", "numpy", "matplotlib")),
         "Python": platform.python_version(),
         "processor": f"{llm.info.isa}, {llm.info.n_threads} threads",

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from pyllm.attention import Dense
 from pyllm.evaluate.intervals import difference_interval, mean_interval
@@ -68,7 +69,7 @@ def table(found: Iterable[TaskRow]) -> Table:
         shown.add_column(name, justify="right", no_wrap=True)
     before = None
     for row in found:
-        shown.add_row("" if row.task == before else row.task, row.policy, *_cells(row))
+        shown.add_row(*map(Text, ("" if row.task == before else row.task, row.policy, *_cells(row))))
         before = row.task
     return shown
 
