@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from pyllm import attention
@@ -45,6 +46,13 @@ def policy(text: str) -> attention.Policy:
         return attention.parse(text)
     except ArgumentError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def folder(text: str) -> Path:
+    """A folder's path, for argparse. An empty one, such as an unset variable's, is not the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return Path(text)
 
 
 def words(text: str) -> tuple[str, ...]:

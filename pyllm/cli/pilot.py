@@ -40,7 +40,9 @@ NOT_OPTIONS = ("command", "run", "folder", "device", "attention")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="txt, md, html, pdf, docx, source code")
+    parser.add_argument(
+        "folder", type=options.folder, metavar="DIR", help="txt, md, html, pdf, docx, source code"
+    )
     parser.add_argument(
         "-o",
         "--output",
