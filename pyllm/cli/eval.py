@@ -30,6 +30,7 @@ HELP = "Compare attention policies with dense attention on long text or tasks: q
 
 DEFAULT_CONTEXT = 4096
 IMAGES = ("png", "svg", "pdf")
+FOR_TEXTS = ("text", "plot", "policies", "thresholds", "shares", "page_shares", "page_bits", "decode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -113,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     eval_tasks.add_arguments(parser)
     # Sessions have policies of their own here; a broken profile must not keep the model from being opened.
     parser.set_defaults(device="auto", kv="gpu", attention=Dense())
+    parser.set_defaults(for_texts={name: parser.get_default(name) for name in FOR_TEXTS})
 
 
 def run(args: argparse.Namespace) -> int:

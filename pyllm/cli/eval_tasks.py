@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     tasks = catalog.chosen(args.tasks)
     if args.samples < 1:
         raise ArgumentError(f"--samples: expected at least 1, got {args.samples}")
-    for name in ("text", "plot"):
-        if getattr(args, name):
-            raise ArgumentError(f"--{name} is for texts, not for --tasks")
+    for name, default in args.for_texts.items():
+        if getattr(args, name) != default:
+            raise ArgumentError(f"--{name.replace('_', '-')} is for texts, not for --tasks")
     llm = options.open_llm(args)
     attentions = args.attentions or [Adaptive(window=args.window, sinks=args.sinks)]
     policies = with_dense(asked(llm, attentions))
