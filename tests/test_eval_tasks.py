@@ -133,6 +133,13 @@ def test_no_word_is_part_of_another(kind: Iterable[str]) -> None:
     assert not [(a, b) for a, b in itertools.permutations(kind, 2) if a in b]
 
 
+def test_no_persons_name_is_a_fact() -> None:
+    """Scores do not tell cases: whoever answers with Tanner would have named a trade."""
+    names, facts = (*words.FIRST_NAMES, *words.SURNAMES), (*words.TOWNS, *words.TRADES, *words.INSTRUMENTS)
+    pairs = itertools.product((name.casefold() for name in names), (fact.casefold() for fact in facts))
+    assert not [(name, fact) for name, fact in pairs if name in fact or fact in name]
+
+
 def test_the_haystack_has_nothing_that_is_hidden_in_it() -> None:
     prose = haystack.sentences()
     assert len(prose) == len(set(prose)) > 500
@@ -474,6 +481,10 @@ BAD = [
     (["--attention", "balanced"], "has no profile; pyllm calibrate"),
     (["--text", "x.txt"], "--text"),
     (["--plot", "x.png"], "--plot"),
+    (["--policies", "window"], "--policies is for texts, not for --tasks"),
+    (["--thresholds", "0.5"], "--thresholds is for texts"),
+    (["--page-shares", "0.5"], "--page-shares is for texts"),
+    (["--decode", "5"], "--decode is for texts"),
     (["--limit", "0"], "--limit"),
     (["--seed", "-1"], "--seed: expected at least 0, got -1"),
     (["--json", "/nosuch/rows.json"], "/nosuch/rows.json: cannot be written"),
