@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -267,6 +268,12 @@ def test_a_budget_that_cannot_be_met() -> None:
         ArgumentError, match=r"balanced budget of 0\.0005 nats cannot be met: the best is .*0\.00"
     ):
         Bad().search().run({"balanced": 0.0005})
+    with pytest.raises(ArgumentError) as error:
+        Bad().search().run({"conservative": 0.0005, "balanced": 0.0008, "aggressive": 0.02})
+    unmet = (
+        r"the conservative budget of 0\.0005 nats and the balanced budget of 0\.0008 nats cannot be met: .*"
+    )
+    assert re.fullmatch(unmet + r"; \S+ would be aggressive", str(error.value))
 
 
 def test_trials_that_lose_nothing_have_logarithms() -> None:
