@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 import shutil
 from collections.abc import Sequence
@@ -18,7 +20,7 @@ from pyllm.attention import PRESETS, Policy
 from pyllm.cli import main
 from pyllm.cli.calibrate import over_budget
 from pyllm.evaluate import texts
-from pyllm.evaluate.calibrate import BUDGETS, Plan
+from pyllm.evaluate.calibrate import BUDGETS, Plan, calibrate
 from pyllm.evaluate.curves import Bands, Curve
 from pyllm.evaluate.parts import deal
 from pyllm.evaluate.search import BANDS, Search, Trial, bands, most
@@ -304,6 +306,7 @@ def test_from_end_to_end(model: Path, prose: Path, capsys: pytest.CaptureFixture
     path = beside([model])
     shown = capsys.readouterr().out
     assert f"{path} written" in shown
+    assert [file.suffix for file in sorted(path.parent.iterdir())] == [".gguf", ".profile", ".txt"]
     llm = LLM(model)
     assert llm.profile
     assert llm.attention == llm.profile.presets["balanced"].policy
@@ -363,6 +366,42 @@ def test_reported_is_what_a_session_does(model: Path, prose: Path) -> None:
     for token in text.tokens[-71:-1]:
         session.eval([token])
     assert (session.stats - before).bulk_read == pytest.approx(preset.measured.bulk_read)
+
+
+def test_an_interrupted_calibration_goes_on(model: Path, prose: Path, tmp_path: Path) -> None:
+    """Nothing is measured twice, and the profile is that of a calibration without an interruption."""
+    llm, documents, kept = LLM(model, attention=Dense()), texts.files([str(prose)]), tmp_path / "trials"
+    plan = Plan(budget_kl=0.01, n_ctx=600, limit=600, n_decode=70, window=64, sinks=4)
+    done: list[int] = []
+
+    def run(until: float, plan: Plan = plan) -> bytes:
+        done.append(0)
+
+        def progress(n: int, _: int) -> None:
+            done[-1] = n
+            if n > until:
+                raise KeyboardInterrupt
+
+        calibrate(llm, documents, plan, progress, kept).save(tmp_path / "p")
+        return (tmp_path / "p").read_bytes()
+
+    expected = run(math.inf)
+    whole = done[-1]
+    kept.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(whole / 2)
+    known = json.loads(kept.read_text())["trials"]
+    assert known
+    assert run(math.inf) == expected
+    assert done[-1] < whole - 400 * len(known)
+    assert json.loads(kept.read_text())["trials"].items() >= known.items()
+    # Figures do not depend on the budget, but on all else; what is damaged is replaced.
+    run(math.inf, replace(plan, budget_kl=0.011))
+    assert done[-1] < whole - 400 * len(known)
+    for spoil in (lambda: run(math.inf, replace(plan, sinks=5)), lambda: kept.write_bytes(b"[" * 200_000)):
+        spoil()
+        assert run(math.inf) == expected
+        assert done[-1] == whole
 
 
 WRONG = {

@@ -89,11 +89,14 @@ def run(args: argparse.Namespace) -> int:
     llm = options.open_llm(args)
     plan = replace(plan, n_ctx=min(plan.n_ctx, llm.n_ctx))
     path = args.out or beside(llm.paths)
-    require_writable(path)
+    kept = path.with_name(f"{path.name}.trials")
+    for file in (path, kept):
+        require_writable(file)
     documents = texts.files(args.text) if args.text else texts.builtin(fitted=True)
     with prefill_bar() as tick:
-        profile = calibrate(llm, documents, plan, tick)
+        profile = calibrate(llm, documents, plan, tick, kept)
     profile.save(path)
+    kept.unlink(missing_ok=True)
     print(render(table(profile)), end="")
     print(LEGEND)
     for name, preset in profile.presets.items():

@@ -18,14 +18,14 @@ def asked(llm: LLM, attentions: Sequence[Policy | str]) -> dict[str, Policy]:
     found: dict[str, Policy] = {}
     for attention in attentions:
         policy = llm.policy(attention)
-        name = f"{shown(attention)} {_digest(llm, policy)}" if isinstance(attention, str) else str(policy)
+        name = f"{shown(attention)} {digest(llm, policy)[:8]}" if isinstance(attention, str) else str(policy)
         found[name] = policy
     return found
 
 
-def _digest(llm: LLM, policy: Policy) -> str:
-    """Of all that the native library is told, 8 hexadecimal digits."""
-    digest = hashlib.sha256()
+def digest(llm: LLM, policy: Policy) -> str:
+    """Of all that the native library is told, in hexadecimal digits."""
+    found = hashlib.sha256()
     for name, value in sorted(policy.native(llm.info.n_layers, llm.info.n_heads).items()):
-        digest.update(name.encode() + (b"-" if value is None else np.asarray(value).tobytes()))
-    return digest.hexdigest()[:8]
+        found.update(name.encode() + (b"-" if value is None else np.asarray(value).tobytes()))
+    return found.hexdigest()
