@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
-from typing import Any, ClassVar
+from dataclasses import InitVar, dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from pyllm.calibration import MOMENTS, Calibration
 from pyllm.errors import ArgumentError
+from pyllm.local_heads import top_groups
+
+if TYPE_CHECKING:
+    from pyllm.profile import Profile
 
 GRANULARITIES = ("head", "group")
 PAGE_BITS = (0, 2, 3, 4)
@@ -191,7 +197,8 @@ class Adaptive(_Thresholded):
     the prompt, or with moments "calibrated" of other text. estimate: "gaussian", as of Gaussian keys;
     "regression", as fitted to each head on other text; "maximum", the larger of both. gaussian: of infinitely
     many keys, "lognormal" (arXiv 2502.09647), or of as many as there are, "frozen" or "truncated" at the
-    largest one expected. calibration: what all but Gaussian estimates from the prompt's moments need.
+    largest one expected. calibration: what all but Gaussian estimates from the prompt's moments need, or
+    profile: one of this model, or its file, that has one. Raises FileError and FormatError as `Profile.load`.
     """
 
     name = "adaptive"
@@ -201,9 +208,12 @@ class Adaptive(_Thresholded):
     estimate: str = field(default="gaussian", kw_only=True)
     moments: str = field(default="prompt", kw_only=True)
     calibration: Calibration | None = field(default=None, kw_only=True)
+    profile: InitVar[Profile | str | PathLike[str] | None] = field(default=None, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, profile: Profile | str | PathLike[str] | None) -> None:
         super().__post_init__()
+        if profile is not None:
+            object.__setattr__(self, "calibration", self._calibration_of(profile))
         for name, known in (("gaussian", GAUSSIANS), ("estimate", ESTIMATES), ("moments", MOMENTS)):
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
@@ -216,6 +226,13 @@ class Adaptive(_Thresholded):
                 f"attention: the calibration was fitted with moments {self.calibration.moments!r}, "
                 f"not {self.moments!r}"
             )
+
+    def _calibration_of(self, profile: Profile | str | PathLike[str]) -> Calibration:
+        if self.calibration is not None:
+            raise ArgumentError("attention: a calibration and a profile, which has its own: give one of them")
+        from pyllm.profile import Profile  # whose presets are policies: it imports this module
+
+        return (profile if isinstance(profile, Profile) else Profile.load(Path(profile))).calibration
 
     def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
         arrays: dict[str, Any] = {}
@@ -245,7 +262,8 @@ SYNTAX = (
     "then any of ,window=N ,sinks=N ,granularity=head|group ,page_bits=0|2|3|4 ,page_share=X ,page_drop=X, "
     "for adaptive ,gaussian=lognormal|frozen|truncated ,estimate=gaussian|regression|maximum "
     ",moments=prompt|calibrated; "
-    "or, for a model with a profile, conservative, balanced or aggressive[:PROFILE]"
+    "or, for a model with a profile, static:SHARE, of heads that are local, or conservative, balanced or "
+    "aggressive[:PROFILE]"
 )
 
 
@@ -256,24 +274,25 @@ def is_preset(spec: str) -> bool:
 
 def needs_profile(spec: str) -> bool:
     """Whether a text may stand for a policy only with what was found out about a model."""
-    return is_preset(spec) or "estimate=" in spec or "moments=" in spec
+    return is_preset(spec) or _head(spec)[0] == Static.name or "estimate=" in spec or "moments=" in spec
 
 
-def parse(spec: str, calibration: Calibration | None = None) -> Policy:
+def parse(spec: str, profile: Profile | None = None) -> Policy:
     """The policy a command line names: "dense", "window:512", "adaptive:0.9,page_bits=3,page_share=0.01".
 
-    calibration: for the estimates that need one. Raises ArgumentError with the syntax when it names none, and
-    for presets, which `LLM.policy` finds.
+    profile: for static labels, and for the estimates that need a calibration. Raises ArgumentError with the
+    syntax when it names none, and for presets, which `LLM.policy` finds.
     """
     if is_preset(spec):
         raise ArgumentError(f"attention {spec!r}: a preset, which stands for a policy only with a model")
-    head, *options = spec.strip().split(",")
-    name, _, value = head.partition(":")
-    policy = PARSED.get(name)
+    name, value, options = _head(spec)
+    policy = Static if name == Static.name else PARSED.get(name)
     if policy is None:
         raise ArgumentError(f"attention {spec!r}: expected {SYNTAX}")
     arguments: dict[str, Any] = {}
-    if value:
+    if policy is Static:
+        arguments[policy.parameter] = _labels(spec, value, profile)
+    elif value:
         if not policy.parameter:
             raise ArgumentError(f"attention {spec!r}: {name} takes no value; expected {SYNTAX}")
         arguments[policy.parameter] = _value(spec, value, int if policy is Window else float)
@@ -283,11 +302,28 @@ def parse(spec: str, calibration: Calibration | None = None) -> Policy:
             raise ArgumentError(f"attention {spec!r}: unknown option {key!r}; expected {SYNTAX}")
         arguments[key] = _value(spec, text, OPTIONS[key])
     if policy is Adaptive:
-        arguments["calibration"] = calibration
+        arguments["profile"] = profile
     try:
         return policy(**arguments)
     except TypeError:
         raise ArgumentError(f"attention {spec!r}: not for {name}; expected {SYNTAX}") from None
+
+
+def _head(spec: str) -> tuple[str, str, list[str]]:
+    """The policy's name, the value behind its colon, and the options."""
+    head, *options = spec.strip().split(",")
+    name, _, value = head.partition(":")
+    return name, value, options
+
+
+def _labels(spec: str, value: str, profile: Profile | None) -> ArrayLike:
+    """Of the heads that a profile found local most often."""
+    share = _value(spec, value, float)
+    if not 0 <= share <= 1:
+        raise ArgumentError(f"attention {spec!r}: expected a share of heads from 0 to 1, got {value}")
+    if profile is None:
+        raise ArgumentError(f"attention {spec!r}: needs a profile of this model, which pyllm calibrate makes")
+    return top_groups(profile.local_shares, share, profile.calibration.means.shape[1])
 
 
 def _value(spec: str, text: str, read: Callable[[str], Any]) -> Any:

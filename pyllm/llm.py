@@ -150,7 +150,7 @@ class LLM:
         if is_preset(spec):
             return self._preset(spec)
         profile = self.profile if needs_profile(spec) else None
-        return parse(spec, profile.calibration if profile else None)
+        return parse(spec, profile)
 
     def _preset(self, spec: str) -> Policy:
         name, _, path = spec.strip().partition(":")

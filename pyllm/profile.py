@@ -199,9 +199,12 @@ def _preset_values(preset: Preset) -> dict[str, Any]:
 
 def _preset(values: Mapping[str, Any], calibration: Calibration) -> Preset:
     arguments = dict(values["policy"])
+    kind = PARSED[arguments.pop("name")]
+    if unknown := arguments.keys() - {f.name for f in fields(kind)}:
+        raise ValueError(f"{kind.name} has no {', '.join(sorted(unknown))}")
     if "calibration" in arguments:
         arguments["calibration"] = calibration if arguments["calibration"] else None
-    policy = PARSED[arguments.pop("name")](**arguments)
+    policy = kind(**arguments)
     measured = Measured(**values["measured"])
     for name, number in (*asdict(measured).items(), ("budget", values["budget"])):
         if isinstance(number, bool) or not isinstance(number, (int, float)):

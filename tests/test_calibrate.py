@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +18,15 @@ from hypothesis import strategies as st
 from pyllm import LLM, Adaptive, ArgumentError, Dense
 from pyllm.attention import PRESETS, Policy
 from pyllm.cli import main
+from pyllm.cli.calibrate import over_budget
 from pyllm.evaluate import texts
-from pyllm.evaluate.calibrate import BUDGETS, Plan
+from pyllm.evaluate.calibrate import BUDGETS, Plan, calibrate
 from pyllm.evaluate.curves import Bands, Curve
 from pyllm.evaluate.parts import deal
 from pyllm.evaluate.search import BANDS, Search, Trial, bands, most
 from pyllm.evaluate.texts import Text
 from pyllm.profile import Measured, Profile, beside
+from test_profile import profile_of
 
 # ---- parts ----
 
@@ -264,6 +270,12 @@ def test_a_budget_that_cannot_be_met() -> None:
         ArgumentError, match=r"balanced budget of 0\.0005 nats cannot be met: the best is .*0\.00"
     ):
         Bad().search().run({"balanced": 0.0005})
+    with pytest.raises(ArgumentError) as error:
+        Bad().search().run({"conservative": 0.0005, "balanced": 0.0008, "aggressive": 0.02})
+    unmet = (
+        r"the conservative budget of 0\.0005 nats and the balanced budget of 0\.0008 nats cannot be met: .*"
+    )
+    assert re.fullmatch(unmet + r"; \S+ would be aggressive", str(error.value))
 
 
 def test_trials_that_lose_nothing_have_logarithms() -> None:
@@ -294,6 +306,7 @@ def test_from_end_to_end(model: Path, prose: Path, capsys: pytest.CaptureFixture
     path = beside([model])
     shown = capsys.readouterr().out
     assert f"{path} written" in shown
+    assert [file.suffix for file in sorted(path.parent.iterdir())] == [".gguf", ".profile", ".txt"]
     llm = LLM(model)
     assert llm.profile
     assert llm.attention == llm.profile.presets["balanced"].policy
@@ -317,6 +330,25 @@ def test_from_end_to_end(model: Path, prose: Path, capsys: pytest.CaptureFixture
     assert path.read_bytes() == first
 
 
+def test_says_which_presets_are_over_their_budget() -> None:
+    """What a budget bounds is the end of the interval, of prefill and of decode."""
+    within = Measured(900, 0.004, 0.003, 0.01, 97.5, 20.0, 200, 0.002, 0.001, 0.006, 12.0)
+    profile = profile_of("00")  # each with a budget of 0.01
+    found = [
+        over_budget(replace(profile, presets={"balanced": replace(profile.presets["balanced"], measured=m)}))
+        for m in (
+            within,
+            replace(within, kl_high=0.011),
+            replace(within, decode_kl_high=0.011),
+            replace(within, decode_kl=0.012, decode_kl_high=0.02),
+        )
+    ]
+    assert found[0] == []
+    assert found[1] == found[2]
+    assert found[1][0].startswith("balanced: the interval ends over its budget of 0.01 nats on this text")
+    assert found[3][0].startswith("balanced: even the mean is over its budget of 0.01 nats")
+
+
 def test_reported_is_what_a_session_does(model: Path, prose: Path) -> None:
     """The report's text, read again under a preset, gives the report's figures."""
     assert main(["calibrate", str(model), "--text", str(prose), *SIZES]) == 0
@@ -334,6 +366,42 @@ def test_reported_is_what_a_session_does(model: Path, prose: Path) -> None:
     for token in text.tokens[-71:-1]:
         session.eval([token])
     assert (session.stats - before).bulk_read == pytest.approx(preset.measured.bulk_read)
+
+
+def test_an_interrupted_calibration_goes_on(model: Path, prose: Path, tmp_path: Path) -> None:
+    """Nothing is measured twice, and the profile is that of a calibration without an interruption."""
+    llm, documents, kept = LLM(model, attention=Dense()), texts.files([str(prose)]), tmp_path / "trials"
+    plan = Plan(budget_kl=0.01, n_ctx=600, limit=600, n_decode=70, window=64, sinks=4)
+    done: list[int] = []
+
+    def run(until: float, plan: Plan = plan) -> bytes:
+        done.append(0)
+
+        def progress(n: int, _: int) -> None:
+            done[-1] = n
+            if n > until:
+                raise KeyboardInterrupt
+
+        calibrate(llm, documents, plan, progress, kept).save(tmp_path / "p")
+        return (tmp_path / "p").read_bytes()
+
+    expected = run(math.inf)
+    whole = done[-1]
+    kept.unlink()
+    with pytest.raises(KeyboardInterrupt):
+        run(whole / 2)
+    known = json.loads(kept.read_text())["trials"]
+    assert known
+    assert run(math.inf) == expected
+    assert done[-1] < whole - 400 * len(known)
+    assert json.loads(kept.read_text())["trials"].items() >= known.items()
+    # Figures do not depend on the budget, but on all else; what is damaged is replaced.
+    run(math.inf, replace(plan, budget_kl=0.011))
+    assert done[-1] < whole - 400 * len(known)
+    for spoil in (lambda: run(math.inf, replace(plan, sinks=5)), lambda: kept.write_bytes(b"[" * 200_000)):
+        spoil()
+        assert run(math.inf) == expected
+        assert done[-1] == whole
 
 
 WRONG = {

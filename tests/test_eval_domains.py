@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
@@ -14,7 +15,7 @@ import pytest
 
 from pyllm import LLM
 from pyllm.cli import main
-from pyllm.evaluate import dialogue, domains, texts
+from pyllm.evaluate import dialogue, domains, report, texts
 from pyllm.evaluate.results import Results, Row
 from tiny_models import RopeScaling, write_tiny
 
@@ -106,6 +107,54 @@ def test_the_worst_text_of_each_policy() -> None:
         "furthest from dense on code: window",
         "furthest from dense on prose: static?, short?",
     ]
+
+
+# ---- the plot ----
+
+
+def test_a_line_is_the_same_in_all_panels() -> None:
+    """Here the first text lacks a line, and another reads more than dense attention does."""
+    of_read = {"window": 0.0, "static": 60.0, "pages": 117.0}
+    rows = [
+        replace(row(line, text, 0.1, 0.05, 0.2), bulk_read=read)
+        for text, lines in (("$^$.txt", ["static", "pages"]), ("code", ["pages", "window"]))
+        for line, read in of_read.items()
+        if line in lines
+    ]
+    figure = report.draw(rows)
+    left, right = figure.axes
+    assert left.get_title() == "$^$.txt"
+    assert all(panel.get_xlim()[1] > 117 for panel in figure.axes)
+    legend = right.get_legend()
+    assert legend
+    assert [text.get_text() for text in legend.get_texts()] == ["static", "pages", "window"]
+    # (colour, marker) of every line of points in a panel
+    static, pages = (line.get_color() for line in left.lines)
+    assert [line.get_color() for line in right.lines] == [pages, right.lines[1].get_color()]
+    assert len({static, pages, right.lines[1].get_color()}) == 3
+    assert left.lines[1].get_marker() == right.lines[0].get_marker()
+    assert report.plot(rows, "svg")
+
+
+def test_names_that_are_markup_or_no_text(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A file may have any name, which every output shows or replaces what it cannot."""
+    names = {b"$^$ [bold]x.txt": "$^$ [bold]x.txt", b"[b]\xff.txt": "[b]\ufffd.txt"}
+    for name in names:
+        (tmp_path / os.fsdecode(name)).write_text("the hand and the inner thing\n" * 60)
+    made, csv = tmp_path / "rows.json", tmp_path / "rows.csv"
+    outputs = ["--csv", str(csv), "--plot", str(tmp_path / "plot.png")]
+    named = [tmp_path / os.fsdecode(name) for name in names]
+    assert evaluate(tiny_model, made, "--text", *named, *outputs) == 0
+    shown = capsys.readouterr().out
+    assert {row.text for row in Results.read(made).rows} == set(names.values())
+    assert compare([made, made]) == 0
+    compared = capsys.readouterr().out
+    for expected in names.values():
+        assert f"{expected}: " in shown
+        assert f"\n{expected} " in compared
+        assert expected in csv.read_text("utf-8")
 
 
 # ---- several models ----

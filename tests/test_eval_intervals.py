@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from pyllm.evaluate.intervals import difference_interval, mean_interval, paired_interval
+from pyllm.evaluate.intervals import difference_interval, fractions_interval, mean_interval, paired_interval
 
 zeros_and_ones = arrays.arrays(np.float64, (2, 20), elements=st.sampled_from([0.0, 1.0]))
 
@@ -31,23 +33,34 @@ def test_newcombes_published_values() -> None:
     assert paired_interval(*table(36, 12, 2, 0)) == pytest.approx((0.0569, 0.3404), abs=5e-5)
 
 
-@given(zeros_and_ones)
-def test_intervals_hold_the_estimate(pair: np.ndarray) -> None:
+@pytest.mark.parametrize("fractions", [False, True])
+@given(pair=zeros_and_ones)
+def test_intervals_hold_the_estimate(fractions: bool, pair: np.ndarray) -> None:
     one, other = pair
     low, high = mean_interval(one)
     assert 0 <= low <= one.mean() <= high <= 1
     assert low < high
-    low, high = difference_interval(one, other, 0)
+    low, high = difference_interval(one, other, fractions=fractions)
     assert -1 <= low <= one.mean() - other.mean() <= high <= 1
     assert low < high
-    assert difference_interval(other, one, 0) == pytest.approx((-high, -low))
+    assert difference_interval(other, one, fractions=fractions) == pytest.approx((-high, -low))
 
 
-def test_a_bootstrap_for_fractions() -> None:
-    rng = np.random.default_rng(0)
-    one, other = rng.choice([0, 0.25, 0.5, 1], (2, 400))
-    low, high = difference_interval(one, other, 0)
-    spread = (one - other).std() / 20
-    assert low == pytest.approx((one - other).mean() - 1.96 * spread, abs=0.2 * spread)
-    assert high == pytest.approx((one - other).mean() + 1.96 * spread, abs=0.2 * spread)
-    assert difference_interval(one, one, 0) == (0, 0)
+def test_of_many_fractions_the_normal_interval() -> None:
+    differences = np.subtract(*np.random.default_rng(0).choice([0, 0.25, 0.5, 1], (2, 4000)))
+    half = 1.96 * differences.std() / math.sqrt(4000)
+    mean = differences.mean()
+    assert fractions_interval(differences) == pytest.approx((mean - half, mean + half), abs=0.02 * half)
+
+
+@pytest.mark.parametrize("n", [20, 200])
+@pytest.mark.parametrize("rate", [0.0, 0.01, 0.05, 0.3])
+@pytest.mark.parametrize("size", [0.25, 1.0])
+def test_intervals_of_fractions_cover_rare_losses(n: int, rate: float, size: float) -> None:
+    """With a loss in one of a hundred, 200 samples have none in 13 % of the cases: a bootstrap is 0 to 0."""
+    rng = np.random.default_rng(11)
+    covered = 0
+    for _ in range(1000):
+        low, high = fractions_interval(np.where(rng.random(n) < rate, -size, 0.0))
+        covered += low <= -size * rate <= high
+    assert covered >= 930

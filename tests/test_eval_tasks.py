@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import itertools
 import json
+import math
 import random
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,6 +22,7 @@ from hypothesis import strategies as st
 from pyllm import LLM, Adaptive, ArgumentError, Dense, FormatError, Window
 from pyllm.attention import Policy
 from pyllm.cli import main
+from pyllm.evaluate.intervals import fractions_interval, paired_interval
 from pyllm.evaluate.tasks import catalog, haystack, summary, words
 from pyllm.evaluate.tasks.answers import Answer, Answers
 from pyllm.evaluate.tasks.draft import Draft, Task
@@ -127,6 +131,13 @@ def test_one_document_has_the_answer(seed: int, n: int) -> None:
 )
 def test_no_word_is_part_of_another(kind: Iterable[str]) -> None:
     assert not [(a, b) for a, b in itertools.permutations(kind, 2) if a in b]
+
+
+def test_no_persons_name_is_a_fact() -> None:
+    """Scores do not tell cases: whoever answers with Tanner would have named a trade."""
+    names, facts = (*words.FIRST_NAMES, *words.SURNAMES), (*words.TOWNS, *words.TRADES, *words.INSTRUMENTS)
+    pairs = itertools.product((name.casefold() for name in names), (fact.casefold() for fact in facts))
+    assert not [(name, fact) for name, fact in pairs if name in fact or fact in name]
 
 
 def test_the_haystack_has_nothing_that_is_hidden_in_it() -> None:
@@ -244,7 +255,7 @@ def test_who_reads_everything_knows_everything(tiny: LLM) -> None:
 
 
 def test_who_knows_nothing_scores_nothing(tiny: LLM) -> None:
-    rows = summary.rows(evaluated(tiny, lambda *_: "I do not know."), 0)
+    rows = summary.rows(evaluated(tiny, lambda *_: "I do not know."))
     assert [row.task for row in rows] == [*catalog.TASKS, "all"]
     assert not any(row.score for row in rows)
     assert summary.above_chance(rows) == []
@@ -262,7 +273,7 @@ def test_every_policy_answers_the_same_samples(tiny: LLM) -> None:
             return sample.answers[0] if sample.index % 2 else ""
         return " ".join(sample.answers[: len(sample.answers) // 2])
 
-    rows = summary.rows(evaluated(tiny, say, Window(window=64), n=4), 0)
+    rows = summary.rows(evaluated(tiny, say, Window(window=64), n=4))
     assert all(len(prompts) == 1 for prompts in seen.values())
     by_key = {(row.task, row.policy): row for row in rows}
     for task, expected in (("niah_single", 50), ("niah_multivalue", 50), ("vt", 40), ("fwe", 100 / 3)):
@@ -279,11 +290,24 @@ def test_every_policy_answers_the_same_samples(tiny: LLM) -> None:
     assert set(summary.above_chance(rows)) >= {"niah_single", "vt", "qa"}
 
 
+def test_the_task_chooses_the_interval_not_its_scores() -> None:
+    """A task of several answers has fractions, also where all happen to be 0 or 1."""
+    one = [an_answer(sample, policy=policy) for sample in range(3) for policy in ("dense", "window")]
+    several = [replace(answer, expected=["7", "8"]) for answer in one]
+    (_, newcombe), (_, bonett_price) = summary.rows(one), summary.rows(several)
+    both = np.ones((2, 3))
+    for row, expected in (
+        (newcombe, paired_interval(*both)),
+        (bonett_price, fractions_interval(np.zeros(3))),
+    ):
+        assert (row.difference_low, row.difference_high) == tuple(100 * end for end in expected)
+
+
 # ---- answers on disk ----
 
 
-def an_answer(sample: int = 0, text: str = "7\u2028\x85 “ü”\n") -> Answer:
-    return Answer("qa", sample, "dense", 1.0, text, ["7"], 0.25, 99, None, 100.0, 50.5)
+def an_answer(sample: int = 0, policy: str = "dense") -> Answer:
+    return Answer("qa", sample, policy, 1.0, "7\u2028\x85 “ü”\n", ["7"], 0.25, 99, None, 100.0, 50.5)
 
 
 def test_answers_come_back(tmp_path: Path) -> None:
@@ -311,6 +335,15 @@ def test_an_unfinished_line_is_dropped(tmp_path: Path) -> None:
         assert Answers.open(path, {}).find("qa", 5, "dense") == an_answer(5)
 
 
+def test_a_file_without_a_line_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "answers.jsonl"
+    for foreign in (b"GGUF", b'{"format": "another"}', b"\xff" * 99):
+        path.write_bytes(foreign)
+        with pytest.raises(FormatError, match=rf"{path}: not the answers"):
+            Answers.open(path, {})
+        assert path.read_bytes() == foreign
+
+
 def test_what_is_no_answers_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     Answers.open(path, {}).add([an_answer()])
@@ -321,11 +354,24 @@ def test_what_is_no_answers_file_is_refused(tmp_path: Path) -> None:
         '{"format": "pyllm eval 1", "settings": {}}\n',
         good + "{}\n",
         good + "[1]\n",
+        good + "[" * 200_000 + "\n",
     ):
         path.write_text(broken)
         with pytest.raises(FormatError, match=re.escape(str(path))):
             Answers.open(path, {})
         assert path.read_text() == broken
+    for change, cause in (
+        ({"score": "x"}, "answer 1: score: expected float, got 'x'"),
+        ({"score": math.nan}, "answer 1: score: expected float, got nan"),
+        ({"score": 5}, "answer 1: score: expected 0 to 1, got 5"),
+        ({"expected": "7"}, "answer 1: expected: expected list, got '7'"),
+        ({"expected": [7]}, "answer 1: expected: expected list"),
+        ({"sample": None}, "answer 1: sample: expected int, got None"),
+    ):
+        head, line = good.strip().split("\n")
+        path.write_text(f"{head}\n{json.dumps({**json.loads(line), **change})}\n")
+        with pytest.raises(FormatError, match=re.escape(cause)):
+            Answers.open(path, {})
     path.write_bytes(b"GGUF\xff" + bytes(999) + b"\n")
     with pytest.raises(FormatError, match="UnicodeDecodeError") as error:
         Answers.open(path, {})
@@ -435,8 +481,14 @@ BAD = [
     (["--attention", "balanced"], "has no profile; pyllm calibrate"),
     (["--text", "x.txt"], "--text"),
     (["--plot", "x.png"], "--plot"),
+    (["--policies", "window"], "--policies is for texts, not for --tasks"),
+    (["--thresholds", "0.5"], "--thresholds is for texts"),
+    (["--page-shares", "0.5"], "--page-shares is for texts"),
+    (["--decode", "5"], "--decode is for texts"),
     (["--limit", "0"], "--limit"),
+    (["--seed", "-1"], "--seed: expected at least 0, got -1"),
     (["--json", "/nosuch/rows.json"], "/nosuch/rows.json: cannot be written"),
+    (["--json", "/tmp/x.out", "--csv", "/tmp/../tmp/x.out"], "--json and --csv are the same file"),
 ]
 
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +17,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.image import imread
 
-from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, FormatError, Oracle, Static, Window
+from pyllm import LLM, Adaptive, Calibration, Dense, FormatError, Oracle, Static, Window
 from pyllm.cli import main
 from pyllm.evaluate import texts, tradeoff
-from pyllm.evaluate.candidates import ROWS, Candidate, Choice, Fitted, candidates, top_share
+from pyllm.evaluate.candidates import ROWS, Candidate, Choice, Fitted, candidates
+from pyllm.evaluate.evaluation import Evaluation, fitting_texts
 from pyllm.evaluate.metrics import BLOCK, Reference, Scores, mean_interval, perplexity, student
 from pyllm.evaluate.results import Results
 from pyllm.evaluate.static_labels import first_with_bulk, local_shares
 from pyllm.evaluate.texts import Text
+from pyllm.local_heads import top_share
 
 WINDOW, SINKS = 64, 4
 FIRST = first_with_bulk(WINDOW, SINKS)
@@ -349,6 +354,71 @@ def test_finished_rows_are_not_evaluated_again(
     assert capsys.readouterr().out.count("adaptive head 0.5") == 1
 
 
+def test_what_is_finished_is_not_fitted_again(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A fit reads the fitted texts, which here are gone from the second run."""
+    llm, path = LLM(tiny_model, n_ctx=300), tmp_path / "rows.json"
+    choice = Choice(WINDOW, SINKS, ("window", "static", "maximum"), thresholds=(0.9,), shares=(0.5,))
+    text = texts.excerpt(llm, "prose", prose.read_text(), 301, 0)
+
+    def evaluation(choice: Choice, other: Sequence[Text]) -> Evaluation:
+        results = Results.open(path, {})
+        return Evaluation(llm, choice, [text], other, results, path, n_decode=4, seed=0, n_ctx=300)
+
+    first = evaluation(choice, fitting_texts(llm, choice, 300, 0))
+    assert first.run(None, lambda *_: None) == 0
+    finished = path.read_bytes()
+    again = evaluation(replace(choice, policies=("maximum", "static", "pages"), page_shares=(0.01,)), ())
+    assert again.run(None, lambda *_: None) == 0
+    names = [f"{name} {g}" for name in ("maximum", "static") for g in ("head", "group")]
+    assert sorted(row.line for row in again.finished()) == sorted([*names, "pages 3-bit"])
+    assert [record.line for record in again.classifiers()] == ["maximum"]
+    assert finished != path.read_bytes()
+    assert evaluation(choice, ()).run(None, lambda *_: None) == 0
+
+
+def test_rows_that_are_asked_for_twice(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    named = ["--attention", f"dense,window={WINDOW},sinks={SINKS}", f"window:{WINDOW},sinks={SINKS}"]
+    assert main(command(tiny_model, prose, "--policies", "window,window", "--json", path, *named)) == 0
+    assert [row["line"] for row in json.loads(path.read_text())["rows"]] == [
+        "window",
+        "dense,window=64,sinks=4",
+        "window:64,sinks=4",
+    ]
+    one = ["eval", tiny_model, "--text", prose, "--ctx", 1150, "--decode", 0, "--attention", "dense", "dense"]
+    assert main([str(x) for x in (*one, "--json", tmp_path / "one")]) == 0
+    assert len(json.loads((tmp_path / "one").read_text())["rows"]) == 1
+
+
+def test_settings_say_what_was_fitted_on(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    arguments = ["--shares", "0.5", "--json", str(path), "--policies"]
+
+    def run(policies: str) -> dict[str, Any]:
+        assert main(command(tiny_model, prose, *arguments, policies)) == 0
+        settings: dict[str, Any] = json.loads(path.read_text())["settings"]
+        return settings
+
+    assert "fitted texts" not in run("window")
+    settings = run("window,static")
+    llm = LLM(tiny_model, n_ctx=300)
+    texts = fitting_texts(llm, Choice(policies=("static",)), 300, 0)
+    assert settings["fitted texts"] == {text.name: text.sha256 for text in texts}
+    assert settings["device"] == "cpu"
+    assert run("dense") == settings
+    content = json.loads(path.read_text())
+    content["settings"]["fitted texts"] = {"prose": "of another Python"}
+    path.write_text(json.dumps(content))
+    assert main(command(tiny_model, prose, *arguments, "window,static")) == 1
+    assert "made with fitted texts {'prose': 'of another Python'}" in capsys.readouterr().err
+
+
 def test_results_of_other_settings_are_not_mixed(
     tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -368,9 +438,64 @@ def test_results_of_other_settings_are_not_mixed(
         Results.open(path, {})
 
 
+WRONG_FIELDS: list[tuple[str, Any, str]] = [
+    ("rows/1/kl", None, "row 2: kl: expected float, got None"),
+    ("rows/0/bulk_work", "x", "row 1: bulk_work: expected float | None, got 'x'"),
+    ("rows/0/tokens", 1.5, "row 1: tokens: expected int, got 1.5"),
+    ("rows/0/tokens", True, "row 1: tokens: expected int, got True"),
+    ("rows/0/top1", math.nan, "row 1: top1: expected float, got nan"),
+    ("rows/0/top1", 10**400, "row 1: top1: expected float, got 1000"),
+    ("rows/0/windw", 3, "row 1: there is no 'windw'"),
+    ("rows/0", [3], "row 1: expected an object, got [3]"),
+    ("rows", 3, "TypeError"),
+    ("settings", [], "settings: expected an object"),
+    ("settings/rope base", "x", "settings: expected an object whose rope base"),
+    ("local_shares", [1, 2], "local_shares"),
+    ("classifiers/0/total/error", "x", "classifier 1: error: expected float, got 'x'"),
+    ("classifiers/0/layers/1/recall", "x", "classifier 1: layer 2: recall: expected float | None, got 'x'"),
+    ("classifiers/0/threshold", None, "classifier 1: threshold: expected float, got None"),
+]
+
+
+def test_fields_of_another_type(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One error that names file, row and field, whoever reads the file."""
+    path, broken = tmp_path / "rows.json", tmp_path / "broken.json"
+    asked = ["--policies", "adaptive", "--thresholds", "0.9", "--json", str(path)]
+    assert main(command(tiny_model, prose, *asked)) == 0
+    for place, value, cause in WRONG_FIELDS:
+        content = json.loads(path.read_text())
+        *folders, last = (int(key) if key.isdigit() else key for key in place.split("/"))
+        found = content
+        for folder in folders:
+            found = found[folder]
+        found[last] = value
+        broken.write_text(json.dumps(content))
+        with pytest.raises(FormatError) as error:
+            Results.read(broken)
+        assert str(error.value).startswith(f"{broken}: not the results of an evaluation (")
+        assert cause in str(error.value)
+    del content["rows"][0]["kl"]
+    broken.write_text(json.dumps(content))
+    with pytest.raises(FormatError, match=r"row 1: .*'kl'"):
+        Results.read(broken)
+    broken.write_text("[" * 200_000)
+    capsys.readouterr()
+    assert main(["eval", "--compare", str(path), str(broken)]) == 1
+    assert f"{broken}: not the results of an evaluation (RecursionError" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["eval-smollm2-4k-w256", "eval-smollm2-4k-w256-maximum"])
+def test_results_that_are_kept_can_still_be_read(name: str) -> None:
+    path = Path(__file__).parents[1] / "docs" / "data" / f"{name}.json"
+    assert len(Results.read(path).rows) > 10
+
+
 BAD = [
     (["--policies", "dense,sideways"], "'sideways' is unknown; there are dense, window, static"),
     (["--policies", ""], "nothing to evaluate"),
+    (["--policies", "adaptive", "--thresholds", ""], "nothing to evaluate"),
     (["--policies", "oracle", "--thresholds", "-1"], "threshold"),
     (["--page-bits", "5"], "page_bits"),
     (["--page-shares", "1.5"], "page_share"),
@@ -384,12 +509,35 @@ BAD = [
     (["--decode", "-1"], "--decode"),
     (["--decode", "280"], "'prose.txt'"),
     (["--limit", "0"], "--limit"),
+    (["--seed", "-1"], "--seed: expected at least 0, got -1"),
     (["--json", "/nosuch/rows.json"], "/nosuch/rows.json: cannot be written"),
     (["--csv", "/"], "/: cannot be written"),
     (["--plot", "/nosuch/plot.png"], "/nosuch/plot.png: cannot be written"),
     (["--plot", "plot.gif"], ".png, .svg, .pdf"),
     (["--text", "nosuch.txt"], "nosuch.txt"),
 ]
+
+
+def test_outputs_that_cannot_be_written(
+    tiny_model: Path, prose: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the work: one would be lost to another, and a pipe would wait for a reader for ever."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "rows")
+    (tmp_path / "leads to a pipe").symlink_to("pipe")
+    for arguments, cause in (
+        (["--json", "rows", "--csv", "rows"], "--json and --csv are the same file"),
+        (["--json", "rows", "--csv", "link"], "--json and --csv are the same file"),
+        (["--csv", "p.png", "--plot", "./p.png"], "--csv and --plot are the same file"),
+        (["--json", "pipe"], "it is a pipe or a device"),
+        (["--csv", "leads to a pipe"], "it is a pipe or a device"),
+    ):
+        placed = [x if x.startswith("--") else f"{tmp_path}/{x}" for x in arguments]
+        assert main(command(tiny_model, prose, *placed)) == 1
+        shown = capsys.readouterr()
+        assert (shown.out, shown.err.count("\n")) == ("", 1)
+        assert cause in shown.err
+    assert not (tmp_path / "rows").exists()
 
 
 @pytest.mark.parametrize(("arguments", "text"), BAD)
@@ -426,8 +574,3 @@ def test_numbers_that_are_none(tiny_model: Path, prose: Path, capsys: pytest.Cap
         main(command(tiny_model, prose, "--thresholds", "0.9,x"))
     assert exit_.value.code == 2
     assert "'0.9,x'" in capsys.readouterr().err
-
-
-def test_a_choice_of_nothing() -> None:
-    with pytest.raises(ArgumentError, match="nothing"):
-        candidates(Choice(policies=("adaptive",), thresholds=()))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 import re
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -411,6 +413,17 @@ def test_a_second_run_goes_on_from_finished_rows(made: Made) -> None:
         assert table(again, name) == table(made.page, name)
 
 
+def test_a_model_whose_name_is_no_text(tiny_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "$^$.txt").write_text(prose(400, 3))
+    model, output = tmp_path / os.fsdecode(b"t\xff.gguf"), tmp_path / "report.html"
+    shutil.copy(tiny_model, model)
+    assert main(command(model, tmp_path / "docs", output, "--no-calibrate", "--limit", "200")) == 0
+    page = BeautifulSoup(output.read_text("utf-8"), "html.parser")
+    assert table(page, "made")["model"][0].startswith("t\ufffd, fingerprint")
+    assert "$^$.txt" in text_of(page, "recommendation")
+
+
 def test_a_budget_that_cannot_be_met(
     mixed: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -508,6 +521,26 @@ def test_bad_input_is_one_line(
     assert shown.err.count("\n") == 1
     assert text in shown.err
     assert not output.exists()
+
+
+def test_outputs_that_would_overwrite_each_other(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The folder is not even listed: it is empty."""
+    (tmp_path / "locked.profile").mkdir()
+    for output, arguments, cause in (
+        ("r.html", ["--json", "r.html"], "--output and --json are the same file"),
+        ("r.profile", [], "--output and the profile beside it are the same file"),
+        ("r.html", ["--json", "r.profile"], "--json and the profile beside it are the same file"),
+        ("r.html", ["--profile", "r.html"], "--output and --profile are the same file"),
+        ("locked.html", [], "locked.profile: cannot be written: it is a directory"),
+        ("", [], "cannot be written"),
+    ):
+        placed = [x if x.startswith("--") else f"{tmp_path}/{x}" for x in arguments]
+        assert main(command(tiny_model, tmp_path, tmp_path / output, *placed)) == 1
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        assert cause in error
 
 
 def test_an_empty_folder(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -19,10 +20,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, FileError, FormatError, Oracle, Window
+from pyllm import (
+    LLM,
+    Adaptive,
+    ArgumentError,
+    Calibration,
+    Dense,
+    FileError,
+    FormatError,
+    Oracle,
+    Static,
+    Window,
+)
 from pyllm.attention import PRESETS, Policy
 from pyllm.calibration import MOMENTS
 from pyllm.cli import main
+from pyllm.evaluate.candidates import Choice, Fitted, candidates
 from pyllm.profile import DESCRIPTION, Measured, Preset, Profile, beside
 
 SHAPE = (2, 8)  # of the tiny model
@@ -172,6 +185,7 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a preset less": (at("presets/balanced", None), "no preset balanced"),
     "no such policy": (at("presets/balanced/policy/name", "static"), "static"),
     "a policy's field": (at("presets/balanced/policy/windw", 3), "windw"),
+    "another profile": (at("presets/balanced/policy/profile", "m.profile"), "adaptive has no profile"),
     "its range": (at("presets/balanced/policy/page_bits", 7), "page_bits: expected"),
     "its shape": (at("presets/balanced/policy/threshold", [0.5] * 3), r"shape \(3,\)"),
     "a measure less": (at("presets/balanced/measured/kl", None), "'kl'"),
@@ -271,6 +285,41 @@ def test_estimates_take_the_profiles_calibration(profile: Profile, model: Path) 
         LLM(model, attention="adaptive:0.8,estimate=maximum")
 
 
+def test_a_policy_takes_the_calibration_of_a_profile(profile: Profile, model: Path, tmp_path: Path) -> None:
+    llm, path = LLM(model), beside([model])
+    expected = Adaptive(0.8, estimate="maximum", calibration=profile.calibration)
+    for source in (profile, path, str(path)):
+        policy = Adaptive(0.8, estimate="maximum", profile=source)
+        assert policy == llm.session(attention=policy).attention == expected
+        assert replace(policy, threshold=0.7) == replace(expected, threshold=0.7)
+    with pytest.raises(ArgumentError, match="a calibration and a profile"):
+        Adaptive(calibration=CALIBRATION, profile=path)
+    with pytest.raises(FileError, match="nowhere: the profile cannot be read"):
+        Adaptive(estimate="maximum", profile=tmp_path / "nowhere")
+    larger = Calibration(np.zeros((3, 8, 3)), np.zeros((3, 2, 32)), np.zeros((3, 2, 32, 32)), (0, 1))
+    other = replace(profile, calibration=larger, local_shares=np.zeros((3, 8), np.float32))
+    with pytest.raises(ArgumentError, match="but the model has"):
+        llm.session(attention=Adaptive(estimate="maximum", profile=other))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
+def test_static_labels_by_the_profiles_shares(profile: Profile, model: Path, share: float) -> None:
+    """As the rows of an evaluation: the heads of a key/value head together."""
+    llm = LLM(model)
+    policy = llm.policy(f" static:{share},page_bits=3,window=512 ")
+    fitted = Fitted(2, profile.local_shares.astype(np.float64))
+    (_, row) = candidates(Choice(512, policies=["static"], shares=[share]), fitted)
+    assert row.line == "static group"
+    assert isinstance(row.policy, Static)
+    assert policy == replace(row.policy, page_bits=3)
+    assert llm.session(attention=policy).attention == policy
+    with pytest.raises(ArgumentError, match=r"'static:1\.5': expected a share of heads from 0 to 1"):
+        llm.policy("static:1.5")
+    beside([model]).unlink()
+    with pytest.raises(ArgumentError, match=r"'static:0\.3': needs a profile of this model"):
+        LLM(model, attention="static:0.3")
+
+
 def test_without_a_profile(model: Path) -> None:
     llm = LLM(model)
     assert llm.attention == Adaptive(0.9, "group")
@@ -333,6 +382,24 @@ def test_presets_are_evaluated_under_names_of_their_own(
     assert first != second
     assert sorted(lines()) == sorted([first, second, "dense", "adaptive:0.8,window=64"])
     assert second in capsys.readouterr().out
+
+
+def test_a_profile_with_a_name_that_is_markup_or_no_text(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "[").mkdir()
+    path = tmp_path / os.fsdecode(b"[/d]$^$\xff.profile")
+    policy = Adaptive([0.95, 2.0], window=64, page_bits=3)
+    fingerprint = LLM(model, attention=Dense()).fingerprint
+    profile_of(fingerprint, {**POLICIES, "balanced": policy}).save(path)
+    prose, outputs = tmp_path / "prose.txt", [tmp_path / "rows.csv", tmp_path / "plot.png"]
+    prose.write_text("the inner hand " * 300)
+    common = ["eval", str(model), "--csv", str(outputs[0]), "--attention", f"balanced:{path}"]
+    on_text = ["--text", str(prose), "--ctx", "400", "--window", "64", "--plot", str(outputs[1])]
+    for arguments in (on_text, ["--tasks", "qa", "--length", "1800", "--samples", "1"]):
+        assert main([*common, *arguments]) == 0
+        assert "[/d]$^$\ufffd.profile" in capsys.readouterr().out.replace("\n", "")
+        assert "[/d]$^$\ufffd.profile" in outputs[0].read_text("utf-8")
 
 
 def test_a_preset_of_another_window_is_no_row(

@@ -248,6 +248,9 @@ def test_assumed_shares() -> None:
     for text in ("", "x", "=5", "x=", "x=y", "x=-1", "x=nan", "x=inf", "x=201"):
         with pytest.raises(ArgumentError, match="NAME=PERCENT"):
             assumed(text)
+    for text in ("dense=5", "window=0"):
+        with pytest.raises(ArgumentError, match="is known, and stands beside the others"):
+            assumed(text)
     mine = Share("window", 0.1, 0.1, "mine")
     assert combined([mine]) == [BOUNDS[0], mine]
 
@@ -312,9 +315,15 @@ def test_presets_of_a_profile_beside_the_model(
     shown = capsys.readouterr().out
     assert "balanced" in shown
     assert "m.profile" in shown
-    beside([model]).write_text("broken")
-    assert main(command(model, mixed)) == 1
-    assert "not a profile" in capsys.readouterr().err
+    for spoil, cause in (
+        (lambda path: path.write_text("broken"), "not a profile"),
+        (profile_of("0" * 16).save, "a profile of another model"),
+    ):
+        spoil(beside([model]))
+        assert main(command(model, mixed)) == 0
+        output = capsys.readouterr()
+        assert "balanced" not in output.out
+        assert f"pyllm: without presets: {beside([model])}: {cause}" in output.err
 
 
 # ---- the command ----
@@ -403,6 +412,16 @@ def test_bad_input_is_one_line(
     assert shown.err.startswith("pyllm: error: ")
     assert shown.err.count("\n") == 1
     assert text in shown.err
+
+
+@pytest.mark.parametrize("command_name", ["survey", "pilot"])
+def test_an_empty_name_is_no_folder(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], command_name: str
+) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        main([command_name, "", "--model", str(tiny_model)])
+    assert exit_.value.code == 2
+    assert "argument DIR: expected a folder, got an empty name" in capsys.readouterr().err
 
 
 def test_shares_that_are_none(mixed: Path, tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:

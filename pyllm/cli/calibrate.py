@@ -14,7 +14,7 @@ from pyllm.cli.terminal import prefill_bar, render
 from pyllm.cpus import ISAS
 from pyllm.evaluate import texts
 from pyllm.evaluate.calibrate import BUDGETS, Plan, calibrate
-from pyllm.evaluate.results import require_writable
+from pyllm.evaluate.outputs import require_writable
 from pyllm.models import DEFAULT_MODEL
 from pyllm.profile import Profile, beside
 
@@ -89,19 +89,20 @@ def run(args: argparse.Namespace) -> int:
     llm = options.open_llm(args)
     plan = replace(plan, n_ctx=min(plan.n_ctx, llm.n_ctx))
     path = args.out or beside(llm.paths)
-    require_writable(path)
+    kept = path.with_name(f"{path.name}.trials")
+    for file in (path, kept):
+        require_writable(file)
     documents = texts.files(args.text) if args.text else texts.builtin(fitted=True)
     with prefill_bar() as tick:
-        profile = calibrate(llm, documents, plan, tick)
+        profile = calibrate(llm, documents, plan, tick, kept)
     profile.save(path)
+    kept.unlink(missing_ok=True)
     print(render(table(profile)), end="")
     print(LEGEND)
     for name, preset in profile.presets.items():
         print(f"{name}: {preset.policy}")
-    for name in over_budget(profile):
-        print(
-            f"{name}: over its budget on this text, though within it where it was chosen: take more --limit"
-        )
+    for sentence in over_budget(profile):
+        print(sentence)
     print(f"{path} written")
     return 0
 
@@ -123,9 +124,14 @@ def table(profile: Profile) -> Table:
 
 
 def over_budget(profile: Profile) -> list[str]:
-    """Those whose mean loss on the report's text is over their budget."""
-    return [
-        name
-        for name, preset in profile.presets.items()
-        if max(preset.measured.kl, preset.measured.decode_kl) > preset.budget
-    ]
+    """A sentence on every preset whose loss on the report's text is over its budget."""
+    found = []
+    for name, preset in profile.presets.items():
+        mean = max(preset.measured.kl, preset.measured.decode_kl)
+        if preset.measured.loss > preset.budget:
+            where = "the interval ends" if mean <= preset.budget else "even the mean is"
+            found.append(
+                f"{name}: {where} over its budget of {preset.budget:g} nats on this text, though within it "
+                "where it was chosen: take more --limit"
+            )
+    return found

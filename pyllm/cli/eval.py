@@ -17,8 +17,9 @@ from pyllm.errors import ArgumentError
 from pyllm.evaluate import compare, dialogue, domains, report, texts, tradeoff
 from pyllm.evaluate.asked import asked
 from pyllm.evaluate.candidates import PAGE_BITS, PAGE_SHARES, ROWS, SHARES, THRESHOLDS, Candidate, Choice
-from pyllm.evaluate.evaluation import Evaluation
-from pyllm.evaluate.results import Results, csv_bytes, require_writable, write
+from pyllm.evaluate.evaluation import Evaluation, fitting_texts
+from pyllm.evaluate.outputs import require_outputs, write
+from pyllm.evaluate.results import FITTED, Results, csv_bytes
 from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
@@ -29,6 +30,7 @@ HELP = "Compare attention policies with dense attention on long text or tasks: q
 
 DEFAULT_CONTEXT = 4096
 IMAGES = ("png", "svg", "pdf")
+FOR_TEXTS = ("text", "plot", "policies", "thresholds", "shares", "page_shares", "page_bits", "decode")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,6 +114,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     eval_tasks.add_arguments(parser)
     # Sessions have policies of their own here; a broken profile must not keep the model from being opened.
     parser.set_defaults(device="auto", kv="gpu", attention=Dense())
+    parser.set_defaults(for_texts={name: parser.get_default(name) for name in FOR_TEXTS})
 
 
 def run(args: argparse.Namespace) -> int:
@@ -138,10 +141,13 @@ def run(args: argparse.Namespace) -> int:
         chosen.append(dialogue.excerpt(llm, n_ctx + 1, args.seed))
     for text in chosen:
         tradeoff.require_bulk(text, choice.window, choice.sinks, args.decode)
-    settings = evaluation_settings(args, llm, n_ctx, chosen)
+    other = fitting_texts(llm, choice, n_ctx, args.seed)
+    settings = evaluation_settings(args, llm, n_ctx, chosen, other)
     results = Results.open(args.json, settings) if args.json else Results(settings)
     extra = _extra(llm, args.attentions or (), choice)
-    evaluation = Evaluation(llm, choice, chosen, results, args.json, args.decode, args.seed, n_ctx, extra)
+    evaluation = Evaluation(
+        llm, choice, chosen, other, results, args.json, args.decode, args.seed, n_ctx, extra
+    )
     with prefill_bar() as tick:
         left = evaluation.run(args.limit, tick)
     rows = evaluation.finished()
@@ -188,18 +194,17 @@ def _compare(paths: Sequence[Path]) -> int:
 
 def _check(args: argparse.Namespace) -> None:
     """What can be refused before the model is opened."""
-    for name in ("ctx", "decode", "limit"):
+    for name, least in (("ctx", 1), ("decode", 0), ("limit", 1), ("seed", 0)):
         value = getattr(args, name)
-        least = 0 if name == "decode" else 1
         if value is not None and value < least:
             raise ArgumentError(f"--{name}: expected at least {least}, got {value}")
     check_outputs(args)
 
 
 def check_outputs(args: argparse.Namespace) -> None:
-    """Raises FileError and ArgumentError where --json, --csv or --plot could not be written in the end."""
-    for path in filter(None, (args.json, args.csv, args.plot)):
-        require_writable(path)
+    """Raises FileError and ArgumentError where --json, --csv or --plot could not be written in the end, or
+    one would overwrite another."""
+    require_outputs({"--json": args.json, "--csv": args.csv, "--plot": args.plot})
     if args.plot:
         if args.plot.suffix[1:].lower() not in IMAGES:
             raise ArgumentError(f"--plot {args.plot}: expected a name that ends in .{', .'.join(IMAGES)}")
@@ -207,16 +212,18 @@ def check_outputs(args: argparse.Namespace) -> None:
 
 
 def evaluation_settings(
-    args: argparse.Namespace, llm: LLM, n_ctx: int, chosen: Sequence[Text]
+    args: argparse.Namespace, llm: LLM, n_ctx: int, chosen: Sequence[Text], other: Sequence[Text] = ()
 ) -> dict[str, Any]:
     """All that a row depends on besides its policy: results of other settings are not mixed with these."""
     return {
         "model": llm.name,
         "model sha256": [file_sha256(path) for path in llm.paths],
         **compare.rope(llm),
+        "device": llm.device,
         "isa": llm.info.isa,
         "threads": llm.info.n_threads,
         "texts": {text.name: text.sha256 for text in chosen},
+        **({FITTED: {text.name: text.sha256 for text in other}} if other else {}),
         "tokens": n_ctx,
         "batch": args.batch,
         "window": args.window,

@@ -12,7 +12,7 @@ from pyllm.cli.terminal import prefill_bar, render
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.asked import asked
-from pyllm.evaluate.results import write
+from pyllm.evaluate.outputs import write
 from pyllm.evaluate.tasks import catalog, haystack, summary
 from pyllm.evaluate.tasks.answers import Answers
 from pyllm.evaluate.tasks.running import TaskEvaluation, asking, require_bulk, with_dense
@@ -34,9 +34,9 @@ def run(args: argparse.Namespace) -> int:
     tasks = catalog.chosen(args.tasks)
     if args.samples < 1:
         raise ArgumentError(f"--samples: expected at least 1, got {args.samples}")
-    for name in ("text", "plot"):
-        if getattr(args, name):
-            raise ArgumentError(f"--{name} is for texts, not for --tasks")
+    for name, default in args.for_texts.items():
+        if getattr(args, name) != default:
+            raise ArgumentError(f"--{name.replace('_', '-')} is for texts, not for --tasks")
     llm = options.open_llm(args)
     attentions = args.attentions or [Adaptive(window=args.window, sinks=args.sinks)]
     policies = with_dense(asked(llm, attentions))
@@ -45,6 +45,7 @@ def run(args: argparse.Namespace) -> int:
     settings: dict[str, Any] = {
         "model": llm.name,
         "model sha256": [file_sha256(path) for path in llm.paths],
+        "device": llm.device,
         "isa": llm.info.isa,
         "haystack": haystack.sha256(),
         "length": samples.length,
@@ -59,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         samples.make(task, 0)  # a length that is too short is refused before the work
     with prefill_bar() as tick:
         left = evaluation.run(args.limit, tick)
-    rows = summary.rows(evaluation.finished(), args.seed)
+    rows = summary.rows(evaluation.finished())
     if args.csv:
         write(args.csv, summary.csv_bytes(rows))
     print(f"{llm.name}: {samples.length:,} tokens{', plain prompts' if samples.plain else ''}")

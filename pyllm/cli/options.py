@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from pyllm import attention
@@ -47,9 +48,16 @@ def policy(text: str) -> attention.Policy:
         raise argparse.ArgumentTypeError(str(error)) from None
 
 
+def folder(text: str) -> Path:
+    """A folder's path, for argparse. An empty one, such as an unset variable's, is not the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a folder, got an empty name")
+    return Path(text)
+
+
 def words(text: str) -> tuple[str, ...]:
-    """What stands between commas, for argparse."""
-    return tuple(word.strip() for word in text.split(",") if word.strip())
+    """What stands between commas, each once, for argparse."""
+    return tuple(dict.fromkeys(word.strip() for word in text.split(",") if word.strip()))
 
 
 def policy_or_preset(text: str) -> attention.Policy | str:

@@ -20,7 +20,8 @@ from pyllm.evaluate import report
 from pyllm.evaluate.calibrate import Plan
 from pyllm.evaluate.candidates import Candidate, Choice
 from pyllm.evaluate.evaluation import Evaluation
-from pyllm.evaluate.results import Results, require_writable, write
+from pyllm.evaluate.outputs import require_apart, require_outputs, write
+from pyllm.evaluate.results import Results
 from pyllm.evaluate.static_labels import first_with_bulk
 from pyllm.llm import LLM
 from pyllm.pilot import page, pilot
@@ -39,7 +40,9 @@ NOT_OPTIONS = ("command", "run", "folder", "device", "attention")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="txt, md, html, pdf, docx, source code")
+    parser.add_argument(
+        "folder", type=options.folder, metavar="DIR", help="txt, md, html, pdf, docx, source code"
+    )
     parser.add_argument(
         "-o",
         "--output",
@@ -86,12 +89,14 @@ def run(args: argparse.Namespace) -> int:
     llm = options.open_llm(args)
     least = first_with_bulk(args.window, args.sinks) + 1 + args.decode + 1
     texts = draw(llm, found.folder, n_ctx=n_ctx, limit=args.limit, least=least, seed=args.seed)
-    path = args.profile or args.output.with_suffix(".profile")
+    path = _profile_path(args)
     presets, calibration = _presets(args, llm, found.folder, pilot.halves(texts)[1], n_ctx, path)
     made_with = evaluation_settings(args, llm, n_ctx, texts)
     made_with["profile sha256"] = file_sha256(path) if presets else None
     results = Results.open(args.json, made_with) if args.json else Results(made_with)
-    evaluation = Evaluation(llm, choice, texts, results, args.json, args.decode, args.seed, n_ctx, presets)
+    evaluation = Evaluation(
+        llm, choice, texts, (), results, args.json, args.decode, args.seed, n_ctx, presets
+    )
     result = pilot.run(evaluation, found, args.budget_kl, prefill_bar, path)
     write(args.output, page.render(result, calibration, _made(args, llm, model)))
     kept = "" if result.recommendation.kept else "no policy keeps to the budget; the nearest: "
@@ -138,9 +143,19 @@ def _check(args: argparse.Namespace) -> None:
             raise ArgumentError(f"--{name}: expected at least {least}, got {value}")
     if not 0 < args.budget_kl < float("inf"):
         raise ArgumentError(f"--budget-kl: expected nats above 0, got {args.budget_kl}")
-    for path in filter(None, (args.output, args.json)):
-        require_writable(path)
+    outputs = {"--output": args.output, "--json": args.json}
+    require_outputs(outputs)
+    if args.profile:
+        require_apart({**outputs, "--profile": args.profile})
+    elif not args.no_calibrate:
+        require_outputs({**outputs, "the profile beside it": _profile_path(args)})
     report.require_matplotlib()
+
+
+def _profile_path(args: argparse.Namespace) -> Path:
+    """Of the presets: as given, or kept beside the report."""
+    path: Path = args.profile or args.output.with_suffix(".profile")
+    return path
 
 
 def _made(args: argparse.Namespace, llm: LLM, model: ModelFile) -> dict[str, str]:
@@ -151,8 +166,8 @@ def _made(args: argparse.Namespace, llm: LLM, model: ModelFile) -> dict[str, str
             continue
         words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return {
-        "command": shown(Path(shlex.join(words))),
-        "model": f"{model.name}, fingerprint {model.fingerprint}",
+        "command": shown(shlex.join(words)),
+        "model": f"{shown(model.name)}, fingerprint {model.fingerprint}",
         "versions": ", ".join(f"{name} {version(name)}" for name in ("pyllm", "numpy", "matplotlib")),
         "Python": platform.python_version(),
         "processor": f"{llm.info.isa}, {llm.info.n_threads} threads",

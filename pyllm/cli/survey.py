@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
 
 from pyllm.attention import Dense
+from pyllm.cli import options
 from pyllm.cli.eval import IMAGES, check_outputs
 from pyllm.cli.terminal import prefill_bar, render
-from pyllm.errors import ArgumentError
-from pyllm.evaluate.results import write
+from pyllm.errors import ArgumentError, FileError, FormatError
+from pyllm.evaluate.outputs import write
 from pyllm.models import DEFAULT_MODEL
 from pyllm.survey import folder, plot, tables
 from pyllm.survey.model_file import ModelFile
@@ -24,7 +26,9 @@ HELP = "Measure a folder of documents in tokens, and project what attention poli
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="txt, md, html, pdf, docx, source code")
+    parser.add_argument(
+        "folder", type=options.folder, metavar="DIR", help="txt, md, html, pdf, docx, source code"
+    )
     add_length_options(parser)
     parser.add_argument(
         "--rows", type=Path, metavar="FILE", help="policies with the shares that `pyllm eval --json` measured"
@@ -64,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     check_outputs(args)
     model = ModelFile.open(args.model)
     n_ctx = context(args, model)
-    shares = presets(model, args.window, args.sinks)
+    shares = _presets(args, model)
     if args.rows:
         shares += measured(args.rows, model, args.window, args.sinks)
     found = survey(args, model, n_ctx, combined([*shares, *args.assume]), args.measure)
@@ -75,6 +79,15 @@ def run(args: argparse.Namespace) -> int:
         write(args.plot, plot.plot(found, args.plot.suffix[1:].lower()))
     show(found)
     return 0
+
+
+def _presets(args: argparse.Namespace, model: ModelFile) -> list[Share]:
+    """None, and a line on the cause, where the profile cannot be used: lengths do not depend on it."""
+    try:
+        return presets(model, args.window, args.sinks)
+    except (FileError, FormatError) as error:
+        print(f"pyllm: without presets: {error}", file=sys.stderr)
+        return []
 
 
 def context(args: argparse.Namespace, model: ModelFile) -> int:

@@ -9,22 +9,23 @@ import numpy as np
 
 from pyllm.attention import Policy
 from pyllm.llm import LLM
+from pyllm.survey.folder import shown
 
 
 def asked(llm: LLM, attentions: Sequence[Policy | str]) -> dict[str, Policy]:
     """By name, each once. What a profile stands behind, which another calibration may replace, has a digest
-    in its name: "balanced 3f2a9c41". Raises as `LLM.policy` does."""
+    in its name: "balanced 3f2a9c41", of characters that any output can show. Raises as `LLM.policy` does."""
     found: dict[str, Policy] = {}
     for attention in attentions:
         policy = llm.policy(attention)
-        name = f"{attention} {_digest(llm, policy)}" if isinstance(attention, str) else str(policy)
+        name = f"{shown(attention)} {digest(llm, policy)[:8]}" if isinstance(attention, str) else str(policy)
         found[name] = policy
     return found
 
 
-def _digest(llm: LLM, policy: Policy) -> str:
-    """Of all that the native library is told, 8 hexadecimal digits."""
-    digest = hashlib.sha256()
+def digest(llm: LLM, policy: Policy) -> str:
+    """Of all that the native library is told, in hexadecimal digits."""
+    found = hashlib.sha256()
     for name, value in sorted(policy.native(llm.info.n_layers, llm.info.n_heads).items()):
-        digest.update(name.encode() + (b"-" if value is None else np.asarray(value).tobytes()))
-    return digest.hexdigest()[:8]
+        found.update(name.encode() + (b"-" if value is None else np.asarray(value).tobytes()))
+    return found.hexdigest()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from pyllm.evaluate.metrics import BLOCK, Scores, mean_interval
 from pyllm.evaluate.parts import deal
 from pyllm.evaluate.static_labels import first_with_bulk, local_shares
 from pyllm.evaluate.texts import Text, bos
+from pyllm.evaluate.trials import Trials
 from pyllm.llm import LLM
 from pyllm.profile import Measured, Preset, Profile
 from pyllm.session import Progress
@@ -65,15 +68,19 @@ class Plan:
         return first_with_bulk(self.window, self.sinks) + BLOCK + 1 + self.n_decode + 1
 
 
-def calibrate(llm: LLM, documents: Mapping[str, str], plan: Plan, progress: Progress) -> Profile:
-    """documents: text by name. progress: called with (tokens done, in all), the latter being a guess.
+def calibrate(
+    llm: LLM, documents: Mapping[str, str], plan: Plan, progress: Progress, kept: Path | None = None
+) -> Profile:
+    """documents: text by name. progress: called with (tokens done, in all), the latter being a guess. kept: a
+    file for what is measured, from which an interrupted calibration goes on, whatever its budget.
 
-    Raises ArgumentError where the documents are too short, or a budget cannot be met.
+    Raises ArgumentError where the documents are too short, or a budget cannot be met, and FileError.
     """
     parts = _parts(llm, documents, plan)
+    trials = Trials(llm, _measured_with(llm, plan, parts), kept)
     work = Work(progress, _tokens(parts, llm.info.n_layers))
     shares, calibration = _fitted(llm, parts["fit"], plan, work)
-    found = _search(llm, parts["tune"], plan, calibration, work).run(plan.budgets)
+    found = _search(llm, parts["tune"], plan, calibration, work, trials).run(plan.budgets)
     policies = [trial.policy for trial in found.values()]
     reported = measure(llm, parts["report"], policies, plan.n_decode, work)
     work.finish()
@@ -115,7 +122,7 @@ def _fitted(
 ) -> tuple[NDArray[np.float64], Calibration]:
     """What is learnt from the first part: how often each head is local, and the calibration."""
     n = sum(len(text.tokens) for text in texts)
-    shares = local_shares(llm, list(texts), **plan.geometry, progress=lambda done, _: work.at(done))
+    shares = local_shares(llm, texts, **plan.geometry, progress=lambda done, _: work.at(done))
     work.add(n)
     ids = [text.tokens for text in texts]
     calibration = fit(llm, ids, **plan.geometry, progress=lambda done, _: work.at(done))
@@ -124,13 +131,15 @@ def _fitted(
 
 
 def _search(
-    llm: LLM, texts: Sequence[Text], plan: Plan, calibration: Calibration, work: Work
+    llm: LLM, texts: Sequence[Text], plan: Plan, calibration: Calibration, work: Work, trials: Trials
 ) -> search.Search:
+    # Of single bands only the order and the rough size matter, for the search measures what it makes of them:
+    # one text will do, without decode.
+    whole = partial(measure, llm, texts, n_decode=plan.n_decode, work=work)
+    band = partial(measure, llm, texts[:1], n_decode=0, work=work)
     return search.Search(
-        measure=lambda policies: measure(llm, texts, policies, plan.n_decode, work),
-        # Of single bands only the order and the rough size matter, for the search measures what it makes of
-        # them: one text will do, without decode.
-        measure_band=lambda policies: measure(llm, texts[:1], policies, 0, work),
+        measure=lambda policies: trials.measured("whole", policies, lambda new: whole(policies=new)),
+        measure_band=lambda policies: trials.measured("band", policies, lambda new: band(policies=new)),
         n_layers=llm.info.n_layers,
         gates=_gates(plan, calibration),
         geometry=plan.geometry,
@@ -221,6 +230,13 @@ def _measured(outcomes: Sequence[_Outcome]) -> Measured:
         decode_kl_high=decode_interval[1],
         bulk_read=decoded.bulk_read,
     )
+
+
+def _measured_with(llm: LLM, plan: Plan, parts: Mapping[str, Sequence[Text]]) -> dict[str, Any]:
+    """All that a trial's figures depend on besides its policy."""
+    made = _made(llm, plan, parts, {})
+    geometry = {name: value for name, value in made["plan"].items() if name != "budget_kl"}
+    return {**made, "plan": geometry, "fingerprint": llm.fingerprint, "device": llm.device}
 
 
 def _made(

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import GRANULARITIES, Adaptive, Dense, Oracle, Policy, Static, Window
-from pyllm.calibration import Calibration
+from pyllm.calibration import MOMENTS, Calibration
 from pyllm.errors import ArgumentError
+from pyllm.local_heads import top_groups, top_share
 
 THRESHOLDS = (0.6, 0.8, 0.9, 0.95)
 SHARES = (0.2, 0.4, 0.6, 0.8)
@@ -29,6 +30,10 @@ class Candidate:
     line: str
     policy: Policy
     setting: float | None = None
+
+    @property
+    def key(self) -> tuple[str, float | None]:
+        return self.line, self.setting
 
     @property
     def name(self) -> str:
@@ -101,11 +106,17 @@ CALIBRATED = {
 
 
 def candidates(choice: Choice, fitted: Fitted | None = None) -> list[Candidate]:
-    """Every row, in the order of the table. Raises ArgumentError where there is none."""
-    rows = [row for name in choice.policies for row in ROWS[name](choice, fitted or Fitted())]
-    if not rows:
-        raise ArgumentError("nothing to evaluate: no policy, threshold or share was given")
-    return rows
+    """Every row, in the order of the table."""
+    return [row for name in choice.policies for row in ROWS[name](choice, fitted or Fitted())]
+
+
+def keys(choice: Choice) -> list[tuple[str, float | None]]:
+    """Of every row, before anything is fitted: what that says does not change what rows are called."""
+    blank = np.zeros((1, 1, 1))
+    calibrations = {
+        moments: Calibration(np.zeros((1, 1, 3)), blank, blank[None], (0, 1), moments) for moments in MOMENTS
+    }
+    return [candidate.key for candidate in candidates(choice, Fitted(1, blank[0], calibrations))]
 
 
 def _dense(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
@@ -129,17 +140,13 @@ def _gated_pages(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
 
 
 def _static(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
-    local, n_kv_heads = fitted.local, fitted.n_kv_heads
+    local = fitted.local
     if local is None:
         raise ValueError("static rows need the share of queries for which each head is local")
-    n_layers, n_heads = local.shape
-    group = n_heads // n_kv_heads
-    # The query heads of a key/value head together are as local as the least local of them.
-    groups = local.reshape(n_layers, n_kv_heads, group).min(axis=2)
     for share in choice.shares:
         yield Candidate("static head", Static(top_share(local, share), **choice.geometry), share)
     for share in choice.shares:
-        labels = np.repeat(top_share(groups, share), group, axis=1)
+        labels = top_groups(local, share, fitted.n_kv_heads)
         yield Candidate("static group", Static(labels, **choice.geometry), share)
 
 
@@ -174,10 +181,3 @@ ROWS: dict[str, Rows] = {
     "pages": _pages,
     "adaptive+pages": _gated_pages,
 }
-
-
-def top_share(values: NDArray[np.float64], share: float) -> NDArray[np.bool_]:
-    """True for that share of the entries, rounded to a whole number of them, with the highest values."""
-    labels = np.zeros(values.size, bool)
-    labels[np.argsort(-values, axis=None, kind="stable")[: round(share * values.size)]] = True
-    return labels.reshape(values.shape)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import Adaptive
+from pyllm.evaluate.fields import checked, each
 from pyllm.evaluate.fit import EVERYTHING
 from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
@@ -60,9 +62,9 @@ class Classifier:
 
     @classmethod
     def read(cls, found: dict[str, Any]) -> Classifier:
-        """What `dataclasses.asdict` made of one. Raises TypeError or KeyError for anything else."""
-        layers = tuple(Quality(**layer) for layer in found["layers"])
-        return cls(**{**found, "total": Quality(**found["total"]), "layers": layers})
+        """What `dataclasses.asdict` made of one. Raises ValueError, TypeError or KeyError for others."""
+        layers = tuple(each("layer", partial(checked, Quality), found["layers"]))
+        return checked(cls, {**found, "total": checked(Quality, found["total"]), "layers": layers})
 
     @property
     def key(self) -> tuple[str, str, float]:

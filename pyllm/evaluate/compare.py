@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.results import Results, Row
@@ -60,7 +61,7 @@ def table(files: Files) -> Table:
     texts = list(dict.fromkeys(text for text, _ in keys))
     for text, policy in sorted(keys, key=lambda key: texts.index(key[0])):
         cells = (cell for found in rows for cell in _cells(found.get((text, policy))))
-        shown.add_row(text, policy, *cells)
+        shown.add_row(*map(Text, (text, policy, *cells)))
     return shown
 
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from pyllm.errors import ArgumentError
 from pyllm.evaluate import texts, tradeoff
-from pyllm.evaluate.candidates import CALIBRATED, FORMS, Candidate, Choice, Fitted, adaptive, candidates
+from pyllm.evaluate.candidates import CALIBRATED, FORMS, Candidate, Choice, Fitted, adaptive, candidates, keys
 from pyllm.evaluate.classifier import Classifier, classify
 from pyllm.evaluate.fit import fit
 from pyllm.evaluate.results import Results, Row
@@ -17,9 +19,17 @@ from pyllm.llm import LLM
 from pyllm.session import Progress
 
 
+def fitting_texts(llm: LLM, choice: Choice, n_ctx: int, seed: int) -> list[Text]:
+    """Of n_ctx tokens each, what the choice's policies are fitted on; none where none is."""
+    if not any(name == "static" or name in CALIBRATED for name in choice.policies):
+        return []
+    return [texts.excerpt(llm, name, text, n_ctx, seed) for name, text in texts.builtin(fitted=True).items()]
+
+
 class Evaluation:
-    """Of a choice of policies on some texts. results: what is finished already, kept at path if there is one.
-    n_ctx: tokens of a text, and of those that static labels are chosen on. extra: rows beside the choice's.
+    """Of a choice of policies on some texts. other: what is fitted on, `fitting_texts`. results: what is
+    finished already, kept at path if there is one. n_ctx: tokens of a text. extra: rows beside the choice's.
+    Raises ArgumentError where there is no row.
     """
 
     def __init__(
@@ -27,6 +37,7 @@ class Evaluation:
         llm: LLM,
         choice: Choice,
         chosen: Sequence[Text],
+        other: Sequence[Text],
         results: Results,
         path: Path | None,
         n_decode: int,
@@ -34,19 +45,25 @@ class Evaluation:
         n_ctx: int,
         extra: Sequence[Candidate] = (),
     ) -> None:
-        self.llm, self.choice, self.texts = llm, choice, chosen
+        self.llm, self.choice, self.texts, self.other = llm, choice, chosen, other
         self.results, self.path = results, path
         self.n_decode, self.seed, self.n_ctx = n_decode, seed, n_ctx
         self.extra = extra
-        self.candidates: list[Candidate] = []
+        # A row that is asked for twice is one row.
+        self.keys = list(dict.fromkeys([*keys(choice), *(candidate.key for candidate in extra)]))
+        if not self.keys:
+            raise ArgumentError("nothing to evaluate: no policy, threshold or share was given")
 
     def run(self, limit: int | None, progress: Progress) -> int:
         """Evaluates what is missing, at most limit rows, keeping each group as soon as it is finished;
         returns how many rows are left."""
-        fitted = self._fit(progress)
-        self.candidates = [*candidates(self.choice, fitted), *self.extra]
-        wanted = [(text, candidate) for text in self.texts for candidate in self.candidates]
-        missing = [(text, candidate) for text, candidate in wanted if not self._find(text, candidate)]
+        # Only what is missing is worth a fit.
+        names = [name for name in self.choice.policies if self._is_missing(name)]
+        choice = replace(self.choice, policies=names)
+        fitted = self._fit(choice, progress)
+        rows = [*candidates(choice, fitted), *self.extra]
+        wanted = {candidate.key: candidate for candidate in rows}.values()
+        missing = [(text, c) for text in self.texts for c in wanted if not self._find(text, c.key)]
         now = missing if limit is None else missing[:limit]
         groups = self._groups(now)
         total = sum(len(text.tokens[1:]) * (1 + len(group)) for text, group in groups)
@@ -68,32 +85,37 @@ class Evaluation:
 
     def finished(self) -> list[Row]:
         """Of the rows that are wanted, in the order of the table."""
-        found = [self._find(text, candidate) for text in self.texts for candidate in self.candidates]
+        found = [self._find(text, key) for text in self.texts for key in self.keys]
         return [row for row in found if row]
 
-    def _find(self, text: Text, candidate: Candidate) -> Row | None:
-        return self.results.find(text.name, candidate.line, candidate.setting)
+    def _find(self, text: Text, key: tuple[str, float | None]) -> Row | None:
+        return self.results.find(text.name, *key)
 
-    def _fit(self, progress: Progress) -> Fitted:
-        """What the choice needs to know of the model, from texts that are not evaluated."""
-        wants_labels = "static" in self.choice.policies and self.results.local_shares is None
-        moments = dict.fromkeys(CALIBRATED[name] for name in self.choice.policies if name in CALIBRATED)
-        other = (
-            [
-                texts.excerpt(self.llm, name, text, self.n_ctx, self.seed)
-                for name, text in texts.builtin(fitted=True).items()
-            ]
-            if wants_labels or moments
-            else []
+    def _is_missing(self, name: str) -> bool:
+        """Whether any of the policy's rows or of its estimate's records is."""
+        rows = keys(replace(self.choice, policies=[name]))
+        return any(
+            self._unclassified(text, name) or not all(self._find(text, key) for key in rows)
+            for text in self.texts
         )
-        if wants_labels:
+
+    def _unclassified(self, text: Text, name: str) -> list[float]:
+        """Thresholds at which the estimate of that name has no record yet."""
+        known = {c.threshold for c in self.results.classifiers if (c.text, c.line) == (text.name, name)}
+        return [t for t in self.choice.thresholds if t not in known] if name in FORMS else []
+
+    def _fit(self, choice: Choice, progress: Progress) -> Fitted:
+        """What the choice needs to know of the model, from texts that are not evaluated."""
+        if "static" in choice.policies and self.results.local_shares is None:
             self.results.local_shares = local_shares(
-                self.llm, other, self.choice.window, self.choice.sinks, progress
+                self.llm, self.other, choice.window, choice.sinks, progress
             )
             self._keep()
-        tokens, geometry = [text.tokens for text in other], self.choice.geometry
+        moments = dict.fromkeys(CALIBRATED[name] for name in choice.policies if name in CALIBRATED)
+        tokens = [text.tokens for text in self.other]
         calibrations = {
-            kind: fit(self.llm, tokens, **geometry, moments=kind, progress=progress) for kind in moments
+            kind: fit(self.llm, tokens, **choice.geometry, moments=kind, progress=progress)
+            for kind in moments
         }
         return Fitted(self.llm.info.n_kv_heads, self.results.local_shares, calibrations)
 
@@ -101,9 +123,7 @@ class Evaluation:
         """Adds the records of the estimates that the choice asks for."""
         names = [name for name in self.choice.policies if name in FORMS]
         for text, name in itertools.product(self.texts, names):
-            known = {c.threshold for c in self.results.classifiers if (c.text, c.line) == (text.name, name)}
-            missing = [threshold for threshold in self.choice.thresholds if threshold not in known]
-            if missing:
+            if missing := self._unclassified(text, name):
                 policy = adaptive(name, self.choice, fitted)
                 self.results.classifiers += classify(self.llm, text, name, policy, missing, progress)
                 self._keep()

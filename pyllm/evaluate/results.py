@@ -7,20 +7,21 @@ import dataclasses
 import io
 import json
 import os
-import tempfile
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm import atomic_file
 from pyllm.errors import FileError, FormatError
-from pyllm.evaluate import domains
+from pyllm.evaluate import domains, fields
 from pyllm.evaluate.classifier import Classifier
+from pyllm.evaluate.outputs import write
 
 FORMAT = "pyllm eval 1"
+FITTED = "fitted texts"  # the setting that tells their digests
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,10 @@ class Results:
         if not os.path.lexists(path):
             return cls(settings)
         results = cls.read(path)
-        require_same(path, results.settings, settings)
+        # Rows that need no fit go with any: the first that does decides on which texts.
+        known = {FITTED: {**settings, **results.settings}.get(FITTED)}
+        require_same(path, {**known, **results.settings}, {**known, **settings})
+        results.settings = {**settings, **results.settings}
         return results
 
     @classmethod
@@ -107,12 +111,12 @@ class Results:
             found = json.loads(text)
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']!r}")
-            shares = None if found["local_shares"] is None else np.array(found["local_shares"], np.float64)
-            rows = [Row(**row) for row in found["rows"]]
-            classifiers = [Classifier.read(record) for record in found.get("classifiers", [])]
-            return cls(dict(found["settings"]), shares, rows, classifiers)
-        except (ValueError, KeyError, TypeError) as error:
-            raise FormatError(f"{path}: not the results of an evaluation ({error!r})") from None
+            rows = fields.each("row", partial(fields.checked, Row), found["rows"])
+            classifiers = fields.each("classifier", Classifier.read, found.get("classifiers", []))
+            return cls(_settings(found["settings"]), _local_shares(found["local_shares"]), rows, classifiers)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            cause = f"{type(error).__name__}: {error}"
+            raise FormatError(f"{path}: not the results of an evaluation ({cause})") from None
 
     def save(self, path: Path) -> None:
         """Raises FileError."""
@@ -127,6 +131,22 @@ class Results:
         write(path, json.dumps(content, indent=1).encode() + b"\n")
 
 
+def _settings(found: Any) -> dict[str, Any]:
+    """Raises ValueError for what is none, and for a number that is shown as one and is not."""
+    if not isinstance(found, dict) or not fields.is_of(float, found.get("rope base", 0)):
+        raise ValueError("settings: expected an object whose rope base, if any, is a number")
+    return found
+
+
+def _local_shares(found: Any) -> NDArray[np.float64] | None:
+    if found is None:
+        return None
+    shares = np.array(found, np.float64)
+    if shares.ndim != 2 or not np.isfinite(shares).all():
+        raise ValueError("local_shares: expected finite numbers by layer and head")
+    return shares
+
+
 def csv_bytes(rows: list[Row]) -> bytes:
     """One line per row under the names of its fields; None is empty."""
     text = io.StringIO()
@@ -134,25 +154,6 @@ def csv_bytes(rows: list[Row]) -> bytes:
     writer.writeheader()
     writer.writerows(dataclasses.asdict(row) for row in rows)
     return text.getvalue().encode()
-
-
-def write(path: Path, data: bytes) -> None:
-    """Raises FileError."""
-    try:
-        atomic_file.write(path, memoryview(data))
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
-
-
-def require_writable(path: Path) -> None:
-    """Raises FileError where a file could not be written in the end, before the work is done."""
-    if path.is_dir():
-        raise FileError(f"{path}: cannot be written: it is a directory")
-    try:
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}."):
-            pass
-    except OSError as error:
-        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 def require_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -63,14 +63,19 @@ class Search:
     def run(self, budgets: Mapping[str, float]) -> dict[str, Trial]:
         """For every budget in nats the cheapest policy found whose loss is within it.
 
-        Raises ArgumentError, with the best that was reached, for a budget that no policy keeps.
+        Raises ArgumentError, with the best that was reached, for budgets that no policy keeps; it tells what
+        keeps the others.
         """
         pages = [self._pages(bits, share) for bits in PAGE_BITS for share in PAGE_SHARES]
         self._try([*pages, *self.gates])
         for _ in range(REFINEMENTS):
             self._try([self._refined(budget) for budget in budgets.values() if not self._is_near(budget)])
         self._try_gates(list(budgets.values()))
-        return {name: self._within(name, budget) for name, budget in budgets.items()}
+        found = {name: self._within(budget) for name, budget in budgets.items()}
+        met = {name: trial for name, trial in found.items() if trial}
+        if len(met) < len(budgets):
+            raise ArgumentError(self._unmet(budgets, met))
+        return met
 
     def _try(self, policies: Sequence[Policy]) -> list[Trial]:
         """Measures what was not measured yet; returns those of `policies` that are new."""
@@ -80,16 +85,20 @@ class Search:
         self.trials += found
         return found
 
-    def _within(self, name: str, budget: float) -> Trial:
+    def _within(self, budget: float) -> Trial | None:
         within = (trial for trial in self.trials if trial.loss <= budget)
-        best = min(within, key=lambda trial: trial.cost, default=None)
-        if best is None:
-            reached = min(self.trials, key=lambda t: t.loss)
-            raise ArgumentError(
-                f"the {name} budget of {budget:g} nats cannot be met: the best is {reached.policy} with up "
-                f"to {reached.loss:.2g} nats at {reached.cost:.0f} % of the cost of dense attention"
-            )
-        return best
+        return min(within, key=lambda trial: trial.cost, default=None)
+
+    def _unmet(self, budgets: Mapping[str, float], met: Mapping[str, Trial]) -> str:
+        unmet = [
+            f"the {name} budget of {budget:g} nats" for name, budget in budgets.items() if name not in met
+        ]
+        reached = min(self.trials, key=lambda trial: trial.loss)
+        others = "".join(f"; {trial.policy} would be {name}" for name, trial in met.items())
+        return (
+            f"{' and '.join(unmet)} cannot be met: the best is {reached.policy} with up to "
+            f"{reached.loss:.2g} nats at {reached.cost:.0f} % of the cost of dense attention{others}"
+        )
 
     # ---- pages ----
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -16,7 +18,7 @@ NEVER_LOCAL = 2.0  # a threshold that no share reaches
 
 
 def local_shares(
-    llm: LLM, texts: list[Text], window: int, sinks: int, progress: Progress | None = None
+    llm: LLM, texts: Sequence[Text], window: int, sinks: int, progress: Progress | None = None
 ) -> NDArray[np.float64]:
     """(n_layers, n_heads) the share of sampled queries for which the oracle calls the head local.
 

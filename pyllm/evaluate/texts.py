@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pyllm import documents
 from pyllm.errors import ArgumentError
 from pyllm.llm import LLM
+from pyllm.survey.folder import shown
 
 # A token is rarely longer on average, so that this many characters per token are enough to cut from.
 CHARACTERS_PER_TOKEN = 16
@@ -47,8 +48,9 @@ def builtin(*, fitted: bool = False) -> dict[str, str]:
 
 
 def files(paths: Sequence[str]) -> dict[str, str]:
-    """The documents at paths, by file name. Raises DocumentError, and ArgumentError for equal names."""
-    found = {Path(path).name: documents.read(path) for path in paths}
+    """The documents at paths, by file name as any output can show it. Raises DocumentError, and ArgumentError
+    for equal names."""
+    found = {shown(Path(path).name): documents.read(path) for path in paths}
     if len(found) < len(paths):
         raise ArgumentError("--text: two files have the same name, which is what tells them apart in results")
     return found

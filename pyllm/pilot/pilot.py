@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyllm.attention import PRESETS, Policy
-from pyllm.evaluate.candidates import Candidate
+from pyllm.evaluate.candidates import Candidate, candidates
 from pyllm.evaluate.evaluation import Evaluation
 from pyllm.evaluate.results import Row
 from pyllm.evaluate.texts import Text
@@ -69,7 +69,7 @@ def run(
     recommendation = recommend([row for row in rows if row.text in tuned], budget)
     chosen = recommendation.row
     documents = [row for row in rows if row.name == chosen.name]
-    policy = _policy(evaluation.candidates, chosen)
+    policy = _policy([*candidates(evaluation.choice), *evaluation.extra], chosen)
     texts = [text for text in evaluation.texts if text.name in held_out]
     with bar("auditing") as tick:
         heads = observe(evaluation.llm, texts, policy, evaluation.seed, tick)
@@ -110,8 +110,8 @@ def spelled(line: str, policy: Policy, profile: Path) -> str:
     return f"{line}:{shown(profile)}" if line in PRESETS else str(policy)
 
 
-def _policy(candidates: Sequence[Candidate], row: Row) -> Policy:
-    return next(c.policy for c in candidates if (c.line, c.setting) == (row.line, row.setting))
+def _policy(found: Sequence[Candidate], row: Row) -> Policy:
+    return next(c.policy for c in found if c.key == (row.line, row.setting))
 
 
 def _projections(survey: Survey, rows: Sequence[Row]) -> list[Projection]:

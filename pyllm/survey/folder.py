@@ -59,7 +59,7 @@ def survey(root: Path, count: Callable[[str], int], progress: Progress | None = 
     return Folder(root, found, unreadable)
 
 
-def shown(path: Path) -> str:
+def shown(path: str | os.PathLike[str]) -> str:
     """A path that any terminal and file can take: bytes that are no UTF-8 and control characters replaced."""
     text = os.fsencode(path).decode("utf-8", "replace")
     return "".join(c if c.isprintable() else "\ufffd" for c in text)

@@ -40,6 +40,10 @@ def assumed(text: str) -> Share:
         value = math.nan
     if not (name and equals and 0 <= value <= 200):
         raise ArgumentError(f"{text!r}: expected NAME=PERCENT, such as pages=20, of 0 to 200 % of the bulk")
+    if name in {bound.name for bound in BOUNDS}:
+        raise ArgumentError(
+            f"{text!r}: what {name} reads and computes is known, and stands beside the others"
+        )
     return Share(name, value / 100, value / 100, f"{name} assumed")
 
 

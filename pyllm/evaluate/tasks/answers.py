@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pyllm.errors import FileError, FormatError
-from pyllm.evaluate.results import require_same, write
+from pyllm.evaluate.fields import checked, each
+from pyllm.evaluate.outputs import write
+from pyllm.evaluate.results import require_same
 
 FORMAT = "pyllm eval tasks 1"
 
@@ -31,6 +33,10 @@ class Answer:
     heads_local: float | None
     bulk_work: float | None
     bulk_read: float | None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.score <= 1:
+            raise ValueError(f"score: expected 0 to 1, got {self.score}")
 
     @property
     def key(self) -> tuple[str, int, str]:
@@ -59,11 +65,13 @@ class Answers:
         except OSError as error:
             raise FileError(f"{path}: the answers cannot be read: {error.strerror or error}") from None
         whole = data[: data.rfind(b"\n") + 1]
+        head = (json.dumps({"format": FORMAT, "settings": settings}) + "\n").encode()
         if whole:
             answers._read(path, whole)
+        elif not head.startswith(data):
+            raise FormatError(f"{path}: not the answers of an evaluation of tasks: name another file")
         if not whole or whole != data:
-            head = json.dumps({"format": FORMAT, "settings": settings}) + "\n"
-            write(path, whole or head.encode())
+            write(path, whole or head)
         return answers
 
     def find(self, task: str, sample: int, policy: str) -> Answer | None:
@@ -88,8 +96,8 @@ class Answers:
             if found["format"] != FORMAT:
                 raise ValueError(f"format {found['format']!r}")
             settings = dict(found["settings"])
-            read = [Answer(**json.loads(line)) for line in lines]
-        except (ValueError, KeyError, TypeError) as error:
+            read = each("answer", lambda line: checked(Answer, json.loads(line)), lines)
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FormatError(
                 f"{path}: not the answers of an evaluation of tasks ({type(error).__name__}: {error})"
             ) from None

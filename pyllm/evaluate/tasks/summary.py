@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from pyllm.attention import Dense
 from pyllm.evaluate.intervals import difference_interval, mean_interval
@@ -19,7 +20,7 @@ DENSE = str(Dense())
 
 LEGEND = (
     "In %: score with its 95 % interval (Wilson); points to dense attention on the same samples with their "
-    "95 % interval (Newcombe's for tasks with one answer, a bootstrap over samples for the others); chance: "
+    "95 % interval (Newcombe's for tasks with one answer, for the others Bonett and Price's); chance: "
     "what naming things of the right kind blindly scores; heads local; bulk work; bulk bytes read."
 )
 
@@ -46,12 +47,12 @@ class TaskRow:
     bulk_read: float | None
 
 
-def rows(answers: Sequence[Answer], seed: int) -> list[TaskRow]:
+def rows(answers: Sequence[Answer]) -> list[TaskRow]:
     """Per task and policy, in the order of the answers; then per policy over all tasks, where there are
     several and every sample was answered by dense attention too."""
     tasks = list(dict.fromkeys(answer.task for answer in answers))
-    found = [row for task in tasks for row in _rows(task, [a for a in answers if a.task == task], seed)]
-    return found + (_rows("all", answers, seed) if len(tasks) > 1 else [])
+    found = [row for task in tasks for row in _rows(task, [a for a in answers if a.task == task])]
+    return found + (_rows("all", answers) if len(tasks) > 1 else [])
 
 
 def above_chance(found: Iterable[TaskRow]) -> list[str]:
@@ -68,7 +69,7 @@ def table(found: Iterable[TaskRow]) -> Table:
         shown.add_column(name, justify="right", no_wrap=True)
     before = None
     for row in found:
-        shown.add_row("" if row.task == before else row.task, row.policy, *_cells(row))
+        shown.add_row(*map(Text, ("" if row.task == before else row.task, row.policy, *_cells(row))))
         before = row.task
     return shown
 
@@ -82,15 +83,13 @@ def csv_bytes(found: Iterable[TaskRow]) -> bytes:
     return text.getvalue().encode()
 
 
-def _rows(task: str, answers: Sequence[Answer], seed: int) -> list[TaskRow]:
+def _rows(task: str, answers: Sequence[Answer]) -> list[TaskRow]:
     dense = {(a.task, a.sample): a.score for a in answers if a.policy == DENSE}
     policies = dict.fromkeys(answer.policy for answer in answers)
-    return [_row(task, name, [a for a in answers if a.policy == name], dense, seed) for name in policies]
+    return [_row(task, name, [a for a in answers if a.policy == name], dense) for name in policies]
 
 
-def _row(
-    task: str, policy: str, answers: Sequence[Answer], dense: dict[tuple[str, int], float], seed: int
-) -> TaskRow:
+def _row(task: str, policy: str, answers: Sequence[Answer], dense: dict[tuple[str, int], float]) -> TaskRow:
     scores = np.array([answer.score for answer in answers])
     low, high = mean_interval(scores)
     pairs = [(a.score, dense[a.task, a.sample]) for a in answers if (a.task, a.sample) in dense]
@@ -98,7 +97,8 @@ def _row(
     if pairs and policy != DENSE:
         own, others = np.array(pairs).T
         difference = 100 * float((own - others).mean())
-        interval = difference_interval(own, others, seed)
+        fractions = any(len(answer.expected) > 1 for answer in answers)
+        interval = difference_interval(own, others, fractions=fractions)
     return TaskRow(
         task=task,
         policy=policy,

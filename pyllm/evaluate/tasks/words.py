@@ -1,5 +1,5 @@
-"""Words that tasks are made of. Within a kind none is part of another, so that none is found in another's
-place."""
+"""Words that tasks are made of. Within a kind, and between people's names and facts, none is part of
+another, so that none is found in another's place."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ SURNAMES = _listed(
     "Dalton Drummond Eastman Ekberg Falk Farrow Fielding Fisker Galloway Garner Grieve Halloran Hartwell "
     "Hedlund Holm Ingram Jansson Jessop Keller Kessler Kirkby Lachance Langley Lindqvist Lockwood Marlow "
     "Mercer Moberg Nash Nordin Norwood Oakes Ostrow Palmgren Pemberton Prentice Quist Radcliffe Rasmussen "
-    "Rowntree Sandoval Sawyer Sinclair Stroud Tanner Thorne Trask Ullman Vance Varga Wainwright Wexler "
+    "Rowntree Sandoval Sawyer Sinclair Stroud Tennant Thorne Trask Ullman Vance Varga Wainwright Wexler "
     "Whitlock Yates"
 )
 TOWN_HEADS = _listed(

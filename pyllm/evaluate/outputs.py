@@ -1,0 +1,54 @@
+"""Files that a command writes: refused before the work where they could not be written after it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from pyllm import atomic_file
+from pyllm.errors import ArgumentError, FileError
+
+
+def write(path: Path, data: bytes) -> None:
+    """Raises FileError."""
+    try:
+        atomic_file.write(path, memoryview(data))
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def require_outputs(files: Mapping[str, Path | None]) -> None:
+    """files: by the options that name them, None where one is not given.
+
+    Raises FileError as `require_writable`, and ArgumentError as `require_apart`.
+    """
+    for path in filter(None, files.values()):
+        require_writable(path)
+    require_apart(files)
+
+
+def require_writable(path: Path) -> None:
+    """Raises FileError where a file could not be written in the end, before the work is done."""
+    # A link is followed: the file that it leads to is the one that is replaced.
+    place = Path(os.path.realpath(path))
+    try:
+        if place.is_dir():
+            raise FileError(f"{path}: cannot be written: it is a directory")
+        if place.exists() and not place.is_file():
+            raise FileError(f"{path}: cannot be written: it is a pipe or a device")
+        with tempfile.NamedTemporaryFile(dir=place.parent, prefix=f".{place.name}."):
+            pass
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def require_apart(files: Mapping[str, Path | None]) -> None:
+    """Raises ArgumentError where two are the same file, of which the first to be written would be lost."""
+    seen: dict[str, str] = {}
+    for name, path in files.items():
+        if path and (other := seen.setdefault(os.path.realpath(path), name)) != name:
+            raise ArgumentError(f"{other} and {name} are the same file, {path}: name another")
