@@ -399,19 +399,20 @@ import pyllm
 
 llm = pyllm.LLM(sys.argv[1])
 llm.session(n_ctx=1024).eval(np.random.default_rng(0).integers(0, llm.info.n_vocab, 600))
-path, resident = "", 0
+path, resident = "", []
 for line in open("/proc/self/smaps"):
     first, *_, last = line.split()
     if not first.endswith(":"):
         path = last
     elif first == "Rss:" and path == sys.argv[1]:
-        resident += int(line.split()[1])
-print(resident)
+        resident.append(int(line.split()[1]))
+assert resident, "the file is not mapped"
+print(sum(resident))
 """
 
 
 def test_the_file_does_not_stay_in_memory_beside_its_packed_copy(default_model: Path) -> None:
-    """Neither what a fingerprint reads of every tensor nor the embeddings of a prompt, up to a few pages."""
+    """Neither what a fingerprint reads of every tensor nor the embeddings of a prompt."""
     command = [sys.executable, "-c", RESIDENT, str(default_model.resolve())]
     kilobytes = int(subprocess.run(command, capture_output=True, check=True, text=True).stdout)
-    assert 0 < kilobytes < 4096
+    assert kilobytes < 1024

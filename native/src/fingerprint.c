@@ -53,7 +53,7 @@ uint64_t pyllm_file_fingerprint(const pyllm_file *file) {
   }
   for (uint64_t i = 0; i < pyllm_file_n_tensors(file); i++) {
     h = hash_tensor(h, pyllm_file_tensor(file, i));
-    gguf_release_pages(file, pyllm_file_tensor(file, i)); /* the kernel maps more than was read */
+    gguf_release_pages(file);
   }
   return h;
 }

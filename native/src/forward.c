@@ -170,7 +170,7 @@ int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logit
   int32_t status =
       be->ops->embed(be, m->embedding_type, m->embedding->data, m->config.dim, tokens, n, s->buffers.x, err);
   /* Prompts read rows from all over the table, which would stay resident beside its packed copy. */
-  if (n > 1) gguf_release_pages(m->file, m->embedding);
+  if (n > 1) gguf_release_pages(m->file);
   if (status) return status;
   if (n != 1 || n_logits != 1 || !token_graph(s, record, logits)) {
     before_layers(s, n);

@@ -201,9 +201,10 @@ const pyllm_tensor *gguf_find_tensor(const pyllm_file *file, const char *name) {
   return gguf_names_find(file->names, file->n_tensors, name, &i) ? &file->tensors[i] : NULL;
 }
 
-void gguf_release_pages(const pyllm_file *file, const pyllm_tensor *tensor) {
-  uint64_t page = (uint64_t)sysconf(_SC_PAGESIZE);
-  uint64_t begin = (tensor->offset + page - 1) / page * page, end = (tensor->offset + tensor->size) / page * page;
-  /* Only advice: where it is refused, the pages stay resident. */
-  if (begin < end) (void)madvise((void *)(file->parts[tensor->part].bytes + begin), end - begin, MADV_DONTNEED);
+void gguf_release_pages(const pyllm_file *file) {
+  for (int32_t p = 0; p < file->n_parts; p++) {
+    const gguf_part *part = &file->parts[p];
+    /* Only advice: where it is refused, the pages stay resident. */
+    (void)madvise((void *)part->bytes, (size_t)part->size, MADV_DONTNEED);
+  }
 }

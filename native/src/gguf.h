@@ -26,8 +26,9 @@ int32_t gguf_get_bool(const pyllm_file *file, const char *key, bool required, bo
 int32_t gguf_get_string(const pyllm_file *file, const char *key, bool required, const char **out, uint64_t *size,
                         pyllm_error *err);
 
-/* Tells the kernel that the mapped bytes of a tensor are not needed soon: they leave resident memory and are read
- * again from the file if touched. */
-void gguf_release_pages(const pyllm_file *file, const pyllm_tensor *tensor);
+/* Tells the kernel that the mapped bytes are not needed soon: they leave resident memory and are read again from the
+ * file if touched. Of the whole file, not of one tensor: a touched page brings its neighbours along, as many as the
+ * kernel likes. */
+void gguf_release_pages(const pyllm_file *file);
 
 #endif

@@ -49,7 +49,7 @@ static void bind_matrix(binder *b, const char *name, int32_t rows, int32_t cols,
   if (!b->status) b->status = backend_place(&b->model->backend, out, where, b->err);
   if (b->status) return;
   count(b->model, t, pack_bytes(type, rows, cols));
-  gguf_release_pages(b->model->file, t);
+  gguf_release_pages(b->model->file);
 }
 
 /* A small vector as floats in the backend's memory: NULL where it is absent and not required. */
