@@ -20,8 +20,9 @@ class Calibration:
     coefficients: (n_layers, n_heads, 3), b0, b1 and b2 of M̂ = ln N + c·q·μ + b0 + b1 s² + b2 s. means:
     (n_layers, n_kv_heads, head_dim) and covariances: (n_layers, n_kv_heads, head_dim, head_dim), ddof 0, of
     keys as stored, RoPE applied. positions: [first, stop) of the keys that these moments stand for. moments:
-    "prompt" or "calibrated", those whose μ and s the coefficients were fitted with. Raises ArgumentError for
-    shapes that do not belong together, and for what is not finite.
+    "prompt" or "calibrated", those whose μ and s the coefficients were fitted with. model: the fingerprint of
+    the model that it was fitted to, where that is known: no other takes it. Raises ArgumentError for shapes
+    that do not belong together, and for what is not finite.
     """
 
     coefficients: NDArray[np.float32]
@@ -29,6 +30,7 @@ class Calibration:
     covariances: NDArray[np.float32]
     positions: tuple[int, int]
     moments: str = "prompt"
+    model: str | None = None
     digest: str = field(init=False, repr=False)
 
     def __init__(
@@ -38,6 +40,7 @@ class Calibration:
         covariances: ArrayLike,
         positions: tuple[int, int],
         moments: str = "prompt",
+        model: str | None = None,
     ) -> None:
         b, mean, cov = _constant(coefficients), _constant(means), _constant(covariances)
         shapes = b.shape, mean.shape, cov.shape
@@ -56,15 +59,16 @@ class Calibration:
             raise ArgumentError(f"calibration: positions [{first}, {stop}) are no range")
         if moments not in MOMENTS:
             raise ArgumentError(f"calibration: moments are {moments!r}, expected one of {MOMENTS}")
+        # Of the numbers alone: what is computed with them is the same whoever they belong to.
         digest = hashlib.sha256(f"{shapes} {first} {stop} {moments}".encode())
         for array in (b, mean, cov):
             digest.update(array.tobytes())
-        values = (b, mean, cov, (first, stop), moments, digest.hexdigest())
+        values = (b, mean, cov, (first, stop), moments, model, digest.hexdigest())
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Calibration) and self.digest == other.digest
+        return isinstance(other, Calibration) and (self.digest, self.model) == (other.digest, other.model)
 
     def __hash__(self) -> int:
         return hash(self.digest)

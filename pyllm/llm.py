@@ -144,6 +144,11 @@ class LLM:
         if not isinstance(policy, Policy):
             raise ArgumentError(f"attention: expected a policy such as Adaptive(0.9), got {policy!r}")
         policy.native(self.info.n_layers, self.info.n_heads)
+        fitted = policy.calibration if isinstance(policy, Adaptive) else None
+        if fitted and fitted.model not in (None, self.fingerprint):
+            raise ArgumentError(
+                f"attention: the calibration is of another model ({fitted.model}, not {self.fingerprint})"
+            )
         return policy
 
     def _named(self, spec: str) -> Policy:

@@ -232,7 +232,8 @@ def _calibration(archive: zipfile.ZipFile, description: Mapping[str, Any]) -> Ca
     covariances[..., rows, columns] = packed
     covariances[..., columns, rows] = packed
     first, stop = description["positions"]
-    return Calibration(coefficients, means, covariances, (first, stop), description["moments"])
+    model = str(description["fingerprint"])
+    return Calibration(coefficients, means, covariances, (first, stop), description["moments"], model)
 
 
 def _array_bytes(array: NDArray[Any]) -> bytes:

@@ -34,6 +34,7 @@ def test_equal_by_contents(rng: np.random.Generator) -> None:
     for change in (
         {"positions": (16, 4097)},
         {"moments": "calibrated"},
+        {"model": "0123456789abcdef"},
         {"coefficients": given["coefficients"] + 1},
         {"means": given["means"] + 1},
         {"covariances": given["covariances"] + 1},

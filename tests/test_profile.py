@@ -39,6 +39,7 @@ from pyllm.evaluate.candidates import Choice, Fitted, candidates
 from pyllm.profile import DESCRIPTION, Measured, Preset, Profile, beside
 
 SHAPE = (2, 8)  # of the tiny model
+OTHER = "0123456789abcdef"  # the fingerprint of no model
 MEASURED = Measured(3000, 0.004, 0.003, 0.005, 97.5, 20.0, 200, 0.002, 0.001, 0.006, 12.0)
 CALIBRATION = Calibration(
     np.arange(48).reshape(*SHAPE, 3), np.ones((2, 2, 32)), np.tile(np.eye(32), (2, 2, 1, 1)), (16, 600)
@@ -54,7 +55,7 @@ def profile_of(fingerprint: str, policies: dict[str, Policy] = POLICIES) -> Prof
     presets = {name: Preset(policy, 0.01, MEASURED) for name, policy in policies.items()}
     shares = np.linspace(0, 1, 16, dtype=np.float32).reshape(SHAPE)
     made = {"texts": {"a": "ff"}, "seed": 0}
-    return Profile(fingerprint, "tiny", made, presets, shares, CALIBRATION)
+    return Profile(fingerprint, "tiny", made, presets, shares, replace(CALIBRATION, model=fingerprint))
 
 
 @pytest.fixture
@@ -98,7 +99,7 @@ def random_calibration(rng: np.random.Generator, moments: str) -> Calibration:
     roots = rng.normal(0, 100, (2, 2, 16, 16)).astype(np.float32)
     covariances = roots + roots.swapaxes(-1, -2)  # symmetric, which is all that a file relies on
     return Calibration(
-        rng.normal(size=(*SHAPE, 3)), rng.normal(size=(2, 2, 16)), covariances, (4, 99), moments
+        rng.normal(size=(*SHAPE, 3)), rng.normal(size=(2, 2, 16)), covariances, (4, 99), moments, OTHER
     )
 
 
@@ -127,9 +128,9 @@ def test_round_trip(
     calibration = random_calibration(np.random.default_rng(seed), moments)
     fitted = Adaptive(0.8, estimate="maximum", moments=moments, calibration=calibration)
     presets = {**presets, "balanced": replace(presets["balanced"], policy=fitted)}
-    saved = Profile("0123456789abcdef", name, made, presets, shares, calibration)
+    saved = Profile(OTHER, name, made, presets, shares, calibration)
     saved.save(path)
-    loaded = Profile.load(path, "0123456789abcdef")
+    loaded = Profile.load(path, OTHER)
     assert (loaded.fingerprint, loaded.model, loaded.made) == (saved.fingerprint, name, made)
     assert loaded.presets == presets
     assert loaded.calibration == calibration
@@ -300,6 +301,9 @@ def test_a_policy_takes_the_calibration_of_a_profile(profile: Profile, model: Pa
     other = replace(profile, calibration=larger, local_shares=np.zeros((3, 8), np.float32))
     with pytest.raises(ArgumentError, match="but the model has"):
         llm.session(attention=Adaptive(estimate="maximum", profile=other))
+    profile_of(OTHER).save(tmp_path / "other")
+    with pytest.raises(ArgumentError, match=f"of another model \\({OTHER}, not {llm.fingerprint}"):
+        llm.session(attention=Adaptive(estimate="maximum", profile=tmp_path / "other"))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])

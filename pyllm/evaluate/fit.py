@@ -76,7 +76,9 @@ class _Readings:
                 f"query has a bulk only from {policy.window + policy.sinks + PAGE} tokens on"
             )
         positions = policy.sinks, policy.sinks + keys.longest
-        return Calibration(squares.solve(), keys.mean, keys.covariance, positions, policy.moments)
+        return Calibration(
+            squares.solve(), keys.mean, keys.covariance, positions, policy.moments, self.llm.fingerprint
+        )
 
 
 class _LeastSquares:
