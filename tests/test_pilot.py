@@ -351,10 +351,12 @@ def test_the_report_stands_alone(made: Made) -> None:
 
 def test_every_figure_shows_something(made: Made) -> None:
     figures = images(made.page)
-    assert len(figures) == 4
+    assert len(figures) == 5
     assert marks(figures["Histogram of document lengths in tokens"], "patch_") >= 5
     assert marks(figures["KL to dense attention against bulk bytes read, per policy"], "line2d_") > 50
     assert marks(figures["Distribution of the window's true share for some heads"], "patch_") > 50
+    scores = figures["Distribution of the scores of the window against the whole for some heads"]
+    assert marks(scores, "patch_") > 100
     heat = figures["Long-head rate by layer and head"]
     assert len(list(heat.iter(f"{SVG}image"))) >= 2  # the two maps; the colour scale is one too
 

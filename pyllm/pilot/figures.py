@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SHOWN_HEADS = 6  # of which distributions are drawn
-SHARE_BINS = 25
+BINS = 25
 
 
 def lengths(survey: Survey) -> bytes:
@@ -45,22 +45,52 @@ def heat_map(heads: Heads, policy: str) -> bytes:
     return _svg(figure)
 
 
-def distributions(heads: Heads) -> bytes:
-    """How the window's true share is distributed over queries, for heads from the most local to the most
-    distant."""
+def shares(heads: Heads) -> bytes:
+    """How the window's true share is distributed over queries, for some heads."""
     figure = _figure(9, 4.2)
-    panels = figure.subplots(2, SHOWN_HEADS // 2, sharex=True, sharey=True).ravel()
-    bins = np.linspace(0, 1, SHARE_BINS + 1)
-    for panel, (layer, head) in zip(panels, spread(heads.truly_long, SHOWN_HEADS), strict=False):
+    panels = figure.subplots(2, SHOWN_HEADS // 2, sharex=True, sharey=True)
+    bins = np.linspace(0, 1, BINS + 1)
+    for panel, layer, head in _shown(heads, panels):
         values = heads.local_share[:, layer, head]
-        panel.hist(values, bins=bins.tolist(), weights=np.full(len(values), 100 / len(values)))
+        panel.hist(values, bins=bins.tolist(), weights=_percent(values))
         panel.axvline(PROMISE, color="C1", linestyle="--")
         panel.set_title(f"layer {layer}, head {head}: {(values < PROMISE).mean():.0%} long", fontsize=9)
-    for panel in panels[SHOWN_HEADS // 2 :]:
-        panel.set_xlabel("true share of sinks and window")
-    for panel in panels[:: SHOWN_HEADS // 2]:
-        panel.set_ylabel("% of queries")
+    _label(panels, "true share of sinks and window")
     return _svg(figure)
+
+
+def masses(heads: Heads) -> bytes:
+    """How the scores of the window and those of the whole context, each set summed up in its mass, are
+    distributed over queries, for the same heads."""
+    figure = _figure(9, 4.2)
+    panels = figure.subplots(2, SHOWN_HEADS // 2)
+    for panel, layer, head in _shown(heads, panels):
+        window, whole = (mass[:, layer, head] for mass in (heads.local_mass, heads.whole_mass))
+        bins = np.histogram_bin_edges(np.concatenate([window, whole]), BINS).tolist()
+        panel.hist(window, bins=bins, weights=_percent(window), alpha=0.6, label="sinks and window")
+        panel.hist(whole, bins=bins, weights=_percent(whole), histtype="step", color="C1", label="whole")
+        panel.set_title(f"layer {layer}, head {head}", fontsize=9)
+    panels[0, 0].legend(fontsize=8)
+    _label(panels, "log of summed exp(score)")
+    return _svg(figure)
+
+
+def _shown(heads: Heads, panels: NDArray[Any]) -> Iterator[tuple[Any, int, int]]:
+    """A panel each for heads from the most local to the most distant."""
+    for panel, (layer, head) in zip(panels.flat, spread(heads.truly_long, SHOWN_HEADS), strict=False):
+        yield panel, layer, head
+
+
+def _percent(values: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Weights that make a histogram's bars % of the queries."""
+    return np.full(len(values), 100 / len(values))
+
+
+def _label(panels: NDArray[Any], x: str) -> None:
+    for panel in panels[-1]:
+        panel.set_xlabel(x)
+    for panel in panels[:, 0]:
+        panel.set_ylabel("% of queries")
 
 
 def spread(rates: NDArray[np.float64], n: int) -> list[tuple[int, int]]:

@@ -14,7 +14,7 @@ from pyllm.evaluate.static_labels import first_with_bulk
 from pyllm.evaluate.texts import Text
 from pyllm.guard.audit import audits
 from pyllm.llm import LLM
-from pyllm.record import Record
+from pyllm.record import Masses, Record
 from pyllm.session import Progress
 
 PROMISE = 0.9  # τ*: the share that what a head reads should hold at least
@@ -26,17 +26,30 @@ Flags = NDArray[np.bool_]
 
 @dataclass(frozen=True, eq=False)
 class Heads:
-    """Of audited queries that have a bulk, (n_queries, n_layers, n_heads) each. local_share: the true share
-    of sinks and window, sigmoid(L − M). The others as the guard's audits have them."""
+    """Of audited queries that have a bulk, (n_queries, n_layers, n_heads) each. local_mass, true_mass:
+    L and M as in `Record`. The others as the guard's audits have them."""
 
-    local_share: Shares
+    local_mass: Masses
+    true_mass: Masses
     local: Flags
     missed: Flags
     page_missed: Flags
     lost: Shares
 
     def __len__(self) -> int:
-        return len(self.local_share)
+        return len(self.local_mass)
+
+    @property
+    def whole_mass(self) -> Masses:
+        """Logarithm of the summed exponentials of all scores."""
+        mass: Masses = np.logaddexp(self.local_mass, self.true_mass)
+        return mass
+
+    @property
+    def local_share(self) -> Shares:
+        """The true share of sinks and window, sigmoid(L − M)."""
+        share: Shares = np.exp(self.local_mass - self.whole_mass)
+        return share
 
     @property
     def truly_long(self) -> NDArray[np.float64]:
@@ -97,18 +110,14 @@ def _records(llm: LLM, text: Text, policy: Policy, seed: int) -> Iterable[Record
         yield record
 
 
-def _audited(record: Record) -> tuple[Shares, Flags, Flags, Flags, Shares]:
+def _audited(record: Record) -> tuple[NDArray[Any], ...]:
     """The arrays of `Heads`."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        share = 1 / (1 + np.exp(record.true_mass - record.local_mass))
     found = audits(record, 0, PROMISE)
     n_layers, _, n_heads = record.is_long.shape
 
     def stacked(name: str) -> NDArray[Any]:
         return np.array([getattr(audit, name) for audit in found]).reshape(-1, n_layers, n_heads)
 
-    return (
-        np.swapaxes(share[:, record.audit], 0, 1),
-        *(stacked(name).astype(bool) for name in ("local", "missed", "page_missed")),
-        stacked("lost"),
-    )
+    local, missed, page_missed = (stacked(name).astype(bool) for name in ("local", "missed", "page_missed"))
+    of_audited = (np.swapaxes(mass[:, record.audit], 0, 1) for mass in (record.local_mass, record.true_mass))
+    return *of_audited, local, missed, page_missed, stacked("lost")
