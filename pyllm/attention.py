@@ -338,9 +338,12 @@ def _thresholds(value: ArrayLike) -> Any:
         array = np.asarray(value, np.float64)
     except (TypeError, ValueError):
         raise ArgumentError(f"threshold: expected a number or an array of numbers, got {value!r}") from None
-    if array.ndim > 2 or array.size == 0 or not np.isfinite(array).all() or (array < 0).any():
+    usable = (array >= 0) & (array <= np.finfo(np.float32).max)  # which the native library holds them in
+    if array.ndim > 2 or array.size == 0 or not usable.all():
         shown = f"{value!r}" if array.ndim == 0 else f"an array of shape {array.shape}"
-        raise ArgumentError(f"threshold: expected numbers >= 0, one, per layer or per head, got {shown}")
+        raise ArgumentError(
+            f"threshold: expected numbers >= 0 of float32, one, per layer or per head, got {shown}"
+        )
     return _nested(array)
 
 

@@ -60,7 +60,7 @@ def test_parse(spec: str, policy: Policy) -> None:
 WRONG = """
 static static:0.6 static:x static:nan static:1.5 static:-0.1 static:0.6,granularity=head
 dens dense:1 dense,granularity=head window:x window:0 adaptive:-1 adaptive:nan adaptive:0.9,windw=3
-adaptive,window=1.5 adaptive,sinks=65 oracle,granularity=x
+adaptive:1e39 adaptive,window=1.5 adaptive,sinks=65 oracle,granularity=x
 adaptive,gaussian=x adaptive,estimate=x adaptive,moments=x oracle,gaussian=frozen dense,moments=prompt
 window,page_bits=3 adaptive,page_bits=1 adaptive,page_bits=x adaptive,page_share=2 adaptive,page_drop=-1
 """
