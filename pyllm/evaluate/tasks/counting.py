@@ -16,7 +16,8 @@ FREQUENT = 3
 def common_words(rng: random.Random, n: int) -> Draft:
     """n: how many words there are beside the common ones; made-up ones where the vocabulary ends."""
     vocabulary = rng.sample(haystack.vocabulary(), len(haystack.vocabulary()))
-    pool = itertools.chain(vocabulary, words.syllables(rng))
+    made_up = itertools.filterfalse(set(vocabulary).__contains__, words.syllables(rng))
+    pool = itertools.chain(vocabulary, made_up)
     common, rare = (list(itertools.islice(pool, count)) for count in (COMMON, n))
     entries = common * COMMON_TIMES + rare * RARE_TIMES
     rng.shuffle(entries)
