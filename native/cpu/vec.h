@@ -79,16 +79,24 @@ static inline vf vsum_pairs(vf lo, vf hi) {
   return __builtin_shufflevector(lo, hi, EVENS) + __builtin_shufflevector(lo, hi, ODDS);
 }
 
+/* Lane i with lane i + n of the first 2 n; what is in the others does not matter. */
+#if VL == 8
+#define vhalf(v, n) __builtin_shufflevector(v, v, (n), (n) + 1, (n) + 2, (n) + 3, 0, 1, 2, 3)
+#elif VL == 4
+#define vhalf(v, n) __builtin_shufflevector(v, v, (n), (n) + 1, 0, 1)
+#endif
+
 /* Halves are added onto each other: lane i and i + VL / 2 first. */
 static inline float vsum(vf v) {
 #if VL == 16
   return _mm512_reduce_add_ps((__m512)v);
 #else
-  float s[VL];
-  vstore(s, v);
-  for (int n = VL / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) s[i] += s[i + n];
-  return s[0];
+#if VL == 8
+  v += vhalf(v, 4);
+#endif
+  v += vhalf(v, 2);
+  v += vhalf(v, 1);
+  return v[0];
 #endif
 }
 
@@ -96,11 +104,12 @@ static inline float vreduce_max(vf v) {
 #if VL == 16
   return _mm512_reduce_max_ps((__m512)v);
 #else
-  float s[VL];
-  vstore(s, v);
-  for (int n = VL / 2; n; n /= 2)
-    for (int i = 0; i < n; i++) s[i] = s[i] > s[i + n] ? s[i] : s[i + n];
-  return s[0];
+#if VL == 8
+  v = vmax(v, vhalf(v, 4));
+#endif
+  v = vmax(v, vhalf(v, 2));
+  v = vmax(v, vhalf(v, 1));
+  return v[0];
 #endif
 }
 
@@ -165,49 +174,39 @@ static inline vu vload_u16(const uint16_t *p) { return (vu){p[0], p[1], p[2], p[
 
 static inline vf vload_bf16(const uint16_t *p) { return (vf)(vload_u16(p) << 16); }
 
-/* e^x for x <= 0, relative error under 2e-7; 0 below -87. */
-static inline vf vexp(vf x) {
-  const vf low = vset(-87.0f), log2e = vset(1.44269504088896341f);
+/* 2^y for y <= 0, relative error under 2e-7; 0 below -126. */
+static inline vf vexp2(vf y) {
 #if VL == 16
-  __mmask16 normal = _mm512_cmp_ps_mask((__m512)x, (__m512)low, _CMP_NLT_UQ); /* NaN is among them */
-#else
-  vi tiny = x < low;
-#endif
-  x = vmax(low, x); /* in this order NaN stays NaN */
-#if VL == 16
-  vf n = (vf)_mm512_roundscale_ps((__m512)(x * log2e), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
-#else
-  vf n = __builtin_convertvector(__builtin_convertvector(x * log2e - 0.5f, vi), vf); /* to nearest, x <= 0 */
-#endif
-  vf r = x - n * 0.693359375f + n * 2.12194440e-4f;
-  vf p = vset(1.9875691500e-4f);
-  p = p * r + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-#if VL == 16
-  return (vf)_mm512_maskz_scalef_ps(normal, (__m512)p, (__m512)n);
-#else
-  vi scale = (__builtin_convertvector(n, vi) + 127) << 23;
-  return (vf)(~tiny & (vi)(p * (vf)scale));
-#endif
-}
-
-/* e^(x - max) for x <= max, relative error under 1e-7 (1 + |x| + |max|). */
-static inline vf vexp_below(vf x, float max) {
-#if VL == 16
-  const __m512 log2e = _mm512_set1_ps(1.44269504088896341f);
-  __m512 y = _mm512_fmsub_ps((__m512)x, log2e, _mm512_set1_ps(max * 1.44269504088896341f));
-  vf r = (vf)_mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* y - floor(y) */
-  vf p = vset(1.8775759963e-3f);                                             /* 2^r within 8e-8 on [0, 1] */
+  vf r = (vf)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* y - floor(y) */
+  vf p = vset(1.8775759963e-3f);                                                     /* 2^r within 8e-8 on [0, 1] */
   p = p * r + 8.9893415570e-3f;
   p = p * r + 5.5826317519e-2f;
   p = p * r + 2.4015361071e-1f;
   p = p * r + 6.9315308332e-1f;
   p = p * r + 9.9999994040e-1f;
-  return (vf)_mm512_scalef_ps((__m512)p, y); /* p 2^floor(y) */
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)y); /* p 2^floor(y) */
+#else
+  vi tiny = y < -126.0f;        /* NaN is not */
+  vf shifted = y + 12582912.0f; /* 1.5 * 2^23: the low bits are y's nearest whole number */
+  vf r = y - (shifted - 12582912.0f);
+  vf p = vset(1.3264727313e-03f); /* 2^r within 2e-7 on [-1/2, 1/2] */
+  p = p * r + 9.6715129912e-03f;
+  p = p * r + 5.5507335812e-02f;
+  p = p * r + 2.4022242427e-01f;
+  p = p * r + 6.9314700365e-01f;
+  p = p * r + 1.0f;
+  return (vf)(~tiny & ((vi)p + ((vi)shifted << 23)));
+#endif
+}
+
+/* e^x for x <= 0, relative error under 2e-7 (1 + |x|); 0 below -88. */
+static inline vf vexp(vf x) { return vexp2(x * 1.44269504088896341f); }
+
+/* e^(x - max) for x <= max, relative error under 2e-7 (1 + |x| + |max|). */
+static inline vf vexp_below(vf x, float max) {
+#if VL == 16
+  return vexp2(
+      (vf)_mm512_fmsub_ps((__m512)x, _mm512_set1_ps(1.44269504088896341f), _mm512_set1_ps(max * 1.44269504088896341f)));
 #else
   return vexp(x - max);
 #endif

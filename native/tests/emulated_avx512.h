@@ -110,29 +110,18 @@ EMU float emu_reduce_max_ps(__m512 v) {
   for (int n = 8; n; n /= 2) EACH(n) v[i] = v[i] > v[i + n] ? v[i] : v[i + n];
   return v[0];
 }
-EMU uint16_t emu_cmp_nlt_ps(__m512 a, __m512 b) {
-  uint16_t mask = 0;
-  EACH(16) mask = (uint16_t)(mask | !(a[i] < b[i]) << i);
-  return mask;
-}
-EMU __m512 emu_roundscale_ps(__m512 a, int how) {
-  EACH(16) a[i] = how & _MM_FROUND_TO_NEG_INF ? floorf(a[i]) : rintf(a[i]);
+/* a - floor(a); 0 for the infinite. (The one rounding in use.) */
+EMU __m512 emu_reduce_ps(__m512 a) {
+  EACH(16) a[i] = isinf(a[i]) ? 0 : a[i] - floorf(a[i]);
   return a;
 }
-/* What is left of a after rounding; 0 for the infinite. */
-EMU __m512 emu_reduce_ps(__m512 a, int how) {
-  __m512 rounded = emu_roundscale_ps(a, how);
-  EACH(16) a[i] = isinf(a[i]) ? 0 : a[i] - rounded[i];
-  return a;
-}
-EMU __m512 emu_maskz_scalef_ps(uint16_t mask, __m512 a, __m512 b) {
+EMU __m512 emu_scalef_ps(__m512 a, __m512 b) {
   EACH(16) {
     float exponent = fminf(fmaxf(floorf(b[i]), -1000), 1000);
-    a[i] = !(mask >> i & 1) ? 0 : isnan(b[i]) ? b[i] : ldexpf(a[i], (int)exponent);
+    a[i] = isnan(b[i]) ? b[i] : ldexpf(a[i], (int)exponent);
   }
   return a;
 }
-EMU __m512 emu_scalef_ps(__m512 a, __m512 b) { return emu_maskz_scalef_ps(0xffff, a, b); }
 
 /* bfloat16: 16 bits of a float, rounded to nearest even. (Subnormals, which the instructions take for 0, are kept.) */
 typedef uint16_t emu_bf16x32 __attribute__((vector_size(64)));
@@ -172,7 +161,6 @@ EMU __m512 emu_dpbf16_ps(__m512 acc, emu_bf16x32 a, emu_bf16x32 b) {
 
 #define __m512bh emu_bf16x32
 #define __m256bh emu_bf16x16
-#define _mm512_cmp_ps_mask(a, b, predicate) emu_cmp_nlt_ps(a, b) /* the one predicate in use: _CMP_NLT_UQ */
 #define _mm512_add_epi16 emu_add_epi16
 #define _mm512_and_si512 emu_and_si512
 #define _mm512_cvtepi32_epi16 emu_cvtepi32_epi16
@@ -189,12 +177,10 @@ EMU __m512 emu_dpbf16_ps(__m512 acc, emu_bf16x32 a, emu_bf16x32 b) {
 #define _mm512_loadu_si512 emu_loadu_si512
 #define _mm512_madd_epi16 emu_madd_epi16
 #define _mm512_maddubs_epi16 emu_maddubs_epi16
-#define _mm512_maskz_scalef_ps emu_maskz_scalef_ps
 #define _mm512_max_ps emu_max_ps
 #define _mm512_reduce_add_ps emu_reduce_add_ps
 #define _mm512_reduce_max_ps emu_reduce_max_ps
-#define _mm512_reduce_ps emu_reduce_ps
-#define _mm512_roundscale_ps emu_roundscale_ps
+#define _mm512_reduce_ps(a, how) emu_reduce_ps(a)
 #define _mm512_scalef_ps emu_scalef_ps
 #define _mm512_set1_epi16 emu_set1_epi16
 #define _mm512_set1_epi32 emu_set1_epi32
