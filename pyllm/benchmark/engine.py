@@ -6,7 +6,7 @@ import contextlib
 import gc
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,17 +35,20 @@ class Sample:
 class Engine:
     """Opens the model with a session for the plan.
 
-    open_llm: makes the LLM. policies: share one session, so they must have the same sinks. `plan` is what of
-    the plan given fits the model's context. Raises ArgumentError, and what opening a model raises.
+    open_llm: makes the LLM. choose: the policies by name, `policies`, which share one session, so that they
+    must have the same sinks. `plan` is what of the plan given fits the model's context. Raises
+    ArgumentError, and what opening a model raises.
     """
 
-    def __init__(self, open_llm: Callable[[], LLM], plan: Plan, policies: list[Policy]) -> None:
-        self.policies = policies
-        self._sinks = _common_sinks(policies)
+    def __init__(
+        self, open_llm: Callable[[], LLM], plan: Plan, choose: Callable[[LLM], Mapping[str, Policy]]
+    ) -> None:
         self._open_llm = open_llm
         self._before = _reset_peak()
         started = time.perf_counter()
         self.llm = open_llm()
+        self.policies = choose(self.llm)
+        self._sinks = _common_sinks(list(self.policies.values()))
         self.plan = plan.fitting(self.llm.n_ctx)
         self.session = self._new_session(self.llm)
         self.first_open_seconds = time.perf_counter() - started

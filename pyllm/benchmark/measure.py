@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-from pyllm.attention import Policy
 from pyllm.benchmark.engine import Engine, Sample
 from pyllm.benchmark.plan import Plan
 from pyllm.benchmark.stages import mean
@@ -24,7 +23,8 @@ Progress = Callable[[str, int, int], None]
 class Subject(Protocol):
     """What can be measured: pyllm under a policy, or the peer."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def prefill(self, n: int) -> Sample: ...
 
@@ -41,17 +41,20 @@ class Opens(Protocol):
 
 @dataclass
 class PolicySubject:
-    engine: Engine
-    policy: Policy
+    """policy: its name in the engine."""
 
-    def __post_init__(self) -> None:
-        self.name = f"pyllm {self.policy}"
+    engine: Engine
+    policy: str
+
+    @property
+    def name(self) -> str:
+        return f"pyllm {self.policy}"
 
     def prefill(self, n: int) -> Sample:
-        return self.engine.prefill(self.policy, n)
+        return self.engine.prefill(self.engine.policies[self.policy], n)
 
     def decode(self, depth: int, n: int) -> Sample:
-        return self.engine.decode(self.policy, depth, n)
+        return self.engine.decode(self.engine.policies[self.policy], depth, n)
 
 
 class GuardedSubject(PolicySubject):
@@ -59,11 +62,12 @@ class GuardedSubject(PolicySubject):
     which are no text, that would measure the repairs.
     """
 
-    def __post_init__(self) -> None:
-        self.name = f"pyllm {self.policy} guarded"
+    @property
+    def name(self) -> str:
+        return f"{super().name} guarded"
 
     def decode(self, depth: int, n: int) -> Sample:
-        return self.engine.decode(self.policy, depth, n, Guard(repair=False))
+        return self.engine.decode(self.engine.policies[self.policy], depth, n, Guard(repair=False))
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ import argparse
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from pyllm.cli import options
 from pyllm.cli.terminal import render
 from pyllm.cpus import ISAS
 from pyllm.errors import FileError
+from pyllm.evaluate.asked import asked
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
 
@@ -38,11 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = Plan()
     group.add_argument(
         "--attention",
-        type=options.policy,
+        type=options.policy_or_preset,
         action="append",
         default=[],
         metavar="POLICY",
-        help="besides dense and adaptive:0.9; may be repeated",
+        help="besides dense; may be repeated (default: balanced, or adaptive:0.9 without a profile)",
     )
     group.add_argument(
         "--prefill", type=sizes, default=default.prefill, metavar="N,...", help=_sizes_help(default.prefill)
@@ -60,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guard",
         action="store_true",
-        help="adaptive attention also under a guard, as it is by default",
+        help="adaptive attention also under a guard with its own defaults",
     )
     group.add_argument(
         "--peer-python",
@@ -107,19 +109,19 @@ def run(args: argparse.Namespace) -> int:
 
 def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """The result as the JSON has it."""
-    policies = _policies(args.attention)
 
     def open_llm() -> LLM:
         return LLM(args.model, n_batch=args.batch, n_threads=args.threads, isa=args.isa)
 
     with ExitStack() as stack:
-        engine = Engine(open_llm, plan, policies)
+        engine = Engine(open_llm, plan, lambda llm: _policies(llm, args.attention))
         plan, info = engine.plan, engine.llm.info
         peers = _open_peers(stack, args.peer_python, engine)
         found = None if args.no_ceilings else ceilings.measure(info.n_threads)
-        own = [PolicySubject(engine, policy) for policy in policies]
+        own = [PolicySubject(engine, name) for name in engine.policies]
         if args.guard:
-            own += [GuardedSubject(engine, policy) for policy in policies if isinstance(policy, Adaptive)]
+            adaptive = [name for name, policy in engine.policies.items() if isinstance(policy, Adaptive)]
+            own += [GuardedSubject(engine, name) for name in adaptive]
         subjects: list[Subject] = [*own, *peers]
         holders: list[tuple[str, float, Opens]] = [("pyllm", engine.first_open_seconds, engine)]
         holders += [(peer.name, peer.info["first_open_seconds"], peer) for peer in peers]
@@ -151,10 +153,10 @@ def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     return result
 
 
-def _policies(further: list[Policy]) -> list[Policy]:
-    """Dense, the head tier and those given, each once; the sinks of those given hold for all."""
-    sinks = further[0].sinks if further else Policy().sinks
-    return list(dict.fromkeys([replace(Dense(), sinks=sinks), replace(Adaptive(), sinks=sinks), *further]))
+def _policies(llm: LLM, attentions: Sequence[Policy | str]) -> dict[str, Policy]:
+    """By name: dense, and those given or the model's default; the sinks of the first of these are dense's."""
+    found = asked(llm, attentions or ["balanced" if llm.profile else Adaptive()])
+    return {"dense": Dense(sinks=next(iter(found.values())).sinks)} | found
 
 
 def _open_peers(stack: ExitStack, python: str | None, engine: Engine) -> list[Peer]:

@@ -51,8 +51,10 @@ def measure_speed(
         raise ArgumentError(f"a context of {n_ctx} tokens is too short to measure speed in")
     plan = Plan(prefill=(near, far), depths=(near, far), decode=DECODED, runs=3)
     dense = Dense()
-    engine = Engine(lambda: LLM(model.paths[0], n_threads=threads, attention=dense), plan, [dense])
-    records = measure(plan, [PolicySubject(engine, dense)], progress or (lambda *_: None))
+    engine = Engine(
+        lambda: LLM(model.paths[0], n_threads=threads, attention=dense), plan, lambda _: {dense.name: dense}
+    )
+    records = measure(plan, [PolicySubject(engine, dense.name)], progress or (lambda *_: None))
     per_token = [record["seconds"]["median"] / record["tokens"] for record in records]
     # The mean query of a prompt of n tokens has (n + 1) / 2 keys, that of DECODED tokens half of these more.
     token, pair = _line((near + 1) / 2, per_token[0], (far + 1) / 2, per_token[1])
