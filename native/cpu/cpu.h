@@ -66,11 +66,11 @@ typedef struct panel {
 
 /* Estimated scores of one query's long heads of a group. */
 typedef struct page_scratch {
-  int32_t n;      /* heads loaded */
-  int32_t *heads; /* (group) */
-  float *q;       /* (group, head_dim) scaled */
-  float *scores;  /* (group, 16 max_strips) */
-  float *share;   /* (max_strips) */
+  int32_t n;         /* heads loaded */
+  int32_t *heads;    /* (group) */
+  float *local_mass; /* (group) */
+  float *q;          /* (group, head_dim) scaled */
+  float *shares;     /* (group, max_strips) */
 } page_scratch;
 
 /* attention_batch.backend_scratch */

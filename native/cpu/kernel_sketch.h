@@ -139,16 +139,21 @@ static void sketch_scores(const uint8_t *page, int32_t bits, int32_t head_dim, c
   }
 }
 
-static void strip_shares(float *scores, int32_t n_strips, float local_mass, float *share) {
-  vf top = vset(local_mass);
-  for (int32_t i = 0; i < n_strips * STRIP; i += VL) top = vmax(top, vload(scores + i));
-  float max = vreduce_max(top);
-  double total = vsum(vexp(vset(local_mass - max))) / VL;
+static void strip_sums(const float *scores, int32_t n_strips, float local_mass, float *sums) {
   for (int32_t s = 0; s < n_strips; s++) {
     vf sum = vset(0);
-    for (int i = 0; i < STRIP; i += VL) sum += vexp(vload(scores + s * STRIP + i) - max);
-    total += share[s] = vsum(sum);
+    for (int i = 0; i < STRIP; i += VL) {
+      vf y = (vload(scores + s * STRIP + i) - local_mass) * 1.44269504088896341f;
+      sum += vexp2(-vmax(vset(-100.0f), -y)); /* in this order NaN stays NaN */
+    }
+    sums[s] = vsum(sum);
   }
-  float inverse = (float)(1.0 / total);
-  for (int32_t s = 0; s < n_strips; s++) share[s] *= inverse;
+}
+
+static void strip_shares(float *sums, int32_t n_strips) {
+  float partial[4] = {0}; /* four chains of additions */
+  for (int32_t s = 0; s < n_strips; s += 4)
+    for (int32_t j = 0; j < 4; j++) partial[j] += sums[s + j];
+  float inverse = 1.0f / (1.0f + ((partial[0] + partial[1]) + (partial[2] + partial[3])));
+  for (int32_t s = 0; s < n_strips; s++) sums[s] *= inverse;
 }

@@ -19,6 +19,7 @@ const kernels JOIN(kernels_, ISA) = {
     .attend_strips = attend_strips,
     .sketch_fold = sketch_fold,
     .sketch_scores = sketch_scores,
+    .strip_sums = strip_sums,
     .strip_shares = strip_shares,
     .rms_norm = rms_norm,
     .quantize = quantize,

@@ -23,18 +23,27 @@ static int32_t long_heads(const attention_batch *b, int32_t query, int32_t kv_he
   return n;
 }
 
+/* (max_strips) of a loaded head. */
+static float *shares_of(const attention_batch *b, const page_scratch *x, int32_t i) {
+  return x->shares + (int64_t)i * b->max_strips;
+}
+
 enum { ROWS_AT_ONCE = 16 };
 
-/* Estimates the scores of the loaded heads against pages [begin, end). */
-static void score_pages(const page_job *job, int32_t kv_head, int32_t begin, int32_t end, page_scratch *x) {
+/* Puts the sums of the loaded heads' estimated scores over the strips of pages [begin, end) into their shares. */
+static void sum_pages(const page_job *job, int32_t kv_head, int32_t begin, int32_t end, page_scratch *x) {
   int32_t d = job->b->head_dim, bits = job->cache->sketch_bits;
-  int64_t ld = (int64_t)job->b->max_strips * STRIP;
+  const kernels *k = job->be->kernels;
   const uint8_t *pages = job->cache->sketches[kv_head].pages;
+  float scores[ROWS_AT_ONCE * KV_BLOCK];
   for (int32_t p = begin; p < end; p++)
-    for (int32_t r = 0; r < x->n; r += ROWS_AT_ONCE)
-      job->be->kernels->sketch_scores(pages + (size_t)p * sketch_page_bytes(bits, d), bits, d, x->q + r * d,
-                                      x->n - r < ROWS_AT_ONCE ? x->n - r : ROWS_AT_ONCE,
-                                      x->scores + r * ld + p * KV_BLOCK, ld);
+    for (int32_t first = 0; first < x->n; first += ROWS_AT_ONCE) {
+      int32_t n = x->n - first < ROWS_AT_ONCE ? x->n - first : ROWS_AT_ONCE;
+      k->sketch_scores(pages + (size_t)p * sketch_page_bytes(bits, d), bits, d, x->q + first * d, n, scores, KV_BLOCK);
+      for (int32_t r = 0; r < n; r++)
+        k->strip_sums(scores + r * KV_BLOCK, KV_STRIPS, x->local_mass[first + r],
+                      shares_of(job->b, x, first + r) + p * KV_STRIPS);
+    }
 }
 
 static uint8_t *wanted_of(const attention_batch *b, int32_t tile_and_head) {
@@ -58,19 +67,19 @@ static int32_t load_query(const attention_batch *b, int32_t query, int32_t kv_he
   for (int32_t i = 0; i < x->n; i++) {
     const float *q = b->q + ((int64_t)query * b->n_heads + x->heads[i]) * b->head_dim;
     for (int32_t j = 0; j < b->head_dim; j++) x->q[i * b->head_dim + j] = q[j] * b->scale;
+    x->local_mass[i] = b->local_mass[(int64_t)query * b->n_heads + x->heads[i]];
   }
   return x->n;
 }
 
-/* Adds what the loaded and scored heads of a query want. */
-static void want(const page_job *job, int32_t n_strips, int32_t query, page_scratch *x, uint8_t *wanted) {
-  const attention_batch *b = job->b;
+/* Adds what the loaded heads want, whose shares are still sums. */
+static void want(const page_job *job, int32_t n_strips, page_scratch *x, uint8_t *wanted) {
   for (int32_t i = 0; i < x->n; i++) {
-    float local_mass = b->local_mass[(int64_t)query * b->n_heads + x->heads[i]];
-    job->be->kernels->strip_shares(x->scores + (int64_t)i * b->max_strips * STRIP, n_strips, local_mass, x->share);
-    float cut = cut_share(job->policy, x->share, n_strips);
+    float *share = shares_of(job->b, x, i);
+    job->be->kernels->strip_shares(share, n_strips);
+    float cut = cut_share(job->policy, share, n_strips);
     /* Not a number counts as wanted: the safe side. */
-    for (int32_t s = 0; s < n_strips; s++) wanted[s] |= !(x->share[s] <= cut);
+    for (int32_t s = 0; s < n_strips; s++) wanted[s] |= !(share[s] <= cut);
   }
 }
 
@@ -78,8 +87,8 @@ static void want(const page_job *job, int32_t n_strips, int32_t query, page_scra
 static bool want_of_query(const page_job *job, const query_tile *tile, int32_t query, int32_t kv_head, page_scratch *x,
                           uint8_t *wanted) {
   if (!load_query(job->b, query, kv_head, x)) return false;
-  score_pages(job, kv_head, 0, tile->n_pages, x);
-  want(job, tile->n_pages * KV_STRIPS, query, x, wanted);
+  sum_pages(job, kv_head, 0, tile->n_pages, x);
+  want(job, tile->n_pages * KV_STRIPS, x, wanted);
   return true;
 }
 
@@ -106,22 +115,15 @@ enum { PAGES_PER_PIECE = 16 };
 
 static int32_t pieces_of(const query_tile *tile) { return (tile->n_pages + PAGES_PER_PIECE - 1) / PAGES_PER_PIECE; }
 
-static void score_pieces(void *context, int32_t begin, int32_t end, int32_t thread) {
+static void sum_pieces(void *context, int32_t begin, int32_t end, int32_t thread) {
   (void)thread;
   const page_job *job = context;
   const query_tile *tile = job->b->tiles;
   for (int32_t i = begin; i < end; i++) {
     int32_t kv_head = i / pieces_of(tile), first = i % pieces_of(tile) * PAGES_PER_PIECE,
             last = first + PAGES_PER_PIECE;
-    score_pages(job, kv_head, first, last < tile->n_pages ? last : tile->n_pages, &job->scratch[kv_head]);
+    sum_pages(job, kv_head, first, last < tile->n_pages ? last : tile->n_pages, &job->scratch[kv_head]);
   }
-}
-
-static void want_of_heads(void *context, int32_t begin, int32_t end, int32_t thread) {
-  (void)thread;
-  const page_job *job = context;
-  for (int32_t g = begin; g < end; g++)
-    want(job, job->b->tiles->n_pages * KV_STRIPS, 0, &job->scratch[g], wanted_of(job->b, g));
 }
 
 static void want_of_one_query(page_job *job) {
@@ -130,8 +132,9 @@ static void want_of_one_query(page_job *job) {
     memset(wanted_of(b, g), 0, (size_t)b->tiles->n_pages * KV_STRIPS);
     b->reads[g].n_scored = load_query(b, 0, g, &job->scratch[g]) > 0;
   }
-  pool_run(job->be->pool, b->n_kv_heads * pieces_of(b->tiles), 1, score_pieces, job);
-  pool_run(job->be->pool, b->n_kv_heads, 1, want_of_heads, job);
+  pool_run(job->be->pool, b->n_kv_heads * pieces_of(b->tiles), 1, sum_pieces, job);
+  for (int32_t g = 0; g < b->n_kv_heads; g++)
+    want(job, b->tiles->n_pages * KV_STRIPS, &job->scratch[g], wanted_of(b, g));
 }
 
 typedef struct fold_job {

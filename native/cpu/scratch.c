@@ -12,7 +12,7 @@ static size_t max_strips(const attention_shape *s) { return (size_t)(s->n_ctx / 
 
 static size_t page_floats(const attention_shape *s) {
   size_t group = (size_t)(s->n_heads / s->n_kv_heads);
-  return group + group * (size_t)s->head_dim + group * max_strips(s) * STRIP + max_strips(s);
+  return group * (2 + (size_t)s->head_dim + max_strips(s));
 }
 
 static void place_panel(panel *p, float *memory, int32_t head_dim) {
@@ -25,9 +25,9 @@ static void place_panel(panel *p, float *memory, int32_t head_dim) {
 static void place_pages(page_scratch *p, float *memory, const attention_shape *s) {
   int32_t group = s->n_heads / s->n_kv_heads;
   p->heads = (int32_t *)(void *)memory;
-  p->q = memory + group;
-  p->scores = p->q + group * s->head_dim;
-  p->share = p->scores + (size_t)group * max_strips(s) * STRIP;
+  p->local_mass = memory + group;
+  p->q = p->local_mass + group;
+  p->shares = p->q + group * s->head_dim;
 }
 
 /* A tile per thread in prefill, a key/value head at a time in decode. */

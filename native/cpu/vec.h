@@ -174,7 +174,7 @@ static inline vu vload_u16(const uint16_t *p) { return (vu){p[0], p[1], p[2], p[
 
 static inline vf vload_bf16(const uint16_t *p) { return (vf)(vload_u16(p) << 16); }
 
-/* 2^y for y <= 0, relative error under 2e-7; 0 below -126. */
+/* 2^y for y up to 100, relative error under 2e-7; 0 below -126. */
 static inline vf vexp2(vf y) {
 #if VL == 16
   vf r = (vf)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* y - floor(y) */
