@@ -434,7 +434,7 @@ def test_a_budget_that_cannot_be_met(
     assert capsys.readouterr().out.startswith("no policy keeps to the budget; the nearest: ")
     page = BeautifulSoup(output.read_text(), "html.parser")
     text = text_of(page, "recommendation")
-    assert "Stay with dense attention: pyllm chat --attention dense" in text
+    assert f"Stay with dense attention: pyllm chat --model {tiny_model} --attention dense" in text
     assert "No other policy kept to the budget of 1e-09 nats" in text
     assert "one document only" in text
     assert "No presets: the texts are too short" in text

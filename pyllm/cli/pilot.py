@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         llm, choice, texts, (), results, args.json, args.decode, args.seed, n_ctx, presets
     )
     result = pilot.run(evaluation, found, args.budget_kl, prefill_bar, path)
-    write(args.output, page.render(result, calibration, _made(args, llm, model)))
+    write(args.output, page.render(result, calibration, args.model, _made(args, llm, model)))
     kept = "" if result.recommendation.kept else "no policy keeps to the budget; the nearest: "
     print(f"{kept}{result.row.name}, KL {result.row.kl:.4f} on {result.row.text}; report in {args.output}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from pyllm.survey.projection import PAGE
 TEMPLATE = "pilot.html"
 
 
-def render(pilot: Pilot, calibration: str, made: Mapping[str, str]) -> bytes:
-    """calibration: a sentence on where presets come from. made: how the report was made, for people."""
+def render(pilot: Pilot, calibration: str, model: str, made: Mapping[str, str]) -> bytes:
+    """calibration: a sentence on where presets come from. model: as commands name it. made: how the report
+    was made, for people."""
     environment = Environment(
         loader=FileSystemLoader(Path(pyllm.__file__).parent / "data"),
         autoescape=True,
@@ -54,10 +56,16 @@ def render(pilot: Pilot, calibration: str, made: Mapping[str, str]) -> bytes:
         cost=cost,
         decode_read=decode_read,
         bulk_from=pilot.survey.window + pilot.survey.sinks + PAGE,
+        chat=lambda attention: _chat(model, attention),
         promise=PROMISE,
         audited=AUDITED,
     )
     return html.encode()
+
+
+def _chat(model: str, attention: str) -> str:
+    """The command that chats under a policy, as a shell takes it."""
+    return shown(shlex.join(["pyllm", "chat", "--model", model, "--attention", attention]))
 
 
 def _image(svg: bytes, alt: str) -> Markup:
