@@ -157,28 +157,29 @@ class TestWanted:
         assert share[~bound].sum() <= max(float(np.float32(page_drop)), 40 * 2.0**-16 * page_share)
 
     def test_scored_queries(self) -> None:
-        long_everywhere = np.ones((2, 10), bool)
-        assert np.flatnonzero(sketch.scored_queries(long_everywhere)).tolist() == [1, 5, 9]
-        assert sketch.scored_queries(long_everywhere[:, :1]).tolist() == [True]
-        some = np.zeros((2, 10), bool)
+        for n, stride in ((1, 1), (16, 1), (17, 2), (32, 2), (33, 3), (48, 3), (49, 4), (64, 4)):
+            asked = np.flatnonzero(sketch.scored_queries(np.ones((2, n), bool)))
+            assert asked.tolist() == list(range(n - 1, -1, -stride))[::-1]
+            assert len(asked) <= 16
+        some = np.zeros((2, 64), bool)
         assert not sketch.scored_queries(some).any()
         some[0, [2, 6]] = some[1, 0] = True
         assert np.flatnonzero(sketch.scored_queries(some)).tolist() == [6]
-        some[1, 1] = True
-        assert np.flatnonzero(sketch.scored_queries(some)).tolist() == [1]
+        some[1, 3] = True
+        assert np.flatnonzero(sketch.scored_queries(some)).tolist() == [3]
 
     def test_only_long_heads_of_scored_queries_are_asked(self) -> None:
-        """Two heads and five queries, each of which wants the one read page whose keys it points at."""
+        """Two heads and 18 queries, each of which wants the one read page whose keys it points at."""
         pages = np.zeros((2, 64, 8), np.float16)
         for page in range(8):
             pages.reshape(8, 16, 8)[page, :, page] = 8
-        queries = np.tile(np.eye(8)[:5], (2, 1, 1))
-        queries[1] = np.eye(8)[3:8]
-        is_long = np.array([[1, 1, 1, 1, 1], [1, 0, 0, 0, 0]], bool)
+        t = np.arange(18)
+        queries = np.eye(8)[[t % 8, (t + 3) % 8]]
+        is_long = np.array([t >= 0, t == 1])
         args = sketch.sketch(pages, 3), 1.0, 0.1, 1.0
-        reads, scored = sketch.read_pages(queries, is_long, np.zeros((2, 5)), *args)
-        assert np.flatnonzero(scored).tolist() == [0, 4]
-        assert np.flatnonzero(reads).tolist() == [0, 3, 4]
+        reads, scored = sketch.read_pages(queries, is_long, np.zeros((2, 18)), *args)
+        assert np.flatnonzero(scored).tolist() == t[1::2].tolist()
+        assert np.flatnonzero(reads).tolist() == [1, 3, 4, 5, 7]
 
 
 def plain_lists(arrays: Arrays, policy: Policy, result: AttentionResult, tiles: list[tuple[int, int]]) -> Any:
@@ -191,7 +192,8 @@ def plain_lists(arrays: Arrays, policy: Policy, result: AttentionResult, tiles: 
         end = attention.bulk_end(start, policy.n_sink, policy.n_window)
         heads = range(g * group, (g + 1) * group)
         has_long = [t for t in range(start, stop) if is_long[t, heads].any()]
-        asked = [t for t in has_long if (stop - 1 - t) % 4 == 0] or has_long[-1:]
+        stride = -(-(stop - start) // 16)
+        asked = [t for t in has_long if (stop - 1 - t) % stride == 0] or has_long[-1:]
         n_read = (end - policy.n_sink) // 16
         pages = k[policy.n_sink : end, g].astype(np.float16).reshape(-1, 64, k.shape[2])
         union = np.zeros(n_read, bool)

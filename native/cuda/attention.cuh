@@ -19,11 +19,10 @@
 
 enum {
   MAX_HEAD_DIM = 256,
-  SPAN = 8,                                /* strips: 128 keys */
-  PANEL = 16,                              /* query rows of one warp: the matrix instruction's */
-  MOMENT_ROWS = 16,                        /* of a covariance, folded by one block */
-  SKETCH_CHANNELS = 32,                    /* of a page, sketched by one block */
-  SCORED_MOST = PYLLM_PAGE / SCORED_STRIDE /* queries of a tile that are asked for pages */
+  SPAN = 8,            /* strips: 128 keys */
+  PANEL = 16,          /* query rows of one warp: the matrix instruction's */
+  MOMENT_ROWS = 16,    /* of a covariance, folded by one block */
+  SKETCH_CHANNELS = 32 /* of a page, sketched by one block */
 };
 
 /* What is on a slot's part of the work list. */

@@ -41,16 +41,16 @@ __device__ void put_rows(const device_attention &a, const select_shared &s, cons
   }
 }
 
-/* Every 4th query counting back from the last is asked which pages it wants; where none of these has a long head, the
+/* The scored queries of geometry.h are asked which pages they want; where none of these has a long head, the
  * last query that has one. Returns their number; asks of this thread's query. */
 __device__ void find_askers(const query_tile &tile, select_shared &s) {
-  int32_t i = threadIdx.x, last = -1, any = 0;
+  int32_t i = threadIdx.x, last = -1, any = 0, stride = attention_scored_stride(&tile);
   for (int32_t j = 0; j < tile.n; j++) {
     if (!s.long_heads[j]) continue;
     last = j;
-    any |= (tile.n - 1 - j) % SCORED_STRIDE == 0;
+    any |= (tile.n - 1 - j) % stride == 0;
   }
-  s.asks[i] = i < tile.n && s.long_heads[i] && (any ? (tile.n - 1 - i) % SCORED_STRIDE == 0 : i == last);
+  s.asks[i] = i < tile.n && s.long_heads[i] && (any ? (tile.n - 1 - i) % stride == 0 : i == last);
 }
 
 /* Grid (n_kv_heads, tiles), a thread per query of the tile. Reads 8 bytes per row, writes 1 and the lists. */

@@ -58,11 +58,16 @@ ANYWHERE query_tile tile_from(int32_t n_sink, int32_t n_window, int32_t position
   return tile;
 }
 
-/* Queries of a tile that a page tier scores: every 4th one, from the last one back. i < attention_scored(tile). */
-enum { SCORED_STRIDE = 4 };
-ANYWHERE int32_t attention_scored(const query_tile *tile) { return (tile->n + SCORED_STRIDE - 1) / SCORED_STRIDE; }
+/* Queries of a tile that a page tier scores, from the last one back: up to 16, so every 4th one of a whole tile, and all
+ * of a short question, each of which may look for something else. i < attention_scored(tile). */
+enum { SCORED_MOST = 16 };
+ANYWHERE int32_t attention_scored_stride(const query_tile *tile) { return (tile->n + SCORED_MOST - 1) / SCORED_MOST; }
+ANYWHERE int32_t attention_scored(const query_tile *tile) {
+  int32_t stride = attention_scored_stride(tile);
+  return (tile->n + stride - 1) / stride;
+}
 ANYWHERE int32_t attention_scored_query(const query_tile *tile, int32_t i) {
-  return tile->first + tile->n - 1 - i * SCORED_STRIDE;
+  return tile->first + tile->n - 1 - i * attention_scored_stride(tile);
 }
 
 #endif

@@ -9,6 +9,7 @@ is cut into batches. Axes: P pages, R = 4 P read pages, d = head_dim; one key/va
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +20,7 @@ Doubles = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
 READ_PAGE = 16
-PAGE_STRIDE = 4
+SCORED_MOST = 16
 MAX_HALVINGS = 16
 BITS = (2, 3, 4)
 
@@ -104,12 +105,12 @@ def wanted(share: Doubles, page_share: float, page_drop: float) -> Bools:
 def scored_queries(is_long: Bools) -> Bools:
     """(n): the queries of a tile whose long heads are asked, by is_long (H/G, n).
 
-    Every fourth query counting back from the last, so that a lone query is asked; where none of these has a
-    long head, the last query that has one.
+    Up to 16 at equal distances, counting back from the last: every fourth of a whole tile, all of a short
+    one; where none of these has a long head, the last query that has one.
     """
     has_long = np.asarray(is_long.any(axis=0))
     asked = np.zeros(len(has_long), bool)
-    asked[::-PAGE_STRIDE] = True
+    asked[:: -math.ceil(len(asked) / SCORED_MOST)] = True
     if not (asked & has_long).any():
         asked[np.flatnonzero(has_long)[-1:]] = True
     return np.asarray(asked & has_long)
