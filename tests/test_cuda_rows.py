@@ -102,7 +102,8 @@ def test_swiglu(device: str, n: int, seed: int, cols: int) -> None:
     x = gate.astype(np.float64)
     with np.errstate(over="ignore"):
         exact = x / (1 + np.exp(-x)) * up
-    assert np.allclose(out, exact, rtol=3e-6, atol=1e-35)
+    # The CPU's e^x is that of x log2(e), rounded: an error in proportion to |x|.
+    assert (np.abs(out - exact) <= 3e-6 * (1 + np.abs(x) / 12) * np.abs(exact) + 1e-35).all()
     largest = np.abs(out).max(1, keepdims=True)
     halves = device == "cuda" and n > 4
     step = np.abs(out) / 2**10 + largest / 2**24 if halves else largest / 32512

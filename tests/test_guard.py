@@ -233,7 +233,7 @@ def test_control_brings_a_damaged_sketch_back(sharp: LLM) -> None:
     mirror_sketch(guarded)
     early, late = (found_in(guarded, ([t] for t in part)) for part in (tokens[600:728], tokens[728:]))
     assert (early.page_miss_rate or 0) > 0.1
-    assert early.repairs == 1
+    assert 1 <= early.repairs <= 2  # at most one in a control period
     assert 0.04 < (late.page_miss_rate or 0) < 0.06
     assert late.repairs == 0
 
@@ -459,7 +459,7 @@ def test_a_damaged_sketch_on_the_real_model(real: tuple[LLM, list[int]]) -> None
         for part in (tokens[1000:1064], tokens[1064:1192], tokens[1192:1320])
     ]
     assert healthy.repairs == 0
-    assert found[0].repairs == 1
+    assert 1 <= found[0].repairs <= 2  # at most one in a control period, of which these tokens touch two
     assert (found[0].page_miss_rate or 0) > 0.05
     assert (found[2].page_miss_rate or 0) < 0.05
     assert found[2].repairs == 0
