@@ -195,7 +195,7 @@ static inline vf vexp2(vf y) {
   p = p * r + 2.4022242427e-01f;
   p = p * r + 6.9314700365e-01f;
   p = p * r + 1.0f;
-  return (vf)(~tiny & ((vi)p + ((vi)shifted << 23)));
+  return (vf)(~(vu)tiny & ((vu)p + ((vu)shifted << 23)));
 #endif
 }
 
