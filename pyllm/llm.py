@@ -117,7 +117,7 @@ class LLM:
             raise ArgumentError(f"n_ctx: {n_ctx} tokens, but the model was trained on at most {trained}")
         return trained if n_ctx is None else n_ctx
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """16 hexadecimal digits that tell models apart: a profile belongs to one of them."""
         return self._file.fingerprint
