@@ -20,7 +20,9 @@ if TYPE_CHECKING:
     from pyllm.profile import Profile
 
 GRANULARITIES = ("head", "group")
-PAGE_BITS = (0, 2, 3, 4)
+GRADED = "graded"
+PageBits = int | str
+PAGE_BITS: dict[PageBits, int] = {0: 0, GRADED: 1, 2: 2, 3: 3, 4: 4}  # and as the library numbers them
 GAUSSIANS = ("lognormal", "frozen", "truncated")
 ESTIMATES = ("gaussian", "regression", "maximum")
 # Names of the policies that `pyllm calibrate` finds for a model, the first the closest to dense attention.
@@ -47,8 +49,8 @@ class Policy:
         _require_int("sinks", self.sinks, 0, 64)
 
     @property
-    def sketch_bits(self) -> int:
-        """Bits per value of the key sketch that it needs, 0 for none."""
+    def sketch(self) -> int:
+        """The key sketch that it needs, as the library numbers them; 0 for none."""
         return 0
 
     def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
@@ -77,29 +79,53 @@ class _Paged(Policy):
     """What all policies share that let some heads be long: how much of the bulk these read.
 
     page_bits: 0, the whole bulk; or 2, 3 or 4: bits per value of a sketch of the bulk's keys, from which the
-    shares of attention of read pages, 16 tokens, are estimated. page_share: the share above which a read page
-    is read, 0..1. page_drop: what the shares of the others may sum to, at least 0; page_share is halved for a
-    head until they do, 1 is no bound. With page_bits results depend on how a prompt is cut into batches.
+    shares of attention of read pages, 16 tokens, are estimated; or "graded": 4 bits of those channels of a
+    head that move its scores most, 2 of some more, none of the others, half the size of 3 bits, for which it
+    needs a calibration, or a profile: one of this model, or its file. page_share: the share above which a
+    read page is read, 0..1. page_drop: what the shares of the others may sum to, at least 0; page_share is
+    halved for a head until they do, 1 is no bound. With page_bits results depend on how a prompt is cut into
+    batches. Raises FileError and FormatError as `Profile.load` does.
     """
 
-    page_bits: int = field(default=0, kw_only=True)
+    page_bits: PageBits = field(default=0, kw_only=True)
     page_share: float = field(default=0.005, kw_only=True)
     page_drop: float = field(default=1.0, kw_only=True)
+    calibration: Calibration | None = field(default=None, kw_only=True)
+    profile: InitVar[Profile | str | PathLike[str] | None] = field(default=None, kw_only=True)
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, profile: Profile | str | PathLike[str] | None) -> None:
         super().__post_init__()
-        _require_int("page_bits", self.page_bits, PAGE_BITS[0], PAGE_BITS[-1])
+        if profile is not None:
+            object.__setattr__(self, "calibration", self._calibration_of(profile))
+        if self.page_bits != GRADED:
+            _require_int("page_bits", self.page_bits, 0, 4)
         if self.page_bits not in PAGE_BITS:
-            raise ArgumentError(f"page_bits: expected one of {PAGE_BITS}, got {self.page_bits!r}")
+            raise ArgumentError(f"page_bits: expected one of {tuple(PAGE_BITS)}, got {self.page_bits!r}")
+        if self.page_bits == GRADED:
+            self._require_calibration(f"page_bits {GRADED!r}")
         object.__setattr__(self, "page_share", _require_float("page_share", self.page_share, 1.0))
         object.__setattr__(self, "page_drop", _require_float("page_drop", self.page_drop, math.inf))
 
+    def _calibration_of(self, profile: Profile | str | PathLike[str]) -> Calibration:
+        if self.calibration is not None:
+            raise ArgumentError("attention: a calibration and a profile, which has its own: give one of them")
+        from pyllm.profile import Profile  # whose presets are policies: it imports this module
+
+        return (profile if isinstance(profile, Profile) else Profile.load(Path(profile))).calibration
+
+    def _require_calibration(self, what: str) -> None:
+        if self.calibration is None:
+            raise ArgumentError(f"attention: {what} needs a calibration for this model, and there is none")
+
     @property
-    def sketch_bits(self) -> int:
-        return self.page_bits
+    def sketch(self) -> int:
+        return PAGE_BITS[self.page_bits]
 
     def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
-        pages = {name: getattr(self, name) for name in ("page_bits", "page_share", "page_drop")}
+        pages: dict[str, Any] = {"page_bits": self.sketch}
+        pages |= {name: getattr(self, name) for name in ("page_share", "page_drop")}
+        if self.calibration and self.page_bits == GRADED:
+            pages["channels"] = self.calibration.channels
         return super().native(n_layers, n_heads) | pages
 
 
@@ -130,8 +156,8 @@ class Static(_Paged):
 
     local: ArrayLike
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __post_init__(self, profile: Profile | str | PathLike[str] | None) -> None:
+        super().__post_init__(profile)
         labels = np.asarray(self.local)
         if labels.ndim != 2 or not np.isin(labels, (0, 1)).all():
             raise ArgumentError(f"static labels: expected 0 or 1 per (layer, head), got shape {labels.shape}")
@@ -160,8 +186,8 @@ class _Thresholded(_Paged):
     threshold: ArrayLike = 0.9
     granularity: str = "group"
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def __post_init__(self, profile: Profile | str | PathLike[str] | None) -> None:
+        super().__post_init__(profile)
         object.__setattr__(self, "threshold", _thresholds(self.threshold))
         if self.granularity not in GRANULARITIES:
             raise ArgumentError(f"granularity: expected 'head' or 'group', got {self.granularity!r}")
@@ -197,8 +223,8 @@ class Adaptive(_Thresholded):
     the prompt, or with moments "calibrated" of other text. estimate: "gaussian", as of Gaussian keys;
     "regression", as fitted to each head on other text; "maximum", the larger of both. gaussian: of infinitely
     many keys, "lognormal" (arXiv 2502.09647), or of as many as there are, "frozen" or "truncated" at the
-    largest one expected. calibration: what all but Gaussian estimates from the prompt's moments need, or
-    profile: one of this model, or its file, that has one. Raises FileError and FormatError as `Profile.load`.
+    largest one expected. All but Gaussian estimates from the prompt's moments need a calibration, or a
+    profile.
     """
 
     name = "adaptive"
@@ -207,32 +233,20 @@ class Adaptive(_Thresholded):
     gaussian: str = field(default="lognormal", kw_only=True)
     estimate: str = field(default="gaussian", kw_only=True)
     moments: str = field(default="prompt", kw_only=True)
-    calibration: Calibration | None = field(default=None, kw_only=True)
-    profile: InitVar[Profile | str | PathLike[str] | None] = field(default=None, kw_only=True)
 
     def __post_init__(self, profile: Profile | str | PathLike[str] | None) -> None:
-        super().__post_init__()
-        if profile is not None:
-            object.__setattr__(self, "calibration", self._calibration_of(profile))
+        super().__post_init__(profile)
         for name, known in (("gaussian", GAUSSIANS), ("estimate", ESTIMATES), ("moments", MOMENTS)):
             if getattr(self, name) not in known:
                 raise ArgumentError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
         fitted = self.estimate != "gaussian"
-        if self.calibration is None and (fitted or self.moments == "calibrated"):
-            what = f"estimate {self.estimate!r}" if fitted else "moments 'calibrated'"
-            raise ArgumentError(f"attention: {what} needs a calibration for this model, and there is none")
+        if fitted or self.moments == "calibrated":
+            self._require_calibration(f"estimate {self.estimate!r}" if fitted else "moments 'calibrated'")
         if self.calibration is not None and fitted and self.calibration.moments != self.moments:
             raise ArgumentError(
                 f"attention: the calibration was fitted with moments {self.calibration.moments!r}, "
                 f"not {self.moments!r}"
             )
-
-    def _calibration_of(self, profile: Profile | str | PathLike[str]) -> Calibration:
-        if self.calibration is not None:
-            raise ArgumentError("attention: a calibration and a profile, which has its own: give one of them")
-        from pyllm.profile import Profile  # whose presets are policies: it imports this module
-
-        return (profile if isinstance(profile, Profile) else Profile.load(Path(profile))).calibration
 
     def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
         arrays: dict[str, Any] = {}
@@ -252,14 +266,15 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "gaussian": str,
     "estimate": str,
     "moments": str,
-    "page_bits": int,
+    "page_bits": lambda text: text if text == GRADED else int(text),
     "page_share": float,
     "page_drop": float,
 }
 PARSED: dict[str, type[Policy]] = {policy.name: policy for policy in (Dense, Window, Oracle, Adaptive)}
 SYNTAX = (
     "dense, window[:TOKENS], adaptive[:THRESHOLD] or oracle[:THRESHOLD], "
-    "then any of ,window=N ,sinks=N ,granularity=head|group ,page_bits=0|2|3|4 ,page_share=X ,page_drop=X, "
+    "then any of ,window=N ,sinks=N ,granularity=head|group ,page_bits=0|2|3|4|graded ,page_share=X "
+    ",page_drop=X, "
     "for adaptive ,gaussian=lognormal|frozen|truncated ,estimate=gaussian|regression|maximum "
     ",moments=prompt|calibrated; "
     "or, for a model with a profile, static:SHARE, of heads that are local, or conservative, balanced or "
@@ -274,7 +289,8 @@ def is_preset(spec: str) -> bool:
 
 def needs_profile(spec: str) -> bool:
     """Whether a text may stand for a policy only with what was found out about a model."""
-    return is_preset(spec) or _head(spec)[0] == Static.name or "estimate=" in spec or "moments=" in spec
+    options = ("estimate=", "moments=", f"page_bits={GRADED}")
+    return is_preset(spec) or _head(spec)[0] == Static.name or any(option in spec for option in options)
 
 
 def parse(spec: str, profile: Profile | None = None) -> Policy:
@@ -301,7 +317,7 @@ def parse(spec: str, profile: Profile | None = None) -> Policy:
         if key not in OPTIONS:
             raise ArgumentError(f"attention {spec!r}: unknown option {key!r}; expected {SYNTAX}")
         arguments[key] = _value(spec, text, OPTIONS[key])
-    if policy is Adaptive:
+    if policy is Adaptive or arguments.get("page_bits") == GRADED:
         arguments["profile"] = profile
     try:
         return policy(**arguments)

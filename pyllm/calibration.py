@@ -19,7 +19,8 @@ class Calibration:
 
     coefficients: (n_layers, n_heads, 3), b0, b1 and b2 of M̂ = ln N + c·q·μ + b0 + b1 s² + b2 s. means:
     (n_layers, n_kv_heads, head_dim) and covariances: (n_layers, n_kv_heads, head_dim, head_dim), ddof 0, of
-    keys as stored, RoPE applied. positions: [first, stop) of the keys that these moments stand for. moments:
+    keys as stored, RoPE applied. query_squares: (n_layers, n_kv_heads, head_dim), mean squares of the queries
+    that read them, RoPE applied. positions: [first, stop) of the keys that these moments stand for. moments:
     "prompt" or "calibrated", those whose μ and s the coefficients were fitted with. model: the fingerprint of
     the model that it was fitted to, where that is known: no other takes it. Raises ArgumentError for shapes
     that do not belong together, and for what is not finite.
@@ -28,6 +29,7 @@ class Calibration:
     coefficients: NDArray[np.float32]
     means: NDArray[np.float32]
     covariances: NDArray[np.float32]
+    query_squares: NDArray[np.float32]
     positions: tuple[int, int]
     moments: str = "prompt"
     model: str | None = None
@@ -38,20 +40,23 @@ class Calibration:
         coefficients: ArrayLike,
         means: ArrayLike,
         covariances: ArrayLike,
+        query_squares: ArrayLike,
         positions: tuple[int, int],
         moments: str = "prompt",
         model: str | None = None,
     ) -> None:
-        b, mean, cov = _constant(coefficients), _constant(means), _constant(covariances)
-        shapes = b.shape, mean.shape, cov.shape
+        b, mean, cov, squares = map(_constant, (coefficients, means, covariances, query_squares))
+        shapes = b.shape, mean.shape, cov.shape, squares.shape
         if b.ndim != 3 or mean.ndim != 3 or b.shape[2] != 3 or len(b) != len(mean) or not b.size * mean.size:
             raise ArgumentError(
                 f"calibration: coefficients of shape {shapes[0]} and means of shape {shapes[1]}, expected "
                 f"(n_layers, n_heads, 3) and (n_layers, n_kv_heads, head_dim)"
             )
-        if cov.shape != (*mean.shape, mean.shape[2]) or b.shape[1] % mean.shape[1]:
+        belong = cov.shape == (*mean.shape, mean.shape[2]) and squares.shape == mean.shape
+        if not belong or b.shape[1] % mean.shape[1]:
             raise ArgumentError(f"calibration: arrays of shapes {shapes} do not belong to one model")
-        for name, array in (("coefficients", b), ("means", mean), ("covariances", cov)):
+        arrays = {"coefficients": b, "means": mean, "covariances": cov, "query_squares": squares}
+        for name, array in arrays.items():
             if not np.isfinite(array).all():
                 raise ArgumentError(f"calibration: {name} hold NaN or infinity")
         first, stop = (int(position) for position in positions)
@@ -61,11 +66,21 @@ class Calibration:
             raise ArgumentError(f"calibration: moments are {moments!r}, expected one of {MOMENTS}")
         # Of the numbers alone: what is computed with them is the same whoever they belong to.
         digest = hashlib.sha256(f"{shapes} {first} {stop} {moments}".encode())
-        for array in (b, mean, cov):
+        for array in arrays.values():
             digest.update(array.tobytes())
-        values = (b, mean, cov, (first, stop), moments, model, digest.hexdigest())
+        values = (*arrays.values(), (first, stop), moments, model, digest.hexdigest())
         for name, value in zip(self.__dataclass_fields__, values, strict=True):
             object.__setattr__(self, name, value)
+
+    @property
+    def channels(self) -> NDArray[np.uint16]:
+        """(n_layers, n_kv_heads, head_dim): the channels of each head, first those that move scores most.
+
+        A score is a sum over channels of q_i k_i, of which the part of channel i varies from key to key by
+        q_i² times the variance of its keys.
+        """
+        moved = self.query_squares * np.diagonal(self.covariances, axis1=2, axis2=3)
+        return np.argsort(-moved, axis=2, kind="stable").astype(np.uint16)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Calibration) and (self.digest, self.model) == (other.digest, other.model)

@@ -242,7 +242,7 @@ class LLM:
         """Bytes of the device's memory that a session with a context of n_ctx tokens needs."""
         window = min(self.attention.window, n_ctx) if self.kv == "split" else 0
         params = _native.SessionParams(n_ctx, self.n_batch, self.attention.sinks, window)
-        return _native.session_memory(self._model, params, self.attention.sketch_bits).total
+        return _native.session_memory(self._model, params, self.attention.sketch).total
 
     @cached_property
     def default_session(self) -> Session:

@@ -20,7 +20,7 @@ from pyllm.attention import PARSED, PRESETS, Policy
 from pyllm.calibration import Calibration
 from pyllm.errors import FileError, FormatError, PyllmError
 
-FORMAT, VERSION = "pyllm profile", 1
+FORMAT, VERSION = "pyllm profile", 2
 DESCRIPTION = "profile.json"  # the zip file's member that is no array
 LARGEST = 2**28  # bytes of a member: more is no profile
 SHIPPED = Path(__file__).parent / "data" / "profiles"
@@ -219,13 +219,13 @@ def _calibration_arrays(calibration: Calibration) -> dict[str, NDArray[np.float3
         "coefficients": calibration.coefficients,
         "means": calibration.means,
         "covariances": calibration.covariances[..., upper[0], upper[1]],
+        "query_squares": calibration.query_squares,
     }
 
 
 def _calibration(archive: zipfile.ZipFile, description: Mapping[str, Any]) -> Calibration:
-    coefficients, means, packed = (
-        _array(archive, f"{name}.npy") for name in ("coefficients", "means", "covariances")
-    )
+    names = ("coefficients", "means", "covariances", "query_squares")
+    coefficients, means, packed, squares = (_array(archive, f"{name}.npy") for name in names)
     n = means.shape[-1]
     rows, columns = np.triu_indices(n)
     covariances = np.empty((*packed.shape[:-1], n, n), np.float32)
@@ -233,7 +233,8 @@ def _calibration(archive: zipfile.ZipFile, description: Mapping[str, Any]) -> Ca
     covariances[..., columns, rows] = packed
     first, stop = description["positions"]
     model = str(description["fingerprint"])
-    return Calibration(coefficients, means, covariances, (first, stop), description["moments"], model)
+    arrays = (coefficients, means, covariances, squares)
+    return Calibration(*arrays, (first, stop), description["moments"], model)
 
 
 def _array_bytes(array: NDArray[Any]) -> bytes:

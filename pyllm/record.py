@@ -23,7 +23,8 @@ class Record:
     of M as the policy makes one: adaptive's, or the oracle's true mass. true_mass: M, over the bulk of
     audited tokens. read_mass: over everything that was read. mean_score, deviation: c·q·μ and s, of the
     bulk's scores by the moments that adaptive takes, shaped as masses. is_long: (n_layers, n, n_heads) bool,
-    False without a bulk.
+    False without a bulk. queries: (n_layers, n, n_heads, head_dim), after RoPE and not scaled; None where
+    they are not wanted.
     """
 
     audit: NDArray[np.bool_]
@@ -34,17 +35,20 @@ class Record:
     mean_score: Masses
     deviation: Masses
     is_long: NDArray[np.bool_]
+    queries: NDArray[np.float32] | None = None
 
     @classmethod
-    def empty(cls, n_layers: int, n_heads: int, audit: NDArray[np.bool_]) -> Record:
-        """One to be filled: NaN and False. audit: (n,). Raises ArgumentError for another shape."""
+    def empty(cls, n_layers: int, n_heads: int, audit: NDArray[np.bool_], head_dim: int = 0) -> Record:
+        """One to be filled: NaN and False. audit: (n,). head_dim: of the queries, 0 without them. Raises
+        ArgumentError for another shape."""
         audit = np.asarray(audit, bool)
         if audit.ndim != 1:
             raise ArgumentError(f"audit: expected one truth value per token, got shape {audit.shape}")
         shape = (n_layers, len(audit), n_heads)
         nothing = np.full((6, *shape), np.nan, np.float32)
         local, estimate, true, read, mean_score, deviation = nothing
-        return cls(audit, local, estimate, true, read, mean_score, deviation, np.zeros(shape, bool))
+        queries = np.full((*shape, head_dim), np.nan, np.float32) if head_dim else None
+        return cls(audit, local, estimate, true, read, mean_score, deviation, np.zeros(shape, bool), queries)
 
     def __len__(self) -> int:
         return len(self.audit)
@@ -52,12 +56,14 @@ class Record:
     def part(self, first: int, stop: int) -> Record:
         """An empty one for tokens [first, stop) of this one, contiguous; `put` brings it back."""
         n_layers, _, n_heads = self.is_long.shape
-        return Record.empty(n_layers, n_heads, self.audit[first:stop].copy())
+        head_dim = 0 if self.queries is None else self.queries.shape[3]
+        return Record.empty(n_layers, n_heads, self.audit[first:stop].copy(), head_dim)
 
     def put(self, first: int, part: Record) -> None:
         """Takes over what part holds, as tokens from `first` on."""
         for name in (f.name for f in fields(self) if f.name != "audit"):
-            getattr(self, name)[:, first : first + len(part)] = getattr(part, name)
+            if getattr(self, name) is not None:
+                getattr(self, name)[:, first : first + len(part)] = getattr(part, name)
 
     @property
     def lost_share(self) -> Masses:

@@ -97,7 +97,7 @@ class Session:
         return self._memory(n_ctx).host_bytes
 
     def _memory(self, n_ctx: int) -> _native.SessionMemory:
-        return _native.session_memory(self._model, self._params(n_ctx), self._attention.sketch_bits)
+        return _native.session_memory(self._model, self._params(n_ctx), self._attention.sketch)
 
     # ---- the timeline ----
 
@@ -135,8 +135,9 @@ class Session:
             kind = "prefill" if len(tokens) > 1 else "decode"
             return self._evaluate(tokens, all_logits, progress, kind, record)
 
-    def new_record(self, n: int, audit: ArrayLike = False) -> Record:
+    def new_record(self, n: int, audit: ArrayLike = False, *, queries: bool = False) -> Record:
         """For an `eval` of n tokens. audit: truth values (n,), or one for all: whose true masses to compute.
+        queries: whether to copy the queries.
 
         Raises ArgumentError where audit has another shape.
         """
@@ -144,7 +145,8 @@ class Session:
             mask = np.broadcast_to(np.asarray(audit, bool), (n,)).copy()
         except ValueError:
             raise ArgumentError(f"audit: shape {np.shape(audit)}, but there are {n} tokens") from None
-        return Record.empty(self._model.info.n_layers, self._model.info.n_heads, mask)
+        info = self._model.info
+        return Record.empty(info.n_layers, info.n_heads, mask, info.head_dim if queries else 0)
 
     def _check_record(self, record: Record, n: int) -> None:
         expected = (self._model.info.n_layers, n, self._model.info.n_heads)

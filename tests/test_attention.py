@@ -16,6 +16,7 @@ from native import check
 from pyllm.reference import attention as reference
 from pyllm.reference import moments
 from pyllm.reference.attention import Policy
+from pyllm.reference.sketch import GRADED
 from test_linear import ISAS, products
 
 SEEDS = st.integers(0, 2**32 - 1)
@@ -91,8 +92,10 @@ def run(
     attention.policy = POLICY_NUMBER[policy.kind]
     attention.granularity = int(policy.granularity == "group")
     attention.n_window = policy.n_window
-    attention.page_bits, attention.page_share = policy.page_bits, policy.page_share
-    attention.page_drop = policy.page_drop
+    attention.page_bits = lib.PYLLM_GRADED if policy.page_bits == GRADED else policy.page_bits
+    attention.page_share, attention.page_drop = policy.page_share, policy.page_drop
+    if policy.channels is not None:
+        attention.channels = ffi.from_buffer("uint16_t[]", policy.channels)
     attention.gaussian = moments.FORMS.index(policy.gaussian)
     attention.estimate = moments.ESTIMATES.index(policy.estimate)
     for name in ("coefficients", "means", "covariances"):
@@ -148,8 +151,12 @@ policies = st.builds(
 )
 
 
-def with_labels(policy: Policy, n_heads: int, seed: int) -> Policy:
-    return replace(policy, static_local=np.random.default_rng(seed).random(n_heads) < 0.5)
+def with_arrays(policy: Policy, shape: tuple[int, int, int], seed: int) -> Policy:
+    """With static labels, and an order of the channels."""
+    rng = np.random.default_rng(seed)
+    n_heads, n_kv_heads, head_dim = shape
+    order = np.tile(np.arange(head_dim, dtype=np.uint16), (1, n_kv_heads, 1))
+    return replace(policy, static_local=rng.random(n_heads) < 0.5, channels=rng.permuted(order, axis=2))
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -161,7 +168,7 @@ def test_reference(
     isa: str, seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int
 ) -> None:
     x = random_inputs(seed, n if chunk > 1 else min(n, 200), *shape)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     ours = run(x, policy, isa, chunk=chunk)
     theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, products=products(isa))
     decisions = theirs.decisions
@@ -207,7 +214,7 @@ def test_chunks_and_threads_change_nothing(
     isa: str, seed: int, shape: tuple[int, int, int], policy: Policy, n: int, n_threads: int
 ) -> None:
     x = random_inputs(seed, n, *shape)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     whole = run(x, policy, isa, chunk=n)
     for chunk, threads in ((1, n_threads), (7, 1), (64, n_threads), (512, 1), (512, n_threads)):
         assert_same(whole, run(x, policy, isa, threads, min(chunk, n)))
@@ -226,7 +233,7 @@ def test_threshold_above_one_is_dense(seed: int, shape: tuple[int, int, int], po
 @given(seed=SEEDS, shape=shapes, policy=policies, n=st.integers(1, 300))
 def test_nothing_in_the_bulk_is_dense(seed: int, shape: tuple[int, int, int], policy: Policy, n: int) -> None:
     x = random_inputs(seed, n, *shape)
-    policy = replace(with_labels(policy, shape[0], seed), n_window=n)
+    policy = replace(with_arrays(policy, shape, seed), n_window=n)
     dense = run(x, replace(policy, kind="dense"))
     result = run(x, policy)
     assert_same(dense, result)
@@ -242,7 +249,7 @@ def test_the_bulk_begins_with_its_first_whole_page(n_sink: int, n_window: int) -
     x = random_inputs(3, first, 3, 1, 32)
     before = Inputs(x.q[:-1], x.k[:-1], x.v[:-1])
     assert run(before, policy).stats["pairs"] == 0
-    assert run(x, policy).stats["work"] == 3 * reference.PAGE
+    assert run(x, policy).stats["work"] == 3 * reference.PAGE * 2 * x.q.shape[2]
 
 
 @settings(max_examples=20, deadline=None)

@@ -16,7 +16,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyllm import LLM, Adaptive, ArgumentError, Dense
-from pyllm.attention import PRESETS, Policy
+from pyllm.attention import PRESETS, PageBits, Policy
+from pyllm.calibration import Calibration
 from pyllm.cli import main
 from pyllm.cli.calibrate import over_budget
 from pyllm.evaluate import texts
@@ -152,7 +153,13 @@ def test_bands_that_keep_to_a_budget(pairs: list[tuple[float, float]], budget: f
 N_LAYERS = 6
 GATE_LOSS = np.array([4, 1, 0.01, 0.02, 3, 2]) * 1e-3  # nats, of a gate in each layer
 GATE_SAVES = 0.6  # of a layer's cost
-BITS = {2: (2.5, 9.0), 3: (1.0, 12.0), 4: (0.9, 16.0)}  # factor on the loss, cost of the sketch in %
+BITS: dict[PageBits, tuple[float, float]] = {
+    "graded": (1.3, 7.0),
+    3: (1.0, 12.0),
+}  # factor on the loss, cost in %
+SOME = Calibration(
+    np.zeros((1, 1, 3)), np.zeros((1, 1, 1)), np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 1)), (0, 1)
+)
 READ = 1.5  # % of the cost, at a share of 1
 
 
@@ -187,7 +194,7 @@ class World:
         return [measured(*world(policy, self.gates_lose)) for policy in policies]
 
     def search(self, gates: Sequence[Adaptive] = (Adaptive(0.9), Adaptive(0.95))) -> Search:
-        return Search(self.measure, self.measure, N_LAYERS, gates, {"window": 512, "sinks": 8})
+        return Search(self.measure, self.measure, N_LAYERS, gates, {"window": 512, "sinks": 8}, SOME)
 
     def cheapest(self, budget: float) -> float:
         """By trying everything."""
@@ -249,7 +256,7 @@ class Together(World):
 
     def measure(self, policies: Sequence[Policy]) -> list[Measured]:
         found = super().measure(policies)
-        gated = [isinstance(p, Adaptive) and p.page_bits > 0 for p in policies]
+        gated = [isinstance(p, Adaptive) and p.page_bits != 0 for p in policies]
         return [measured(3 * m.kl, m.cost) if both else m for m, both in zip(found, gated, strict=True)]
 
 
@@ -389,7 +396,7 @@ def test_an_interrupted_calibration_goes_on(model: Path, prose: Path, tmp_path: 
     whole = done[-1]
     kept.unlink()
     with pytest.raises(KeyboardInterrupt):
-        run(whole / 2)
+        run(0.8 * whole)
     known = json.loads(kept.read_text())["trials"]
     assert known
     assert run(math.inf) == expected

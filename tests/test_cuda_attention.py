@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from pyllm.reference import attention as reference
 from pyllm.reference.attention import Policy
+from pyllm.reference.sketch import GRADED, PageBits
 from test_attention import (
     FIELDS,
     POLICY_NUMBER,
@@ -25,7 +26,7 @@ from test_attention import (
     assert_same,
     near_ties,
     random_inputs,
-    with_labels,
+    with_arrays,
 )
 from test_attention import run as run_on
 from test_estimates import assert_estimates, calibrated, forms, kinds
@@ -51,7 +52,7 @@ paged = st.builds(
     granularity=st.sampled_from(["head", "group"]),
     thresholds=st.sampled_from([0.5, 0.9]),
     static_local=st.just(True),
-    page_bits=st.sampled_from([2, 3, 4]),
+    page_bits=st.sampled_from([2, 3, 4, GRADED]),
     page_share=st.sampled_from([0.001, 0.01, 0.1, 0.5]),
     page_drop=st.sampled_from([1.0, 0.3]),
 )
@@ -81,7 +82,7 @@ def some_inputs(seed: int, n: int, chunk: int, shape: tuple[int, int, int]) -> I
 @given(seed=SEEDS, shape=shapes, policy=policies, n=st.integers(1, 330), chunk=chunks)
 def test_reference(seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int) -> None:
     x = some_inputs(seed, n, chunk, shape)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     ours = run(x, policy, chunk)
     theirs = reference.attend(x.q, x.k, x.v, x.scale, policy)
     decisions = theirs.decisions
@@ -109,7 +110,7 @@ def test_reference(seed: int, shape: tuple[int, int, int], policy: Policy, n: in
 @given(seed=SEEDS, shape=shapes, policy=policies, n=st.integers(130, 280))
 def test_chunks_change_nothing(seed: int, shape: tuple[int, int, int], policy: Policy, n: int) -> None:
     x = random_inputs(seed, n, *shape)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     whole = run(x, policy)
     for chunk in (0, 64, 100):
         assert_same(whole, run(x, policy, chunk))
@@ -134,7 +135,7 @@ def test_threshold_above_one_is_dense(
 @given(seed=SEEDS, shape=shapes, policy=policies, n=st.integers(1, 150))
 def test_nothing_in_the_bulk_is_dense(seed: int, shape: tuple[int, int, int], policy: Policy, n: int) -> None:
     x = random_inputs(seed, n, *shape)
-    policy = replace(with_labels(policy, shape[0], seed), n_window=n)
+    policy = replace(with_arrays(policy, shape, seed), n_window=n)
     result = run(x, policy)
     assert_same(run(x, replace(policy, kind="dense")), result)
     assert result.stats == dict.fromkeys(FIELDS, 0)
@@ -163,7 +164,7 @@ def test_pages_against_the_reference(
 ) -> None:
     """A share that hangs on rounding flips a read page, so a few rows may differ, and the counts a little."""
     x = some_inputs(seed, n, chunk, shape)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     ours = run(x, policy, chunk)
     theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk or len(x.q) - 1)
     error = np.abs(ours.output - theirs.output).max(2)
@@ -176,15 +177,13 @@ def test_pages_against_the_reference(
 
 
 @settings(max_examples=4, deadline=None)
-@given(seed=SEEDS, shape=shapes, bits=st.sampled_from([2, 3, 4]), chunk=st.sampled_from([0, 512]))
+@given(seed=SEEDS, shape=shapes, bits=st.sampled_from([2, 3, 4, GRADED]), chunk=st.sampled_from([0, 512]))
 def test_larger_shares_read_less_and_none_reads_everything(
-    seed: int, shape: tuple[int, int, int], bits: int, chunk: int
+    seed: int, shape: tuple[int, int, int], bits: PageBits, chunk: int
 ) -> None:
     x = random_inputs(seed, 230, *shape)
-    results = [
-        run(x, Policy("dense", n_window=64, page_bits=bits, page_share=share), chunk)
-        for share in (0.0, 0.02, 1.0)
-    ]
+    policy = replace(with_arrays(Policy("dense", n_window=64), shape, seed), page_bits=bits)
+    results = [run(x, replace(policy, page_share=share), chunk) for share in (0.0, 0.02, 1.0)]
     read = [result.stats["pages_read"] for result in results]
     assert read == sorted(read, reverse=True)
     assert read[-1] == 0
@@ -253,7 +252,7 @@ def test_unknown_estimates_are_never_local(rng: np.random.Generator) -> None:
 @given(seed=SEEDS, shape=shapes, policy=policies | paged, n=st.integers(1, 300), chunk=chunks)
 def test_records(seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int) -> None:
     x = some_inputs(seed, n, chunk, shape)
-    policy, audit = with_labels(policy, shape[0], seed), audits(seed, len(x.q))
+    policy, audit = with_arrays(policy, shape, seed), audits(seed, len(x.q))
     ours = run(x, policy, chunk, audit)
     theirs = reference.attend(x.q, x.k, x.v, x.scale, policy).decisions
     assert_record(ours, theirs, policy, audit)
@@ -274,5 +273,5 @@ def test_a_split_cache_changes_nothing(
 ) -> None:
     """Whatever its window is beside the policy's: what the GPU does not hold it reads from the host."""
     x = random_inputs(seed, min(n, 260) if chunk == 7 else n, *shape)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     assert_same(run(x, policy, chunk), run(x, policy, chunk, kv_window=kv_window))

@@ -32,6 +32,7 @@ def calibration(moments: str) -> Calibration:
         rng.uniform(-0.5, 0.5, (2, 8, 3)),
         rng.standard_normal((2, 2, 32)) / 3,
         root @ root.swapaxes(-1, -2),
+        rng.random((2, 2, 32)),
         (0, 128),
         moments,
     )

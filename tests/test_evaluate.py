@@ -143,17 +143,26 @@ def calibration(rng: np.random.Generator, moments: str) -> Calibration:
     """For the tiny model."""
     covariances = np.broadcast_to(np.eye(32), (2, 2, 32, 32))
     return Calibration(
-        rng.normal(size=(2, 8, 3)), rng.normal(size=(2, 2, 32)), covariances, (4, 300), moments
+        rng.normal(size=(2, 8, 3)),
+        rng.normal(size=(2, 2, 32)),
+        covariances,
+        rng.random((2, 2, 32)),
+        (4, 300),
+        moments,
     )
 
 
 def test_rows_of_a_choice(rng: np.random.Generator) -> None:
     local = np.array([[0.9, 0.8, 0.1, 0.7], [0.6, 0.5, 0.4, 0.3]])
-    choice = Choice(WINDOW, SINKS, tuple(ROWS), (0.5, 0.9), (0.5,), (0.01,), (2, 4))
-    geometry = {"window": WINDOW, "sinks": SINKS}
+    choice = Choice(WINDOW, SINKS, tuple(ROWS), (0.5, 0.9), (0.5,), (0.01,), (2, "graded"))
+    geometry: dict[str, Any] = {"window": WINDOW, "sinks": SINKS}
     settings = [(granularity, threshold) for granularity in ("head", "group") for threshold in (0.5, 0.9)]
     prompt, other = (calibration(rng, moments) for moments in ("prompt", "calibrated"))
     fitted = Fitted(2, local, {"prompt": prompt, "calibrated": other})
+    tiers: dict[str, dict[str, Any]] = {
+        "2-bit": {"page_bits": 2, "page_share": 0.01},
+        "graded": {"page_bits": "graded", "page_share": 0.01, "calibration": prompt},
+    }
     assert candidates(choice, fitted) == [
         Candidate("dense", Dense(**geometry)),
         Candidate("window", Window(**geometry)),
@@ -177,17 +186,10 @@ def test_rows_of_a_choice(rng: np.random.Generator) -> None:
             )
             for g, t in settings
         ),
+        *(Candidate(f"pages {name}", Dense(**geometry, **tier), 0.01) for name, tier in tiers.items()),
         *(
-            Candidate(f"pages {bits}-bit", Dense(**geometry, page_bits=bits, page_share=0.01), 0.01)
-            for bits in (2, 4)
-        ),
-        *(
-            Candidate(
-                f"adaptive+pages {bits}-bit",
-                Adaptive(0.9, "group", window=WINDOW, sinks=SINKS, page_bits=bits, page_share=0.01),
-                0.01,
-            )
-            for bits in (2, 4)
+            Candidate(f"adaptive+pages {name}", Adaptive(0.9, "group", **geometry, **tier), 0.01)
+            for name, tier in tiers.items()
         ),
     ]
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import pyllm
 from pyllm import LLM, Adaptive, Dense, Oracle, Static, Window
 from pyllm.attention import Policy
+from pyllm.calibration import Calibration
 from pyllm.reference import model as reference
 from pyllm.reference import weights
 from pyllm.reference.attention import Policy as ReferencePolicy
@@ -208,6 +209,31 @@ def test_rewind_then_replay_with_pages(tmp_path: Path, seed: int, pages: int, bi
     never.eval(first[:cut])
     assert np.array_equal(gone.eval(second, all_logits=True), never.eval(second, all_logits=True))
     assert gone.stats.total.pages_read is not None
+
+
+def graded(channels: list[int]) -> Dense:
+    """For the tiny model. channels: of every head, first those that the sketch has most bits of."""
+    squares = np.empty((2, 2, 32))
+    squares[..., channels] = np.arange(32, 0, -1)
+    covariances = np.broadcast_to(np.eye(32), (2, 2, 32, 32))
+    calibration = Calibration(np.zeros((2, 8, 3)), np.zeros((2, 2, 32)), covariances, squares, (0, 1))
+    return Dense(window=32, sinks=16, page_bits="graded", page_share=0.05, calibration=calibration)
+
+
+def test_a_sketch_is_made_anew_for_another_order_of_channels(tiny_model: Path) -> None:
+    rng = np.random.default_rng(8)
+    llm, ids = LLM(tiny_model, attention=Dense(window=32)), rng.integers(0, 300, 500).tolist()
+    one, other = graded(list(range(32))), graded(list(range(31, -1, -1)))
+    logits = {}
+    for name, policies in {"one": [one], "other": [other], "other after one": [one, other]}.items():
+        session = llm.session()
+        session.eval(ids)
+        for policy in policies:
+            session.attention = policy
+            logits[name] = session.eval([1])
+            session.rewind(500)
+    assert np.array_equal(logits["other after one"], logits["other"])
+    assert not np.array_equal(logits["one"], logits["other"])
 
 
 def test_moments_restart_after_a_rewind_under_another_policy(tmp_path: Path) -> None:

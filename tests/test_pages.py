@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from pyllm.reference import attention as reference
 from pyllm.reference.attention import Policy
-from test_attention import FIELDS, SEEDS, WEIGHT_ROUNDING, random_inputs, run, shapes, with_labels
+from pyllm.reference.sketch import GRADED, PageBits
+from test_attention import FIELDS, SEEDS, WEIGHT_ROUNDING, random_inputs, run, shapes, with_arrays
 from test_linear import ISAS, products
 
 paged = st.builds(
@@ -22,7 +23,7 @@ paged = st.builds(
     granularity=st.sampled_from(["head", "group"]),
     thresholds=st.sampled_from([0.5, 0.9, 1.1]),
     static_local=st.just(True),
-    page_bits=st.sampled_from([2, 3, 4]),
+    page_bits=st.sampled_from([2, 3, 4, GRADED]),
     page_share=st.sampled_from([0.001, 0.01, 0.1, 0.5]),
     page_drop=st.sampled_from([1.0, 0.3, 0.01]),
 )
@@ -38,7 +39,7 @@ def test_reference(
 ) -> None:
     """A share that hangs on rounding flips a read page, so a few rows may differ, and the counts a little."""
     x = random_inputs(seed, n if chunk > 1 else min(n, 250), *shape)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     ours = run(x, policy, isa, chunk=min(chunk, len(x.q)))
     theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk, products=products(isa))
     error = np.abs(ours.output - theirs.output).max(2)
@@ -53,11 +54,12 @@ def test_reference(
 
 
 @settings(max_examples=15, deadline=None)
-@given(seed=SEEDS, shape=shapes, bits=st.sampled_from([2, 3, 4]), n=st.integers(200, 600))
-def test_reading_everything_is_dense(seed: int, shape: tuple[int, int, int], bits: int, n: int) -> None:
+@given(seed=SEEDS, shape=shapes, bits=st.sampled_from([2, 3, 4, GRADED]), n=st.integers(200, 600))
+def test_reading_everything_is_dense(seed: int, shape: tuple[int, int, int], bits: PageBits, n: int) -> None:
     x = random_inputs(seed, n, *shape)
     dense = run(x, Policy("dense", n_window=64))
-    every = run(x, Policy("dense", n_window=64, page_bits=bits, page_share=0.0))
+    policy = with_arrays(Policy("dense", n_window=64), shape, seed)
+    every = run(x, replace(policy, page_bits=bits, page_share=0.0))
     # Only pages whose estimated share underflows to 0 are left out.
     assert np.allclose(dense.output, every.output, atol=1e-4)
 
@@ -68,7 +70,7 @@ def test_threads_change_nothing(
     seed: int, shape: tuple[int, int, int], policy: Policy, n: int, n_threads: int
 ) -> None:
     x = random_inputs(seed, n, *shape)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     for chunk in (1, n):
         one, many = (run(x, policy, n_threads=threads, chunk=chunk) for threads in (1, n_threads))
         assert np.array_equal(one.output, many.output)

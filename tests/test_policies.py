@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, Oracle, Static, Window
-from pyllm.attention import Policy, parse
+from pyllm.attention import Policy, needs_profile, parse
 
 windows = st.integers(1, 2**31 - 1)
 sinks = st.integers(0, 64)
@@ -72,10 +72,21 @@ def test_parse_refuses(spec: str) -> None:
         parse(spec)
 
 
-@pytest.mark.parametrize("option", ["estimate=regression", "estimate=maximum", "moments=calibrated"])
-def test_what_needs_a_calibration_says_so(option: str) -> None:
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "adaptive:0.9,estimate=regression",
+        "adaptive:0.9,estimate=maximum",
+        "adaptive:0.9,moments=calibrated",
+        "adaptive:0.9,page_bits=graded",
+        "dense,page_bits=graded",
+        "oracle,page_bits=graded",
+    ],
+)
+def test_what_needs_a_calibration_says_so(spec: str) -> None:
+    assert needs_profile(spec)
     with pytest.raises(ArgumentError, match=r"needs a calibration for this model, and there is none"):
-        parse(f"adaptive:0.9,{option}")
+        parse(spec)
 
 
 def calibration(rng: np.random.Generator, moments: str = "prompt") -> Calibration:
@@ -83,13 +94,18 @@ def calibration(rng: np.random.Generator, moments: str = "prompt") -> Calibratio
     root = rng.standard_normal((2, 2, 32, 32)).astype(np.float32)
     covariances = root @ root.swapaxes(-1, -2)
     return Calibration(
-        rng.standard_normal((2, 8, 3)), rng.standard_normal((2, 2, 32)), covariances, (16, 500), moments
+        rng.standard_normal((2, 8, 3)),
+        rng.standard_normal((2, 2, 32)),
+        covariances,
+        rng.random((2, 2, 32)),
+        (16, 500),
+        moments,
     )
 
 
 def test_calibrations_are_part_of_the_value(rng: np.random.Generator) -> None:
     one, other = calibration(rng), calibration(rng)
-    copy = Calibration(one.coefficients, one.means, one.covariances, one.positions)
+    copy = Calibration(one.coefficients, one.means, one.covariances, one.query_squares, one.positions)
     assert Adaptive(estimate="maximum", calibration=one) == Adaptive(estimate="maximum", calibration=copy)
     assert hash(Adaptive(calibration=one)) == hash(Adaptive(calibration=copy))
     assert Adaptive(calibration=one) != Adaptive(calibration=other)
@@ -109,6 +125,21 @@ def test_the_library_gets_what_an_estimate_reads(rng: np.random.Generator) -> No
         native = Adaptive(gaussian="frozen", **options).native(2, 8)
         assert tuple(name for name in asked if name in native) == expected
         assert native["gaussian"] == 1
+    graded = Dense(page_bits="graded", calibration=prompt).native(2, 8)
+    assert graded["page_bits"] == 1
+    np.testing.assert_array_equal(graded["channels"], prompt.channels)
+    assert "channels" not in Dense(page_bits=3, calibration=prompt).native(2, 8)
+
+
+def zero_calibration(n_layers: int, n_kv_heads: int, d: int) -> Calibration:
+    heads = n_layers, n_kv_heads
+    return Calibration(
+        np.zeros((n_layers, 8, 3)),
+        np.zeros((*heads, d)),
+        np.zeros((*heads, d, d)),
+        np.zeros((*heads, d)),
+        (0, 1),
+    )
 
 
 def test_calibrations_of_other_models_are_refused(tiny: LLM, rng: np.random.Generator) -> None:
@@ -116,24 +147,16 @@ def test_calibrations_of_other_models_are_refused(tiny: LLM, rng: np.random.Gene
     session = tiny.session(attention=Adaptive(estimate="maximum", calibration=fits))
     before = session.attention
     for wrong, options in (
-        (
-            Calibration(np.zeros((3, 8, 3)), np.zeros((3, 2, 32)), np.zeros((3, 2, 32, 32)), (0, 1)),
-            {"estimate": "maximum"},
-        ),
-        (
-            Calibration(np.zeros((2, 8, 3)), np.zeros((2, 2, 16)), np.zeros((2, 2, 16, 16)), (0, 1)),
-            {"moments": "calibrated"},
-        ),
-        (
-            Calibration(np.zeros((2, 8, 3)), np.zeros((2, 1, 32)), np.zeros((2, 1, 32, 32)), (0, 1)),
-            {"moments": "calibrated"},
-        ),
+        (zero_calibration(3, 2, 32), {"estimate": "maximum"}),
+        (zero_calibration(2, 2, 16), {"moments": "calibrated"}),
+        (zero_calibration(2, 1, 32), {"moments": "calibrated"}),
+        (zero_calibration(2, 2, 16), {"page_bits": "graded"}),
     ):
         with pytest.raises(ArgumentError, match="but the model has"):
             session.attention = Adaptive(calibration=wrong, **options)  # type: ignore[arg-type]
     lopsided = fits.covariances.copy()
     lopsided[1, 0, 3, 5] += 10
-    skewed = Calibration(fits.coefficients, fits.means, lopsided, fits.positions)
+    skewed = Calibration(fits.coefficients, fits.means, lopsided, fits.query_squares, fits.positions)
     with pytest.raises(ArgumentError, match="layer 1, key/value head 0: not symmetric"):
         session.attention = Adaptive(moments="calibrated", calibration=skewed)
     assert session.attention == before
@@ -169,7 +192,7 @@ def test_static_labels(rng: np.random.Generator) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"page_bits": 1}, r"page_bits: expected one of \(0, 2, 3, 4\), got 1"),
+        ({"page_bits": 1}, r"page_bits: expected one of \(0, 'graded', 2, 3, 4\), got 1"),
         ({"page_bits": 3.0}, "page_bits: expected a whole number"),
         ({"page_bits": True}, "page_bits: expected a whole number"),
         ({"page_share": -0.1}, "page_share: expected a number from 0 to 1, got -0.1"),

@@ -42,20 +42,29 @@ SHAPE = (2, 8)  # of the tiny model
 OTHER = "0123456789abcdef"  # the fingerprint of no model
 MEASURED = Measured(3000, 0.004, 0.003, 0.005, 97.5, 20.0, 200, 0.002, 0.001, 0.006, 12.0)
 CALIBRATION = Calibration(
-    np.arange(48).reshape(*SHAPE, 3), np.ones((2, 2, 32)), np.tile(np.eye(32), (2, 2, 1, 1)), (16, 600)
+    np.arange(48).reshape(*SHAPE, 3),
+    np.ones((2, 2, 32)),
+    np.tile(np.eye(32), (2, 2, 1, 1)),
+    np.linspace(0, 1, 128).reshape(2, 2, 32),
+    (16, 600),
 )
 POLICIES = {
     "conservative": Dense(page_bits=4, page_share=0.002),
-    "balanced": Adaptive([0.95, 2.0], page_bits=3, page_share=0.007),
+    "balanced": Adaptive([0.95, 2.0], page_bits="graded", page_share=0.007, calibration=CALIBRATION),
     "aggressive": Window(window=512),
 }
 
 
 def profile_of(fingerprint: str, policies: dict[str, Policy] = POLICIES) -> Profile:
-    presets = {name: Preset(policy, 0.01, MEASURED) for name, policy in policies.items()}
+    own = replace(CALIBRATION, model=fingerprint)
+    presets = {}
+    for name, policy in policies.items():
+        if isinstance(policy, Adaptive) and policy.calibration:
+            policy = replace(policy, calibration=own)
+        presets[name] = Preset(policy, 0.01, MEASURED)
     shares = np.linspace(0, 1, 16, dtype=np.float32).reshape(SHAPE)
     made = {"texts": {"a": "ff"}, "seed": 0}
-    return Profile(fingerprint, "tiny", made, presets, shares, replace(CALIBRATION, model=fingerprint))
+    return Profile(fingerprint, "tiny", made, presets, shares, own)
 
 
 @pytest.fixture
@@ -99,7 +108,13 @@ def random_calibration(rng: np.random.Generator, moments: str) -> Calibration:
     roots = rng.normal(0, 100, (2, 2, 16, 16)).astype(np.float32)
     covariances = roots + roots.swapaxes(-1, -2)  # symmetric, which is all that a file relies on
     return Calibration(
-        rng.normal(size=(*SHAPE, 3)), rng.normal(size=(2, 2, 16)), covariances, (4, 99), moments, OTHER
+        rng.normal(size=(*SHAPE, 3)),
+        rng.normal(size=(2, 2, 16)),
+        covariances,
+        rng.random((2, 2, 16)),
+        (4, 99),
+        moments,
+        OTHER,
     )
 
 
@@ -179,7 +194,7 @@ def at(path: str, value: Any) -> Callable[[dict[str, Any]], object]:
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other format": (at("format", "zip"), "not of the format"),
-    "version": (at("version", 2), "version 2, but this pyllm reads 1"),
+    "version": (at("version", 1), "version 1, but this pyllm reads 2"),
     "no version": (at("version", None), "version None"),
     "no presets": (at("presets", None), "presets"),
     "a list of presets": (at("presets", [1]), "not a profile"),
@@ -257,10 +272,10 @@ def test_files_that_cannot_be_read_or_written(profile: Profile, tmp_path: Path) 
 
 
 def test_presets_are_policies_by_name(profile: Profile, model: Path) -> None:
-    for name, policy in POLICIES.items():
-        assert LLM(model, attention=name).attention == policy
+    for name in POLICIES:
+        assert LLM(model, attention=name).attention == profile.presets[name].policy
     llm = LLM(model)
-    assert llm.attention == POLICIES["balanced"]
+    assert llm.attention == profile.presets["balanced"].policy
     session = llm.session(attention="aggressive")
     assert session.attention == POLICIES["aggressive"]
     session.attention = "conservative"
@@ -270,7 +285,7 @@ def test_presets_are_policies_by_name(profile: Profile, model: Path) -> None:
 def test_a_profile_can_be_named(profile: Profile, model: Path, tmp_path: Path) -> None:
     beside([model]).rename(tmp_path / "of, mine")
     llm = LLM(model, attention=f"balanced:{tmp_path / 'of, mine'}")
-    assert llm.attention == POLICIES["balanced"]
+    assert llm.attention == profile.presets["balanced"].policy
     assert llm.profile is None
     with pytest.raises(FileError, match="nothing"):
         llm.session(attention=f"balanced:{tmp_path / 'nothing'}")
@@ -297,7 +312,8 @@ def test_a_policy_takes_the_calibration_of_a_profile(profile: Profile, model: Pa
         Adaptive(calibration=CALIBRATION, profile=path)
     with pytest.raises(FileError, match="nowhere: the profile cannot be read"):
         Adaptive(estimate="maximum", profile=tmp_path / "nowhere")
-    larger = Calibration(np.zeros((3, 8, 3)), np.zeros((3, 2, 32)), np.zeros((3, 2, 32, 32)), (0, 1))
+    kv = np.zeros((3, 2, 32))
+    larger = Calibration(np.zeros((3, 8, 3)), kv, np.zeros((3, 2, 32, 32)), kv, (0, 1))
     other = replace(profile, calibration=larger, local_shares=np.zeros((3, 8), np.float32))
     with pytest.raises(ArgumentError, match="but the model has"):
         llm.session(attention=Adaptive(estimate="maximum", profile=other))

@@ -16,7 +16,7 @@ from pyllm import LLM, Adaptive, ArgumentError, ContextError, Dense, Oracle, Sta
 from pyllm.attention import Policy
 from pyllm.record import Record
 from pyllm.reference import attention as reference
-from test_attention import SEEDS, Result, assert_same, policies, random_inputs, run, shapes, with_labels
+from test_attention import SEEDS, Result, assert_same, policies, random_inputs, run, shapes, with_arrays
 from test_linear import ISAS, products
 from test_pages import paged
 from tiny_models import write_tiny
@@ -77,7 +77,7 @@ def test_reference(
 ) -> None:
     n = n if chunk > 1 else min(n, 200)
     x, audit = random_inputs(seed, n, *shape), audits(seed, n)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     ours = run(x, policy, isa, chunk=min(chunk, n), audit=audit)
     theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk, products=products(isa)).decisions
     assert_record(ours, theirs, policy, audit)
@@ -90,7 +90,7 @@ def test_recording_changes_nothing(
     isa: str, seed: int, shape: tuple[int, int, int], policy: reference.Policy, n: int, n_threads: int
 ) -> None:
     x = random_inputs(seed, n, *shape)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     for chunk in (1, 7, n):
         plain = run(x, policy, isa, n_threads, chunk)
         assert_same(plain, run(x, policy, isa, n_threads, chunk, audit=audits(seed, n)))
@@ -104,7 +104,7 @@ def test_chunks_and_threads_change_nothing(
 ) -> None:
     """Without page tier every mass is the same, to the last bit, however the prompt is cut."""
     x, audit = random_inputs(seed, n, *shape), audits(seed, n)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     whole = run(x, policy, isa, chunk=n, audit=audit).record
     for chunk, threads in ((1, n_threads), (7, 1), (64, n_threads), (512, 1)):
         cut = run(x, policy, isa, threads, min(chunk, n), audit).record
@@ -118,7 +118,7 @@ def test_true_masses_do_not_depend_on_what_pages_were_read(
     seed: int, shape: tuple[int, int, int], policy: reference.Policy, n: int
 ) -> None:
     x = random_inputs(seed, n, *shape)
-    policy = with_labels(policy, shape[0], seed)
+    policy = with_arrays(policy, shape, seed)
     every = np.ones(n, bool)
     truth = run(x, replace(policy, kind="dense", page_bits=0), chunk=n, audit=every).record["true_mass"]
     for chunk in (1, 64, n):

@@ -29,6 +29,7 @@ static void free_state(const backend *be, attention_state *a) {
   attention_free(&a->batch);
   free(a->layers);
   free(a->sketches);
+  free(a->sketch_channels);
   free(a->calibrated);
   free(a->stats);
   free(a);
@@ -58,22 +59,27 @@ static int32_t new_state(const backend *be, const attention_shape *shape, attent
   return PYLLM_OK;
 }
 
-/* Memory for sketches of `bits` in every layer, and the policy's covariances as strips; NULL where there are none. */
+/* Memory for the policy's sketches in every layer, where those there are do not serve it, and the order of their channels;
+ * and the policy's covariances as strips. NULL where there are none. */
 typedef struct policy_memory {
   unsigned char *sketches; /* (n_layers, n_kv_heads, n_blocks) pages */
+  uint16_t *channels;      /* (n_layers, n_kv_heads, head_dim) */
   float *calibrated;       /* (n_layers, n_kv_heads, head_dim * head_dim) */
 } policy_memory;
 
 static bool take_policy_memory(const attention_state *a, const attention_policy *p, policy_memory *m) {
   size_t heads = (size_t)a->shape.n_layers * (size_t)a->shape.n_kv_heads, d = (size_t)a->shape.head_dim;
-  bool sketch = p->page_bits && p->page_bits != a->layers->sketch_bits;
-  *m = (policy_memory){NULL, NULL};
+  bool sketch = policy_needs_sketch(p, heads * d, a->layers->sketch_bits, a->sketch_channels);
+  bool graded = sketch && p->page_bits == PYLLM_GRADED;
+  *m = (policy_memory){NULL, NULL, NULL};
   if (sketch)
     m->sketches = calloc(heads * (size_t)a->layers->n_blocks, sketch_page_bytes(p->page_bits, a->shape.head_dim));
+  if (graded) m->channels = malloc(heads * d * sizeof *m->channels);
+  if (m->channels) memcpy(m->channels, p->channels, heads * d * sizeof *m->channels);
   if (p->covariances) m->calibrated = malloc(heads * d * d * sizeof *m->calibrated);
   for (size_t i = 0; m->calibrated && i < heads; i++)
     covariance_strips(p->covariances + i * d * d, a->shape.head_dim, 1.0f, m->calibrated + i * d * d);
-  return (m->sketches || !sketch) && (m->calibrated || !p->covariances);
+  return (m->sketches || !sketch) && (m->channels || !graded) && (m->calibrated || !p->covariances);
 }
 
 static int32_t set_policy(const backend *be, attention_state *a, const attention_policy *policy, pyllm_error *err) {
@@ -81,9 +87,9 @@ static int32_t set_policy(const backend *be, attention_state *a, const attention
   policy_memory m;
   if (!take_policy_memory(a, policy, &m)) {
     free(m.sketches);
+    free(m.channels);
     free(m.calibrated);
-    return fail(err, PYLLM_ERR_MEMORY, "memory for a key sketch of %d bits or calibrated moments was refused",
-                policy->page_bits);
+    return fail(err, PYLLM_ERR_MEMORY, "memory for the policy's key sketch or calibrated moments was refused");
   }
   size_t layer_floats = (size_t)a->shape.n_kv_heads * (size_t)a->shape.head_dim * (size_t)a->shape.head_dim;
   for (int32_t i = 0; i < a->shape.n_layers; i++)
@@ -92,9 +98,11 @@ static int32_t set_policy(const backend *be, attention_state *a, const attention
   a->calibrated = m.calibrated;
   if (m.sketches) {
     for (int32_t i = 0; i < a->shape.n_layers; i++)
-      cpu_cache_sketch(&a->layers[i], &a->shape, policy->page_bits, i, m.sketches);
+      cpu_cache_sketch(&a->layers[i], &a->shape, policy->page_bits, i, m.sketches, m.channels);
     free(a->sketches);
+    free(a->sketch_channels);
     a->sketches = m.sketches;
+    a->sketch_channels = m.channels;
   }
   a->policy = *policy;
   return PYLLM_OK;
@@ -150,9 +158,8 @@ static void attend_local(const backend *be, attention_state *a, int32_t layer) {
 static uint64_t select_heads(const backend *be, attention_state *a, int32_t layer) {
   pyllm_layer_stats *stats = &a->stats[layer];
   uint64_t before = stats->bytes_read;
-  int32_t bits = a->policy.page_bits;
   cpu_select(be, &a->batch, &a->layers[layer], &a->policy, layer);
-  attention_count(&a->batch, bits ? sketch_page_bytes(bits, a->shape.head_dim) : 0, stats);
+  attention_count(&a->batch, a->policy.page_bits, stats);
   return stats->bytes_read - before;
 }
 

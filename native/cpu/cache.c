@@ -26,11 +26,15 @@ void cpu_cache_free(layer_cache *l, const attention_shape *s) {
   free(l->kv);
 }
 
-void cpu_cache_sketch(layer_cache *l, const attention_shape *s, int32_t bits, int32_t layer, unsigned char *pages) {
-  size_t head_bytes = (size_t)l->n_blocks * sketch_page_bytes(bits, s->head_dim);
-  for (int32_t g = 0; g < s->n_kv_heads; g++)
-    l->sketches[g] = (key_sketch){0, pages + (size_t)(layer * s->n_kv_heads + g) * head_bytes};
-  l->sketch_bits = bits;
+void cpu_cache_sketch(layer_cache *l, const attention_shape *s, int32_t page_bits, int32_t layer, unsigned char *pages,
+                      const uint16_t *channels) {
+  size_t head_bytes = (size_t)l->n_blocks * sketch_page_bytes(page_bits, s->head_dim);
+  for (int32_t g = 0; g < s->n_kv_heads; g++) {
+    size_t head = (size_t)(layer * s->n_kv_heads + g);
+    l->sketches[g] =
+        (key_sketch){0, pages + head * head_bytes, channels ? channels + head * (size_t)s->head_dim : NULL};
+  }
+  l->sketch_bits = page_bits;
 }
 
 /* Zeroes the slots [slot, 64) of one block. */

@@ -19,7 +19,8 @@ static inline size_t moment_floats(size_t head_dim) { return head_dim * (1 + 2 *
 /* Low-bit copy of the first n_pages bulk pages' keys of one key/value head, for choosing what to read of them. */
 typedef struct key_sketch {
   int32_t n_pages;
-  unsigned char *pages; /* (n_blocks, page_bytes); NULL until a policy asks for it */
+  unsigned char *pages;     /* (n_blocks, page_bytes); NULL until a policy asks for it */
+  const uint16_t *channels; /* (head_dim) the order of a graded one's; NULL of others */
 } key_sketch;
 
 /* One layer's KV cache, head-major, in blocks of 64 tokens:
@@ -32,7 +33,7 @@ typedef struct layer_cache {
   uint16_t *kv;            /* (n_kv_heads, n_blocks, 2, 64 * head_dim) */
   key_moments *moments;    /* (n_kv_heads) */
   key_sketch *sketches;    /* (n_kv_heads) */
-  int32_t sketch_bits;     /* 2, 3 or 4; 0 where there is none */
+  int32_t sketch_bits;     /* page_bits of the sketches; 0 where there are none */
   const float *calibrated; /* (n_kv_heads) the policy's covariances as key_moments.strips; NULL where it has none */
 } layer_cache;
 
@@ -40,10 +41,11 @@ struct attention_state {
   attention_shape shape;
   attention_policy policy; /* its arrays are the session's */
   attention_batch batch;
-  layer_cache *layers;      /* (n_layers) */
-  unsigned char *sketches;  /* (n_layers, n_kv_heads, n_blocks) pages, which the layers' point into; NULL at first */
-  float *calibrated;        /* (n_layers, n_kv_heads, head_dim * head_dim), likewise */
-  pyllm_layer_stats *stats; /* (n_layers) */
+  layer_cache *layers;       /* (n_layers) */
+  unsigned char *sketches;   /* (n_layers, n_kv_heads, n_blocks) pages, which the layers' point into; NULL at first */
+  uint16_t *sketch_channels; /* (n_layers, n_kv_heads, head_dim), likewise; NULL unless they are graded */
+  float *calibrated;         /* (n_layers, n_kv_heads, head_dim * head_dim), likewise */
+  pyllm_layer_stats *stats;  /* (n_layers) */
 };
 
 /* One span of one work item, and its first row in the partial results. */
@@ -69,7 +71,7 @@ typedef struct page_scratch {
   int32_t n;         /* heads loaded */
   int32_t *heads;    /* (group) */
   float *local_mass; /* (group) */
-  float *q;          /* (group, head_dim) scaled */
+  float *q;          /* (group, head_dim) scaled, in the order of the sketch's channels */
   float *shares;     /* (group, max_strips) */
 } page_scratch;
 
@@ -119,9 +121,10 @@ uint64_t cpu_scratch_bytes(int32_t n_threads, const attention_shape *shape);
 /* cache.c: one layer's; false when memory is refused, and then it is still to be freed. */
 bool cpu_cache_new(layer_cache *cache, const attention_shape *shape);
 void cpu_cache_free(layer_cache *cache, const attention_shape *shape);
-/* Makes room for sketches of `bits`, empty, in the layer's part of pages (n_layers, n_kv_heads, n_blocks). */
-void cpu_cache_sketch(layer_cache *cache, const attention_shape *shape, int32_t bits, int32_t layer,
-                      unsigned char *pages);
+/* Makes room for sketches of page_bits, empty, in the layer's part of pages (n_layers, n_kv_heads, n_blocks); channels
+ * (n_layers, n_kv_heads, head_dim) or NULL. */
+void cpu_cache_sketch(layer_cache *cache, const attention_shape *shape, int32_t page_bits, int32_t layer,
+                      unsigned char *pages, const uint16_t *channels);
 /* Forgets positions [from, to), the last ones. */
 void cpu_cache_cut(layer_cache *cache, const attention_shape *shape, int32_t from, int32_t to);
 

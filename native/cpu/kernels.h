@@ -95,11 +95,13 @@ typedef struct kernels {
   /* Online softmax: state and out take in the strips' keys and values. */
   void (*attend_strips)(const attend_args *args);
 
-  /* The key sketch of a page (sketch.h). fold: from a KV block's keys. scores: (n, 64), row r at scores + r * ld, of
-   * queries q (n, head_dim), scaled by the score scale, n <= 16. */
-  void (*sketch_fold)(const uint16_t *keys, int32_t bits, int32_t head_dim, uint8_t *page);
-  void (*sketch_scores)(const uint8_t *page, int32_t bits, int32_t head_dim, const float *q, int32_t n, float *scores,
-                        int64_t ld);
+  /* The key sketch of a page (sketch.h). fold: from a KV block's keys; channels (head_dim), the order of a graded one, NULL
+   * of others. scores: (n, 64), row r at scores + r * ld, of queries q (n, head_dim), scaled by the score scale and in the
+   * order of the sketch's channels, n <= 16. */
+  void (*sketch_fold)(const uint16_t *keys, int32_t page_bits, int32_t head_dim, const uint16_t *channels,
+                      uint8_t *page);
+  void (*sketch_scores)(const uint8_t *page, int32_t page_bits, int32_t head_dim, const float *q, int32_t n,
+                        float *scores, int64_t ld);
   /* sums (n_strips): of e^(score - local_mass) over the 16 scores of each strip. What is over local_mass by more than
    * 69 counts as that, so that all sums together are finite. local_mass: logsumexp of what the query reads anyway. */
   void (*strip_sums)(const float *scores, int32_t n_strips, float local_mass, float *sums);

@@ -62,11 +62,13 @@ static float cut_share(const attention_policy *policy, const float *share, int32
 }
 
 /* Puts one query's long heads of a group into x; returns their number. */
-static int32_t load_query(const attention_batch *b, int32_t query, int32_t kv_head, page_scratch *x) {
+static int32_t load_query(const page_job *job, int32_t query, int32_t kv_head, page_scratch *x) {
+  const attention_batch *b = job->b;
+  const uint16_t *channels = job->cache->sketches[kv_head].channels;
   x->n = long_heads(b, query, kv_head, x->heads);
   for (int32_t i = 0; i < x->n; i++) {
     const float *q = b->q + ((int64_t)query * b->n_heads + x->heads[i]) * b->head_dim;
-    for (int32_t j = 0; j < b->head_dim; j++) x->q[i * b->head_dim + j] = q[j] * b->scale;
+    for (int32_t j = 0; j < b->head_dim; j++) x->q[i * b->head_dim + j] = q[channels ? channels[j] : j] * b->scale;
     x->local_mass[i] = b->local_mass[(int64_t)query * b->n_heads + x->heads[i]];
   }
   return x->n;
@@ -83,13 +85,18 @@ static void want(const page_job *job, int32_t n_strips, page_scratch *x, uint8_t
   }
 }
 
-/* One query after another; true where it has a long head. */
-static bool want_of_query(const page_job *job, const query_tile *tile, int32_t query, int32_t kv_head, page_scratch *x,
-                          uint8_t *wanted) {
-  if (!load_query(job->b, query, kv_head, x)) return false;
+/* One query after another; returns how many long heads it has. */
+static int32_t want_of_query(const page_job *job, const query_tile *tile, int32_t query, int32_t kv_head,
+                             page_scratch *x, uint8_t *wanted) {
+  if (!load_query(job, query, kv_head, x)) return 0;
   sum_pages(job, kv_head, 0, tile->n_pages, x);
   want(job, tile->n_pages * KV_STRIPS, x, wanted);
-  return true;
+  return x->n;
+}
+
+static void count_scored(tile_read *read, int32_t n_heads) {
+  read->n_scored += n_heads > 0;
+  read->n_scored_heads += n_heads;
 }
 
 /* Item: one tile and key/value head. */
@@ -98,15 +105,17 @@ static void want_of_tiles(void *context, int32_t begin, int32_t end, int32_t thr
   attention_batch *b = job->b;
   for (int32_t i = begin; i < end; i++) {
     const query_tile *tile = &b->tiles[i / b->n_kv_heads];
-    int32_t kv_head = i % b->n_kv_heads, n_scored = 0;
+    int32_t kv_head = i % b->n_kv_heads;
     uint8_t *wanted = wanted_of(b, i);
+    tile_read *read = &b->reads[i];
     memset(wanted, 0, (size_t)tile->n_pages * KV_STRIPS);
+    read->n_scored = read->n_scored_heads = 0;
     for (int32_t s = 0; tile->n_pages && s < attention_scored(tile); s++)
-      n_scored += want_of_query(job, tile, attention_scored_query(tile, s), kv_head, &job->scratch[thread], wanted);
+      count_scored(read,
+                   want_of_query(job, tile, attention_scored_query(tile, s), kv_head, &job->scratch[thread], wanted));
     /* A long head in a query between the scored ones still needs a list. */
-    for (int32_t q = tile->first + tile->n - 1; tile->n_pages && !n_scored && q >= tile->first; q--)
-      n_scored += want_of_query(job, tile, q, kv_head, &job->scratch[thread], wanted);
-    b->reads[i].n_scored = n_scored;
+    for (int32_t q = tile->first + tile->n - 1; tile->n_pages && !read->n_scored && q >= tile->first; q--)
+      count_scored(read, want_of_query(job, tile, q, kv_head, &job->scratch[thread], wanted));
   }
 }
 
@@ -130,7 +139,8 @@ static void want_of_one_query(page_job *job) {
   attention_batch *b = job->b;
   for (int32_t g = 0; g < b->n_kv_heads; g++) {
     memset(wanted_of(b, g), 0, (size_t)b->tiles->n_pages * KV_STRIPS);
-    b->reads[g].n_scored = load_query(b, 0, g, &job->scratch[g]) > 0;
+    b->reads[g].n_scored_heads = load_query(job, 0, g, &job->scratch[g]);
+    b->reads[g].n_scored = b->reads[g].n_scored_heads > 0;
   }
   pool_run(job->be->pool, b->n_kv_heads * pieces_of(b->tiles), 1, sum_pieces, job);
   for (int32_t g = 0; g < b->n_kv_heads; g++)
@@ -152,6 +162,7 @@ static void fold_sketches(void *context, int32_t begin, int32_t end, int32_t thr
     const uint16_t *blocks = cache_blocks(job->cache, g, d);
     for (; sketch->n_pages < job->n_pages; sketch->n_pages++)
       job->be->kernels->sketch_fold(blocks + (int64_t)(1 + sketch->n_pages) * 2 * KV_BLOCK * d, bits, d,
+                                    sketch->channels,
                                     sketch->pages + (size_t)sketch->n_pages * sketch_page_bytes(bits, d));
   }
 }

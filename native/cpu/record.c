@@ -25,6 +25,7 @@ void cpu_record(const backend *be, attention_batch *b, const layer_cache *cache,
                 const pyllm_record *out) {
   size_t rows = (size_t)b->n * (size_t)b->n_heads;
   if (out->local_mass) memcpy(out->local_mass, b->local_mass, rows * sizeof(float));
+  if (out->queries) memcpy(out->queries, b->q, rows * (size_t)b->head_dim * sizeof(float));
   if (out->is_long) memcpy(out->is_long, b->is_long, rows);
   if (out->read_mass) cpu_masses(b, b->state, out->read_mass);
   bool adaptive = policy->policy == PYLLM_ADAPTIVE;

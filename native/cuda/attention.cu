@@ -1,8 +1,8 @@
 /* A session's attention on the GPU: its memory, and the stages as ops.h has them. */
 #include "attention.cuh"
-#include "sketch.h"
 #include <cmath>
 #include <new>
+#include <utility>
 extern "C" {
 #include "error.h"
 }
@@ -12,9 +12,10 @@ struct attention_state {
   attention_policy policy; /* as set; its arrays are the session's */
   device_policy on_device; /* the same for all layers: its arrays are (n_layers, ...) */
   device_attention a;
-  device_layer *layers; /* (n_layers) */
-  int32_t sketch_bits;  /* of the layers' sketches; 0 while there are none */
-  int32_t position, n;  /* of the batch */
+  device_layer *layers;      /* (n_layers) */
+  int32_t sketch_bits;       /* page_bits of the layers' sketches; 0 while there are none */
+  uint16_t *sketch_channels; /* (n_layers, n_kv_heads, head_dim) what they are made with; NULL unless they are graded */
+  int32_t position, n;       /* of the batch */
 };
 
 namespace {
@@ -52,6 +53,7 @@ template <class F> void each_array(const attention_shape &s, const attention_pol
   f(d.coefficients, p.coefficients, heads * 3);
   f(d.means, p.means, kv_heads * dim);
   f(d.covariances, p.covariances, kv_heads * dim * dim);
+  f(d.channels, p.channels, kv_heads * dim);
 }
 
 void release_policy(const backend *be, const attention_shape &s, device_policy &d) {
@@ -84,15 +86,36 @@ device_policy policy_of(const attention_state *s, int32_t layer) {
   return p;
 }
 
-/* Empty sketches of `bits` for all layers, which are to be freed; NULL where memory is refused. */
-layer_sketch *new_sketches(const backend *be, const attention_state *s, int32_t bits) {
-  layer_sketch *sketches = new (std::nothrow) layer_sketch[(size_t)s->shape.n_layers]{};
-  bool ok = sketches != NULL;
-  for (int32_t i = 0; ok && i < s->shape.n_layers; i++) ok = layer_sketch_new(be, s->a, sketches[i], bits);
-  if (ok) return sketches;
-  for (int32_t i = 0; sketches && i < s->shape.n_layers; i++) layer_sketch_free(be, sketches[i]);
-  delete[] sketches;
-  return NULL;
+/* Empty sketches for all layers, and their channels in the host's memory; NULL where there are none. */
+struct new_sketches {
+  layer_sketch *layers; /* (n_layers) */
+  uint16_t *channels;   /* (n_layers, n_kv_heads, head_dim) */
+};
+
+void discard_sketches(const backend *be, const attention_state *s, const new_sketches &sketches) {
+  for (int32_t i = 0; sketches.layers && i < s->shape.n_layers; i++) layer_sketch_free(be, sketches.layers[i]);
+  delete[] sketches.layers;
+  delete[] sketches.channels;
+}
+
+/* False when memory is refused; what there is then is still to be discarded. n: channels of all layers. */
+bool take_sketches(const backend *be, const attention_state *s, const attention_policy &p, size_t n,
+                   new_sketches &sketches) {
+  bool graded = p.page_bits == PYLLM_GRADED;
+  sketches.layers = new (std::nothrow) layer_sketch[(size_t)s->shape.n_layers]{};
+  if (graded) sketches.channels = new (std::nothrow) uint16_t[n];
+  bool ok = sketches.layers && (sketches.channels || !graded);
+  if (sketches.channels) memcpy(sketches.channels, p.channels, n * sizeof *p.channels);
+  for (int32_t i = 0; ok && i < s->shape.n_layers; i++)
+    ok = layer_sketch_new(be, s->a, sketches.layers[i], p.page_bits);
+  return ok;
+}
+
+void put_sketches(const backend *be, attention_state *s, int32_t page_bits, new_sketches &sketches) {
+  for (int32_t i = 0; i < s->shape.n_layers; i++) std::swap(s->layers[i].sketch, sketches.layers[i]);
+  std::swap(s->sketch_channels, sketches.channels);
+  s->sketch_bits = page_bits;
+  discard_sketches(be, s, sketches); /* the old ones */
 }
 
 int32_t set_policy(const backend *be, attention_state *s, const attention_policy *policy, pyllm_error *err) {
@@ -101,20 +124,16 @@ int32_t set_policy(const backend *be, attention_state *s, const attention_policy
     release_policy(be, s->shape, uploaded);
     return alloc_failure(be, fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for an attention policy was refused"), err);
   }
-  bool resize = policy->page_bits && policy->page_bits != s->sketch_bits;
-  layer_sketch *sketches = resize ? new_sketches(be, s, policy->page_bits) : NULL;
-  if (resize && !sketches) {
+  size_t n_channels = (size_t)s->shape.n_layers * (size_t)s->shape.n_kv_heads * (size_t)s->shape.head_dim;
+  bool renew = policy_needs_sketch(policy, n_channels, s->sketch_bits, s->sketch_channels);
+  new_sketches sketches = {};
+  if (renew && !take_sketches(be, s, *policy, n_channels, sketches)) {
+    discard_sketches(be, s, sketches);
     release_policy(be, s->shape, uploaded);
-    int32_t status =
-        fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for a key sketch of %d bits was refused", policy->page_bits);
+    int32_t status = fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for a key sketch was refused");
     return alloc_failure(be, status, err);
   }
-  for (int32_t i = 0; sketches && i < s->shape.n_layers; i++) {
-    layer_sketch_free(be, s->layers[i].sketch);
-    s->layers[i].sketch = sketches[i];
-  }
-  delete[] sketches;
-  if (resize) s->sketch_bits = policy->page_bits;
+  if (renew) put_sketches(be, s, policy->page_bits, sketches);
   release_policy(be, s->shape, s->on_device);
   s->on_device = uploaded;
   s->policy = *policy;
@@ -131,6 +150,7 @@ void destroy(const backend *be, attention_state *s) {
   attention_memory_free(be, s->a);
   release_policy(be, s->shape, s->on_device);
   delete[] s->layers;
+  delete[] s->sketch_channels;
   delete s;
 }
 
@@ -279,6 +299,7 @@ void record(const backend *be, attention_state *s, int32_t layer, const pyllm_re
   const ops *o = be->ops;
   size_t rows = (size_t)s->n * (size_t)s->shape.n_heads, bytes = rows * sizeof(float);
   if (out->local_mass) o->read(be, out->local_mass, s->a.local_mass, bytes);
+  if (out->queries) o->read(be, out->queries, s->a.q, (size_t)s->shape.head_dim * bytes);
   if (out->is_long) o->read(be, out->is_long, s->a.is_long, rows);
   if (out->read_mass) {
     float *mass = (float *)s->a.mass_state; /* free until the audit */

@@ -16,13 +16,14 @@
 #include "cuda.cuh"
 #include "estimate.h"
 #include "kv.cuh"
+#include "sketch.h"
 
 enum {
   MAX_HEAD_DIM = 256,
   SPAN = 8,            /* strips: 128 keys */
   PANEL = 16,          /* query rows of one warp: the matrix instruction's */
   MOMENT_ROWS = 16,    /* of a covariance, folded by one block */
-  SKETCH_CHANNELS = 32 /* of a page, sketched by one block */
+  SKETCH_CHANNELS = 32 /* of a page, neighbours in the order of its sketch: by one block */
 };
 
 /* What is on a slot's part of the work list. */
@@ -104,6 +105,7 @@ typedef struct device_policy {
   const float *means, *covariances; /* (n_kv_heads, head_dim), (n_kv_heads, head_dim, head_dim); NULL: the prompt's */
   int32_t page_bits;
   float page_share, page_drop;
+  const uint16_t *channels; /* (n_kv_heads, head_dim) of a graded sketch */
 } device_policy;
 
 __device__ inline int32_t group_of(const device_attention &a) { return a.n_heads / a.n_kv_heads; }
@@ -132,17 +134,20 @@ __device__ inline void add_count(uint64_t *to, uint64_t n) {
   atomicAdd((unsigned long long *)to, (unsigned long long)n);
 }
 
-/* Adds a slot to the layer's statistics, as attention_count does on the CPU; sketch_bytes: of a page, 0 without. */
+/* Adds a slot to the layer's statistics, as attention_count does on the CPU; page_bits: the policy's. */
 __device__ inline void count_slot(const device_attention &a, const query_tile &tile, const slot_counts &c,
-                                  uint64_t sketch_bytes, pyllm_layer_stats *stats) {
+                                  int32_t page_bits, pyllm_layer_stats *stats) {
   if (tile.n_pages == 0) return;
   uint64_t pages = (uint64_t)tile.n_pages, all = pages * STRIPS_PER_PAGE, read = (uint64_t)c.n_strips;
   uint64_t pairs = (uint64_t)(tile.n * group_of(a)), rows = (uint64_t)c.n_rows, queries = (uint64_t)c.n_queries;
   uint64_t strip_bytes = PYLLM_READ_PAGE * 2 * sizeof(uint16_t) * (uint64_t)a.head_dim; /* keys and values */
+  uint64_t strip_work = PYLLM_READ_PAGE * 2 * (uint64_t)a.head_dim; /* multiply-adds of scores and weighted values */
+  uint64_t sketch_bytes = page_bits ? sketch_page_bytes(page_bits, a.head_dim) : 0; /* of a page; and its channels */
+  uint64_t sketched = page_bits ? (uint64_t)sketch_channels(page_bits, a.head_dim) : 0;
   add_count(&stats->pairs, pairs);
   add_count(&stats->pairs_local, pairs - rows);
-  add_count(&stats->work, pairs * all * PYLLM_READ_PAGE);
-  add_count(&stats->work_done, rows * read * PYLLM_READ_PAGE);
+  add_count(&stats->work, pairs * all * strip_work);
+  add_count(&stats->work_done, rows * read * strip_work + (uint64_t)c.n_scored * pages * PYLLM_PAGE * sketched);
   add_count(&stats->bytes, (uint64_t)tile.n * all * strip_bytes);
   add_count(&stats->bytes_read, queries * read * strip_bytes + (uint64_t)c.n_asked * pages * sketch_bytes);
   add_count(&stats->pages, queries * all);
@@ -186,8 +191,8 @@ bool attention_memory_new(const backend *be, device_attention &a, int32_t n_batc
 void attention_memory_free(const backend *be, device_attention &a);
 bool layer_memory_new(const backend *be, const device_attention &a, device_layer &l);
 void layer_memory_free(const backend *be, const device_attention &a, device_layer &l);
-uint64_t layer_sketch_bytes(const device_attention &a, int32_t bits);
-bool layer_sketch_new(const backend *be, const device_attention &a, layer_sketch &sketch, int32_t bits);
+uint64_t layer_sketch_bytes(const device_attention &a, int32_t page_bits);
+bool layer_sketch_new(const backend *be, const device_attention &a, layer_sketch &sketch, int32_t page_bits);
 void layer_sketch_free(const backend *be, layer_sketch &sketch);
 
 /* Blocks that sketch one page apart. */

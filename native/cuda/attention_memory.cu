@@ -1,6 +1,5 @@
 /* The arrays behind device_attention and device_layer: each is named once, with its size. */
 #include "attention.cuh"
-#include "sketch.h"
 
 namespace {
 /* f(pointer, how many) for everything that a session's attention owns. */
@@ -29,7 +28,7 @@ template <class F> void each_array(device_attention &a, int32_t n_batch, F f) {
   f(a.strip_mass, kv_heads * SCORED_MOST * group * strips);
 }
 
-/* The same for a layer's cache, and for its sketch of `bits`. */
+/* The same for a layer's cache, and for its sketch of page_bits. */
 template <class F> void each_array(const device_attention &a, device_layer &l, F f) {
   size_t d = (size_t)a.head_dim, g = (size_t)a.n_kv_heads, parts = d / MOMENT_ROWS;
   size_t halves = (size_t)kv_block_halves(a.head_dim);
@@ -41,10 +40,10 @@ template <class F> void each_array(const device_attention &a, device_layer &l, F
   f(l.stats, 1);
 }
 
-template <class F> void each_array(const device_attention &a, layer_sketch &sketch, int32_t bits, F f) {
+template <class F> void each_array(const device_attention &a, layer_sketch &sketch, int32_t page_bits, F f) {
   size_t g = (size_t)a.n_kv_heads;
   f(sketch.folded, g * (size_t)sketch_parts(a.head_dim));
-  f(sketch.pages, g * (size_t)a.n_blocks * sketch_page_bytes(bits, a.head_dim));
+  f(sketch.pages, g * (size_t)a.n_blocks * sketch_page_bytes(page_bits, a.head_dim));
 }
 
 struct sum_bytes {
@@ -122,16 +121,16 @@ void layer_memory_free(const backend *be, const device_attention &a, device_laye
   layer_sketch_free(be, l.sketch);
 }
 
-uint64_t layer_sketch_bytes(const device_attention &a, int32_t bits) {
+uint64_t layer_sketch_bytes(const device_attention &a, int32_t page_bits) {
   uint64_t bytes = 0;
   layer_sketch none = {};
-  each_array(a, none, bits, sum_bytes{&bytes});
+  each_array(a, none, page_bits, sum_bytes{&bytes});
   return bytes;
 }
 
-bool layer_sketch_new(const backend *be, const device_attention &a, layer_sketch &sketch, int32_t bits) {
+bool layer_sketch_new(const backend *be, const device_attention &a, layer_sketch &sketch, int32_t page_bits) {
   bool ok = true;
-  each_array(a, sketch, bits, take_memory{be, &ok});
+  each_array(a, sketch, page_bits, take_memory{be, &ok});
   return ok;
 }
 

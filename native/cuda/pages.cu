@@ -1,12 +1,12 @@
 /* The page tier: which strips of the bulk the long heads of a slot read, judged by a low-bit sketch of the bulk's keys.
  * Terms and rules: cpu/pages.c; the sketch's bytes: src/sketch.h, whose words of 4 channels by token are what dp4a takes. */
 #include "blocks.cuh"
-#include "sketch.h"
 #include <float.h>
 
 namespace {
 enum {
   FOLD_THREADS = 256,
+  FOLD_WARPS = FOLD_THREADS / WARP,
   SCORE_WARPS = 4, /* a page each */
   SCORE_ROWS = 8,  /* scored on one reading of a page's codes */
   WANT_THREADS = 256,
@@ -14,33 +14,52 @@ enum {
   HALVINGS = 16
 };
 
+/* A head's channel at a place of its sketch's order; order: (head_dim) or NULL. */
+__device__ int32_t channel_at(const uint16_t *order, int32_t at) { return order ? order[at] : at; }
+
+__device__ uint8_t *sketch_page(const device_attention &a, const device_layer &layer, int32_t page_bits, int32_t g,
+                                int32_t page) {
+  int64_t bytes = (int64_t)sketch_page_bytes(page_bits, a.head_dim);
+  return layer.sketch.pages + ((int64_t)g * a.n_blocks + page) * bytes;
+}
+
 /* ---- sketching what left the window ---- */
 
 struct fold_shared {
-  float low[FOLD_THREADS / WARP][WARP], high[FOLD_THREADS / WARP][WARP];
+  float low[FOLD_WARPS][WARP], high[FOLD_WARPS][WARP];
   uint8_t codes[PYLLM_PAGE][SKETCH_CHANNELS];
 };
 
-/* One page's codes of 32 channels: lane = channel, warp = 8 tokens. n: channels there are. */
-__device__ void round_keys(const uint16_t *keys, int32_t bits, int32_t d, int32_t n, uint16_t *lo, uint16_t *step,
+/* The grade that has the place `at` of the order; of no bits where none has. */
+__device__ sketch_grade grade_with(int32_t page_bits, int32_t d, int32_t at) {
+  for (int32_t i = 0; i < SKETCH_GRADES; i++) {
+    sketch_grade grade = sketch_grade_at(page_bits, d, i);
+    if (at < grade.first + grade.n) return grade;
+  }
+  return {};
+}
+
+/* One page's codes of 32 channels: lane = channel, warp = 8 tokens. channel: the lane's of the keys, -1 where there is
+ * none; bits, lo and step are the lane's too. */
+__device__ void round_keys(const uint16_t *keys, int32_t d, int32_t channel, int32_t bits, uint16_t *lo, uint16_t *step,
                            fold_shared &s) {
   int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  constexpr int32_t TOKENS = PYLLM_PAGE / (FOLD_THREADS / WARP);
+  constexpr int32_t TOKENS = PYLLM_PAGE / FOLD_WARPS;
   float k[TOKENS], top = (float)((1 << bits) - 1);
-  for (int32_t i = 0; i < TOKENS; i++) k[i] = lane < n ? half_to_float(keys[kv_key_at(d, warp * TOKENS + i, lane)]) : 0;
+  for (int32_t i = 0; i < TOKENS; i++)
+    k[i] = channel < 0 ? 0 : half_to_float(keys[kv_key_at(d, warp * TOKENS + i, channel)]);
   float low = k[0], high = k[0];
   for (int32_t i = 1; i < TOKENS; i++) low = fminf(low, k[i]), high = fmaxf(high, k[i]);
   s.low[warp][lane] = low, s.high[warp][lane] = high;
   __syncthreads();
-  for (int32_t w = 0; w < FOLD_THREADS / WARP; w++)
-    low = fminf(low, s.low[w][lane]), high = fmaxf(high, s.high[w][lane]);
+  for (int32_t w = 0; w < FOLD_WARPS; w++) low = fminf(low, s.low[w][lane]), high = fmaxf(high, s.high[w][lane]);
   uint16_t rounded = float_to_half((high - low) / top);
   float width = half_to_float(rounded);
   for (int32_t i = 0; i < TOKENS; i++) {
     float code = width > 0 ? rintf((k[i] - low) / width) : 0;
     s.codes[warp * TOKENS + i][lane] = (uint8_t)(code < top ? code : top);
   }
-  if (warp == 0 && lane < n) lo[lane] = float_to_half(low), step[lane] = rounded;
+  if (warp == 0 && channel >= 0) *lo = float_to_half(low), *step = rounded;
   __syncthreads();
 }
 
@@ -51,28 +70,46 @@ __device__ uint8_t pack_codes(const fold_shared &s, int32_t token, int32_t chann
   return (uint8_t)byte;
 }
 
-/* Grid (ceil(head_dim / 32), n_kv_heads). Reads a page's keys and writes its sketch once. */
-__global__ void fold_kernel(device_attention a, device_layer layer, int32_t bits) {
+/* Into a page's planes the 16 channels at `at` of the order, all of one grade; a thread has a byte of each plane. */
+__device__ void pack_sixteen(const fold_shared &s, int32_t page_bits, int32_t d, int32_t at, uint8_t *page) {
+  static_assert(FOLD_THREADS == STRIPS_PER_PAGE * 64, "a byte of 16 channels each");
+  sketch_grade grade = grade_with(page_bits, d, at);
+  int32_t strip = threadIdx.x / 64, byte = threadIdx.x % 64, token = PYLLM_READ_PAGE * strip + byte / 4;
+  int32_t channel = at % SKETCH_CHANNELS + byte % 4, sixteen = (at - grade.first) / 16;
+  int32_t to = (strip * (grade.n / 16) + sixteen) * 64 + byte;
+  page[grade.low + to] = pack_codes(s, token, channel, 0, 2);
+  if (grade.bits == 4) page[grade.high + to] = pack_codes(s, token, channel, 2, 2);
+  if (grade.bits == 3 && sixteen % 2 == 0) /* with the next 16, if any; their codes are 0 otherwise */
+    page[grade.high + (strip * ((grade.n + 31) / 32) + sixteen / 2) * 64 + byte] = pack_codes(s, token, channel, 2, 1);
+}
+
+/* A channel's mean over a page, added up in the order of the tokens, as on the CPU. */
+__device__ uint16_t mean_of_keys(const uint16_t *keys, int32_t d, int32_t channel) {
+  float sum = 0;
+  for (int32_t t = 0; t < PYLLM_PAGE; t++) sum += half_to_float(keys[kv_key_at(d, t, channel)]);
+  return float_to_half(sum / PYLLM_PAGE);
+}
+
+/* Grid (ceil(head_dim / 32), n_kv_heads), 32 places of the order each: all of these have bits, or none has. Reads a
+ * page's keys and writes its sketch once. channels: (n_kv_heads, head_dim) of a graded sketch; NULL of others. */
+__global__ void fold_kernel(device_attention a, device_layer layer, int32_t page_bits, const uint16_t *channels) {
   fold_shared &s = block_shared<fold_shared>();
-  int32_t d = a.head_dim, g = blockIdx.y, part = blockIdx.x, first = part * SKETCH_CHANNELS;
-  int32_t n = d - first < SKETCH_CHANNELS ? d - first : SKETCH_CHANNELS, units = n / 16; /* of 16 channels */
-  int32_t *sketched = layer.sketch.folded + g * gridDim.x + part;
+  int32_t d = a.head_dim, g = blockIdx.y, first = blockIdx.x * SKETCH_CHANNELS;
+  int32_t warp = threadIdx.x / WARP, at = first + threadIdx.x % WARP;
+  int32_t *sketched = layer.sketch.folded + g * gridDim.x + blockIdx.x;
   int32_t page = *sketched, end = bulk_pages(a.n_sink, a.n_window, a.now->position + a.now->n - 1);
+  int32_t channel = at < d ? channel_at(channels ? channels + (int64_t)g * d : NULL, at) : -1;
+  int32_t bits = grade_with(page_bits, d, at < d ? at : first).bits;
   head_blocks blocks(a, layer, g);
   __syncthreads(); /* all have read the count */
-  for (; page < end; page++) {
-    uint8_t *to = layer.sketch.pages + ((int64_t)g * a.n_blocks + page) * (int64_t)sketch_page_bytes(bits, d);
-    uint16_t *lo = (uint16_t *)to;
-    round_keys(blocks.at(1 + page) + first, bits, d, n, lo + first, lo + d + first, s);
-    uint8_t *low = to + 4 * d, *high = low + sketch_low_bytes(d);
-    for (int32_t i = threadIdx.x; i < STRIPS_PER_PAGE * units * 64; i += FOLD_THREADS) {
-      int32_t strip = i / (units * 64), unit = i / 64 % units, at = i % 64, token = 16 * strip + at / 4;
-      int32_t to_byte = (strip * (d / 16) + first / 16 + unit) * 64 + at;
-      low[to_byte] = pack_codes(s, token, 16 * unit + at % 4, 0, 2);
-      if (bits == 4) high[to_byte] = pack_codes(s, token, 16 * unit + at % 4, 2, 2);
-    }
-    for (int32_t i = threadIdx.x; bits == 3 && i < STRIPS_PER_PAGE * 64; i += FOLD_THREADS)
-      high[(i / 64 * gridDim.x + part) * 64 + i % 64] = pack_codes(s, 16 * (i / 64) + i % 64 / 4, i % 4, 2, 1);
+  for (int32_t p = page + warp; bits == 0 && p < end; p += FOLD_WARPS)
+    if (channel >= 0)
+      ((uint16_t *)sketch_page(a, layer, page_bits, g, p))[at] = mean_of_keys(blocks.at(1 + p), d, channel);
+  for (; bits > 0 && page < end; page++) {
+    uint8_t *to = sketch_page(a, layer, page_bits, g, page);
+    uint16_t *lo = (uint16_t *)to + at;
+    round_keys(blocks.at(1 + page), d, channel, bits, lo, lo + d, s);
+    for (int32_t i = first; i < first + SKETCH_CHANNELS && i < d; i += 16) pack_sixteen(s, page_bits, d, i, to);
     __syncthreads(); /* the codes are used up */
   }
   if (threadIdx.x == 0 && *sketched < end) *sketched = end;
@@ -80,7 +117,8 @@ __global__ void fold_kernel(device_attention a, device_layer layer, int32_t bits
 
 /* ---- scoring ---- */
 
-/* A few queries against one page's channels: q * step rounded to 8 bits, their unit, and the part that lo gives. */
+/* A few queries against a page's channels, in the order of its sketch: q * step rounded to 8 bits, their unit, and the
+ * part that lo gives. */
 struct page_queries {
   int8_t weight[SCORE_ROWS][MAX_HEAD_DIM];
   float unit[SCORE_ROWS], base[SCORE_ROWS];
@@ -89,28 +127,33 @@ struct score_shared {
   page_queries warps[SCORE_WARPS];
 };
 
-/* One warp, row r; q: (d), not scaled. */
-__device__ void weigh(const float *q, float scale, const uint8_t *page, int32_t d, int32_t r, page_queries &to) {
+/* One warp, row r; q: (d), not scaled; order: (d) or NULL; n: channels with bits. */
+__device__ void weigh(const float *q, const uint16_t *order, float scale, const uint8_t *page, int32_t d, int32_t n,
+                      int32_t r, page_queries &to) {
   const uint16_t *lo = (const uint16_t *)page, *step = lo + d;
   int32_t lane = threadIdx.x % WARP;
   float top = 0, base = 0;
   for (int32_t i = lane; i < d; i += WARP) {
-    float x = q[i] * scale;
-    top = fmaxf(top, fabsf(x * half_to_float(step[i])));
+    float x = q[channel_at(order, i)] * scale;
+    if (i < n) top = fmaxf(top, fabsf(x * half_to_float(step[i])));
     base += x * half_to_float(lo[i]);
   }
   float unit = warp_max(top) / 127.0f, inverse = unit >= FLT_MIN ? 1.0f / unit : 0.0f;
-  for (int32_t i = lane; i < d; i += WARP)
-    to.weight[r][i] = (int8_t)__float2int_rn(q[i] * scale * half_to_float(step[i]) * inverse);
+  for (int32_t i = lane; i < n; i += WARP)
+    to.weight[r][i] = (int8_t)__float2int_rn(q[channel_at(order, i)] * scale * half_to_float(step[i]) * inverse);
   base = warp_sum(base);
   if (lane == 0) to.unit[r] = unit, to.base[r] = base;
 }
 
-/* Sums of code * weight over the channels, of one token. low, high: the token's first words in its strip's planes. */
+/* Adds to the sums of code * weight what one grade's channels give, of the lane's token of a strip. */
 template <int BITS>
-__device__ void multiply_codes(const uint32_t *low, const uint32_t *high, int32_t d, const page_queries &q,
+__device__ void multiply_codes(const uint8_t *page, const sketch_grade &grade, int32_t strip, const page_queries &q,
                                int (&sum)[SCORE_ROWS]) {
-  for (int32_t m = 0; m < d / 16; m++) {
+  int32_t token = threadIdx.x % PYLLM_READ_PAGE, low_bytes = (int32_t)sketch_low_bytes(grade.n) / STRIPS_PER_PAGE;
+  int32_t high_bytes = (int32_t)sketch_high_bytes(BITS, grade.n) / STRIPS_PER_PAGE;
+  const uint32_t *low = (const uint32_t *)(page + grade.low + strip * low_bytes) + token;
+  const uint32_t *high = (const uint32_t *)(page + grade.high + strip * high_bytes) + token;
+  for (int32_t m = 0; m < grade.n / 16; m++) {
     uint32_t l = low[m * 16], h = BITS == 2 ? 0 : BITS == 3 ? high[m / 2 * 16] >> (m % 2 * 4) : high[m * 16];
 #pragma unroll
     for (int32_t i = 0; i < 4; i++) {
@@ -119,7 +162,7 @@ __device__ void multiply_codes(const uint32_t *low, const uint32_t *high, int32_
       if (BITS == 4) code |= (h >> (2 * i) & 0x03030303u) << 2;
 #pragma unroll
       for (int32_t r = 0; r < SCORE_ROWS; r++)
-        sum[r] = __dp4a((int)code, *(const int *)&q.weight[r][16 * m + 4 * i], sum[r]);
+        sum[r] = __dp4a((int)code, *(const int *)&q.weight[r][grade.first + 16 * m + 4 * i], sum[r]);
     }
   }
 }
@@ -133,40 +176,43 @@ __device__ float strip_mass(float score) {
   return top + logf(sum);
 }
 
-/* One warp: strip masses of up to 8 rows for one page. mass: (rows, max_strips), at the page's first strip. */
-template <int BITS>
-__device__ void score_page(const device_attention &a, const uint8_t *page, const int32_t *rows, int32_t n_rows,
-                           page_queries &q, float *mass) {
-  int32_t d = a.head_dim, lane = threadIdx.x % WARP;
-  for (int32_t r = 0; r < n_rows; r++) weigh(a.q + (int64_t)rows[r] * d, a.scale, page, d, r, q);
-  for (int32_t i = lane; i < (SCORE_ROWS - n_rows) * d; i += WARP) q.weight[n_rows + i / d][i % d] = 0;
+/* One warp: strip masses of up to 8 rows for one page. order: (head_dim) or NULL; mass: (rows, max_strips), at the
+ * page's first strip. */
+template <int PAGE_BITS>
+__device__ void score_page(const device_attention &a, const uint8_t *page, const uint16_t *order, const int32_t *rows,
+                           int32_t n_rows, page_queries &q, float *mass) {
+  int32_t d = a.head_dim, n = sketch_channels(PAGE_BITS, d), lane = threadIdx.x % WARP;
+  for (int32_t r = 0; r < n_rows; r++) weigh(a.q + (int64_t)rows[r] * d, order, a.scale, page, d, n, r, q);
+  for (int32_t i = lane; i < (SCORE_ROWS - n_rows) * n; i += WARP) q.weight[n_rows + i / n][i % n] = 0;
   __syncwarp();
-  const uint8_t *low = page + 4 * d, *high = low + sketch_low_bytes(d);
   for (int32_t half = 0; half < 2; half++) {
-    int32_t strip = 2 * half + lane / 16, sum[SCORE_ROWS] = {};
-    multiply_codes<BITS>((const uint32_t *)(low + strip * (sketch_low_bytes(d) / 4)) + lane % 16,
-                         (const uint32_t *)(high + strip * (sketch_high_bytes(BITS, d) / 4)) + lane % 16, d, q, sum);
+    int32_t strip = 2 * half + lane / PYLLM_READ_PAGE, sum[SCORE_ROWS] = {};
+    multiply_codes<PAGE_BITS == PYLLM_GRADED ? 4 : PAGE_BITS>(page, sketch_grade_at(PAGE_BITS, d, 0), strip, q, sum);
+    if (PAGE_BITS == PYLLM_GRADED) multiply_codes<2>(page, sketch_grade_at(PAGE_BITS, d, 1), strip, q, sum);
     for (int32_t r = 0; r < n_rows; r++) {
       float x = strip_mass(q.base[r] + q.unit[r] * (float)sum[r]);
-      if (lane % 16 == 0) mass[(int64_t)r * a.max_strips + strip] = x;
+      if (lane % PYLLM_READ_PAGE == 0) mass[(int64_t)r * a.max_strips + strip] = x;
     }
   }
   __syncwarp(); /* the weights are used up */
 }
 
-/* Of tile t. Grid (x, n_kv_heads): warps take pages by turns. Reads each page's sketch once per 8 rows, in decode once. */
-template <int BITS>
-__global__ void __launch_bounds__(WARP *SCORE_WARPS) score_kernel(device_attention a, device_layer layer, int32_t t) {
+/* Of tile t. Grid (x, n_kv_heads): warps take pages by turns. Reads each page's sketch once per 8 rows, in decode once.
+ * channels: (n_kv_heads, head_dim) of a graded sketch. */
+template <int PAGE_BITS>
+__global__ void __launch_bounds__(WARP *SCORE_WARPS)
+    score_kernel(device_attention a, device_layer layer, const uint16_t *channels, int32_t t) {
   query_tile tile = tile_at(a, t);
   int32_t g = blockIdx.y, warp = threadIdx.x / WARP, most = SCORED_MOST * group_of(a);
-  int64_t slot = (int64_t)t * a.n_kv_heads + g, page_bytes = (int64_t)sketch_page_bytes(BITS, a.head_dim);
+  int64_t slot = (int64_t)t * a.n_kv_heads + g;
   int32_t n_rows = tile.n_pages ? a.counts[slot].n_scored : 0;
+  const uint16_t *order = PAGE_BITS == PYLLM_GRADED ? channels + (int64_t)g * a.head_dim : NULL;
   page_queries &q = block_shared<score_shared>().warps[warp];
   for (int32_t page = blockIdx.x * SCORE_WARPS + warp; page < tile.n_pages; page += gridDim.x * SCORE_WARPS)
     for (int32_t r = 0; r < n_rows; r += SCORE_ROWS)
-      score_page<BITS>(a, layer.sketch.pages + ((int64_t)g * a.n_blocks + page) * page_bytes,
-                       a.scored_rows + slot * most + r, n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS, q,
-                       a.strip_mass + ((int64_t)g * most + r) * a.max_strips + page * STRIPS_PER_PAGE);
+      score_page<PAGE_BITS>(a, sketch_page(a, layer, PAGE_BITS, g, page), order, a.scored_rows + slot * most + r,
+                            n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS, q,
+                            a.strip_mass + ((int64_t)g * most + r) * a.max_strips + page * STRIPS_PER_PAGE);
 }
 
 /* ---- wanting ---- */
@@ -215,7 +261,7 @@ struct list_shared {
 
 /* Grid (n_kv_heads, tiles): the wanted strips in order, and the slot's statistics. Reads a byte and writes up to 4 per
  * strip of the bulk. */
-__global__ void __launch_bounds__(LIST_THREADS) list_kernel(device_attention a, device_layer layer, int32_t bits) {
+__global__ void __launch_bounds__(LIST_THREADS) list_kernel(device_attention a, device_layer layer, int32_t page_bits) {
   int32_t *warp_count = block_shared<list_shared>().warp_count;
   query_tile tile = tile_at(a, blockIdx.y);
   if (tile.n_pages == 0) return;
@@ -237,29 +283,40 @@ __global__ void __launch_bounds__(LIST_THREADS) list_kernel(device_attention a, 
   }
   if (threadIdx.x != 0) return;
   a.counts[slot].n_strips = done;
-  count_slot(a, tile, a.counts[slot], sketch_page_bytes(bits, a.head_dim), layer.stats);
+  count_slot(a, tile, a.counts[slot], page_bits, layer.stats);
 }
 
 enum { SCORE_BLOCKS = 256 }; /* per key/value head, at most */
 
-template <int BITS> void score(queue *to, const device_attention &a, const device_layer &layer, int32_t tile) {
+template <int PAGE_BITS>
+void score(queue *to, const device_attention &a, const device_layer &layer, const uint16_t *channels, int32_t tile) {
   int32_t blocks = (a.max_strips / STRIPS_PER_PAGE + SCORE_WARPS - 1) / SCORE_WARPS;
   dim3 grid((unsigned)(blocks < SCORE_BLOCKS ? blocks : SCORE_BLOCKS), (unsigned)a.n_kv_heads);
-  launch(to, score_kernel<BITS>, grid, dim3(WARP * SCORE_WARPS), sizeof(score_shared), a, layer, tile);
+  launch(to, score_kernel<PAGE_BITS>, grid, dim3(WARP * SCORE_WARPS), sizeof(score_shared), a, layer, channels, tile);
+}
+
+auto score_of(int32_t page_bits) {
+  switch (page_bits) {
+  case PYLLM_GRADED: return score<PYLLM_GRADED>;
+  case 2: return score<2>;
+  case 3: return score<3>;
+  default: return score<4>;
+  }
 }
 } // namespace
 
 void cuda_select_pages(queue *to, const device_attention &a, const device_layer &layer, const device_policy &policy,
                        int32_t n) {
-  int32_t bits = policy.page_bits, group = a.n_heads / a.n_kv_heads, asked = n == 1 ? 1 : SCORED_MOST;
+  int32_t page_bits = policy.page_bits, group = a.n_heads / a.n_kv_heads, asked = n == 1 ? 1 : SCORED_MOST;
+  const uint16_t *channels = page_bits == PYLLM_GRADED ? policy.channels : NULL; /* a policy may have some unused */
   unsigned heads = (unsigned)a.n_kv_heads;
   launch(to, fold_kernel, dim3((unsigned)sketch_parts(a.head_dim), heads), dim3(FOLD_THREADS), sizeof(fold_shared), a,
-         layer, bits);
+         layer, page_bits, channels);
   for (int32_t t = 0; t < most_tiles(n); t++) { /* one by one: the masses of one tile's rows are kept */
-    (bits == 2 ? score<2> : bits == 3 ? score<3> : score<4>)(to, a, layer, t);
+    score_of(page_bits)(to, a, layer, channels, t);
     launch(to, want_kernel, dim3((unsigned)(asked * group), heads), dim3(WANT_THREADS), sizeof(want_shared), a, policy,
            t);
   }
   launch(to, list_kernel, dim3(heads, (unsigned)most_tiles(n)), dim3(LIST_THREADS), sizeof(list_shared), a, layer,
-         bits);
+         page_bits);
 }

@@ -136,6 +136,9 @@ enum pyllm_gaussian { PYLLM_LOGNORMAL = 0, PYLLM_FROZEN = 1, PYLLM_TRUNCATED = 2
 /* The bulk mass is ln N + c q.mu plus G; or plus a regression b0 + b1 s^2 + b2 s per head; or the larger of both. */
 enum pyllm_estimate { PYLLM_GAUSSIAN = 0, PYLLM_REGRESSION = 1, PYLLM_MAXIMUM = 2 };
 
+/* A page_bits of its own: see pyllm_attention. */
+enum { PYLLM_GRADED = 1 };
+
 /* How attention decides what to read, for tokens evaluated from now on. Arrays are copied. */
 typedef struct pyllm_attention {
   int32_t policy;          /* enum pyllm_policy */
@@ -148,12 +151,15 @@ typedef struct pyllm_attention {
   /* (n_layers, n_kv_heads, head_dim), (n_layers, n_kv_heads, head_dim, head_dim): mean and covariance (ddof 0) of keys
    * after RoPE, from other text; both NULL: those of the bulk itself. */
   const float *means, *covariances;
-  /* What a long head reads: with page_bits 0 the whole bulk; with 2, 3 or 4, that many bits of its keys are sketched,
-   * and it reads the strips of 16 tokens whose estimated share of attention exceeds page_share for some long head of
+  /* What a long head reads: with page_bits 0 the whole bulk; with 2, 3 or 4, that many bits of its keys are sketched, or
+   * with PYLLM_GRADED 4 bits of a quarter of their channels and 2 of another quarter; and it reads the strips of 16 tokens
+   * whose estimated share of attention exceeds page_share for some long head of
    * its group. page_share is halved for a head until the shares it leaves out sum to at most page_drop (>= 1: no
    * bound). Query tiles share what they read, so with page_bits results depend on how a prompt is cut into batches. */
   int32_t page_bits;
   float page_share, page_drop;
+  /* (n_layers, n_kv_heads, head_dim): each head's channels, first those that move scores most; PYLLM_GRADED. */
+  const uint16_t *channels;
 } pyllm_attention;
 
 /* What was decided and why, for the n tokens of one eval. Arrays of the caller, valid during the call; each may be NULL.
@@ -169,6 +175,7 @@ typedef struct pyllm_record {
   float *mean_score; /* mean c q.mu of the bulk's scores, by the moments that adaptive takes; NaN where there is none */
   float *deviation;  /* their standard deviation s, likewise */
   uint8_t *is_long;  /* (n_layers, n, n_heads) 1 where the head is long; 0 without a bulk */
+  float *queries;    /* (n_layers, n, n_heads, head_dim) after RoPE, not scaled */
 } pyllm_record;
 
 typedef struct pyllm_session_memory {
@@ -181,7 +188,8 @@ typedef struct pyllm_session_memory {
 
 typedef struct pyllm_layer_stats {
   uint64_t pairs, pairs_local; /* (query, head) pairs that had a bulk; of these called local */
-  uint64_t work, work_done;    /* (query, head, bulk key) triples: dense attention's; computed */
+  uint64_t work, work_done;    /* multiply-adds of bulk scores and values: dense attention's; done, sketched scores
+                                  included */
   uint64_t bytes, bytes_read;  /* bulk key and value bytes per (query, key/value head): dense attention's; read, sketch
                                   included */
   uint64_t pages, pages_read;  /* strips in the bulk of (query, key/value head) pairs with a long head; of these read */
@@ -192,7 +200,7 @@ typedef struct pyllm_stage_stats {
   uint64_t calls, ns, bytes; /* bytes of weights and KV cache that the stage streamed; 0 where it is not counted */
 } pyllm_stage_stats;
 
-/* Bytes a session with these parameters needs under policies of page_bits, 0 to 4: for a check before
+/* Bytes a session with these parameters needs under policies of page_bits: for a check before
  * pyllm_session_open, which takes all but the sketch. */
 int32_t pyllm_session_memory_needed(const pyllm_model *model, const pyllm_session_params *params, int32_t page_bits,
                                     pyllm_session_memory *out, pyllm_error *err);

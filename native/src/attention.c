@@ -1,5 +1,6 @@
 #include "attention.h"
 #include "estimate.h"
+#include "sketch.h"
 #include <stdlib.h>
 
 /* Tiles of n queries: full ones, and cut ones at both ends and where the first page leaves the window. */
@@ -222,7 +223,10 @@ static void count_long(const attention_batch *b, const query_tile *tile, int32_t
   }
 }
 
-void attention_count(const attention_batch *b, uint64_t sketch_bytes, pyllm_layer_stats *stats) {
+void attention_count(const attention_batch *b, int32_t page_bits, pyllm_layer_stats *stats) {
+  uint64_t sketch_bytes = page_bits ? sketch_page_bytes(page_bits, b->head_dim) : 0;
+  uint64_t key_work = 2 * (uint64_t)b->head_dim; /* multiply-adds of a score, and of a value that is weighted */
+  uint64_t sketch_work = page_bits ? PYLLM_PAGE * (uint64_t)sketch_channels(page_bits, b->head_dim) : 0; /* of a page */
   uint64_t group = (uint64_t)(b->n_heads / b->n_kv_heads);
   uint64_t key_bytes = 2 * sizeof(uint16_t) * (uint64_t)b->head_dim; /* key and value */
   for (int32_t t = 0; t < b->n_tiles; t++) {
@@ -234,11 +238,14 @@ void attention_count(const attention_batch *b, uint64_t sketch_bytes, pyllm_laye
       count_long(b, tile, g, &heads, &queries);
       stats->pairs += n * group;
       stats->pairs_local += n * group - heads;
-      stats->work += n * group * all * STRIP;
-      stats->work_done += heads * read_strips * STRIP;
+      stats->work += n * group * all * STRIP * key_work;
+      stats->work_done += heads * read_strips * STRIP * key_work;
       stats->bytes += n * all * STRIP * key_bytes;
       stats->bytes_read += queries * read_strips * STRIP * key_bytes;
-      if (sketch_bytes) stats->bytes_read += (uint64_t)read->n_scored * pages * sketch_bytes;
+      if (page_bits) {
+        stats->work_done += (uint64_t)read->n_scored_heads * pages * sketch_work;
+        stats->bytes_read += (uint64_t)read->n_scored * pages * sketch_bytes;
+      }
       stats->pages += queries * all;
       stats->pages_read += queries * read_strips;
     }

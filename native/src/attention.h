@@ -43,8 +43,8 @@ typedef struct work_list {
 
 /* What one tile reads of the bulk for one key/value head. */
 typedef struct tile_read {
-  int32_t n_strips; /* of 4 n_pages */
-  int32_t n_scored; /* queries that read the sketch */
+  int32_t n_strips;                 /* of 4 n_pages */
+  int32_t n_scored, n_scored_heads; /* queries that read the sketch, and (query, head) pairs scored on it */
 } tile_read;
 
 /* One batch on its way through one layer's attention. */
@@ -91,7 +91,7 @@ void attention_decide(attention_batch *b, const attention_policy *policy, int32_
 void attention_list_everything(attention_batch *b, const uint8_t *queries);
 /* Writes the bulk work list of the long rows: all of the bulk, or with `paged` the strips marked in `wanted`. */
 void attention_list_long(attention_batch *b, bool paged);
-/* sketch_bytes: of one page; 0 without a page tier. */
-void attention_count(const attention_batch *b, uint64_t sketch_bytes, pyllm_layer_stats *stats);
+/* page_bits: the policy's. */
+void attention_count(const attention_batch *b, int32_t page_bits, pyllm_layer_stats *stats);
 
 #endif

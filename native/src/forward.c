@@ -42,7 +42,7 @@ static void attention(pyllm_session *s, int32_t layer, bool rounded, const batch
   stages->attend_bulk(be, a, layer);
   trace_lap(&s->trace, STAGE_ATTEND_BULK, bytes);
   if (record->all) {
-    pyllm_record rows = record_rows(record, layer, s->model->config.n_heads);
+    pyllm_record rows = record_rows(record, layer, s->model->config.n_heads, s->model->config.head_dim);
     stages->record(be, a, layer, &rows);
     trace_lap(&s->trace, STAGE_AUDIT, 0);
   }

@@ -1,13 +1,19 @@
 #include "policy.h"
 #include "error.h"
 #include <math.h>
-#include <stdbool.h>
 #include <stdlib.h>
 #include <string.h>
 
 int32_t policy_check_bits(int32_t page_bits, pyllm_error *err) {
-  if (page_bits == 0 || (page_bits >= 2 && page_bits <= 4)) return PYLLM_OK;
-  return fail(err, PYLLM_ERR_ARGUMENT, "a key sketch of %d bits: 0 (none), 2, 3 and 4 are possible", page_bits);
+  if (page_bits >= 0 && page_bits <= 4) return PYLLM_OK;
+  return fail(err, PYLLM_ERR_ARGUMENT, "a key sketch of %d bits: 0 (none), 1 (graded), 2, 3 and 4 are possible",
+              page_bits);
+}
+
+bool policy_needs_sketch(const attention_policy *p, size_t n, int32_t page_bits, const uint16_t *channels) {
+  if (p->page_bits == 0) return false;
+  if (p->page_bits != page_bits) return true;
+  return p->page_bits == PYLLM_GRADED && memcmp(p->channels, channels, n * sizeof *channels) != 0;
 }
 
 static int32_t check_numbers(const pyllm_attention *a, pyllm_error *err) {
@@ -35,6 +41,8 @@ static int32_t check_presence(const pyllm_attention *a, pyllm_error *err) {
     return fail(err, PYLLM_ERR_ARGUMENT, "an estimate by regression needs its coefficients");
   if (!a->means != !a->covariances)
     return fail(err, PYLLM_ERR_ARGUMENT, "calibrated moments need means and covariances");
+  if (a->page_bits == PYLLM_GRADED && !a->channels)
+    return fail(err, PYLLM_ERR_ARGUMENT, "a graded key sketch needs the order of the channels");
   return PYLLM_OK;
 }
 
@@ -57,6 +65,23 @@ static bool is_covariance(const float *cov, int32_t d) {
   return true;
 }
 
+enum { MAX_CHANNELS = 512 }; /* of a head: config.c refuses more */
+
+/* channels (heads, d): each head's are 0 to d - 1 in some order. */
+static int32_t check_channels(const uint16_t *channels, size_t heads, size_t d, pyllm_error *err) {
+  for (size_t i = 0; channels && i < heads; i++) {
+    bool seen[MAX_CHANNELS] = {false};
+    for (size_t j = 0; j < d; j++) {
+      size_t channel = channels[i * d + j];
+      if (channel >= d || seen[channel])
+        return fail(err, PYLLM_ERR_ARGUMENT, "channel %zu of key/value head %zu is %zu: out of range or named twice", j,
+                    i, channel);
+      seen[channel] = true;
+    }
+  }
+  return PYLLM_OK;
+}
+
 static int32_t check_arrays(const pyllm_attention *a, const policy_shape *s, pyllm_error *err) {
   size_t heads = (size_t)s->n_layers * (size_t)s->n_heads, kv_heads = (size_t)s->n_layers * (size_t)s->n_kv_heads;
   size_t d = (size_t)s->head_dim;
@@ -65,6 +90,7 @@ static int32_t check_arrays(const pyllm_attention *a, const policy_shape *s, pyl
   int32_t status = check_finite("regression coefficient", a->coefficients, heads * 3, err);
   if (!status) status = check_finite("calibrated mean", a->means, kv_heads * d, err);
   if (!status) status = check_finite("calibrated covariance", a->covariances, kv_heads * d * d, err);
+  if (!status) status = check_channels(a->channels, kv_heads, d, err);
   for (size_t i = 0; !status && a->covariances && i < kv_heads; i++)
     if (!is_covariance(a->covariances + i * d * d, s->head_dim))
       status = fail(err, PYLLM_ERR_ARGUMENT, "calibrated covariance of layer %zu, key/value head %zu: not symmetric",
@@ -99,7 +125,8 @@ int32_t policy_new(const pyllm_attention *a, const policy_shape *s, attention_po
                         .covariances = copy_of(a->covariances, kv_heads * d * d * sizeof(float), &refused),
                         .page_bits = a->page_bits,
                         .page_share = a->page_share,
-                        .page_drop = a->page_drop};
+                        .page_drop = a->page_drop,
+                        .channels = copy_of(a->channels, kv_heads * d * sizeof(uint16_t), &refused)};
   if (refused) {
     policy_free(&p);
     return fail(err, PYLLM_ERR_MEMORY, "memory for an attention policy of %zu heads was refused", heads);
@@ -114,4 +141,5 @@ void policy_free(attention_policy *p) {
   free(p->coefficients);
   free(p->means);
   free(p->covariances);
+  free(p->channels);
 }

@@ -2,6 +2,8 @@
 #ifndef PYLLM_SRC_POLICY_H
 #define PYLLM_SRC_POLICY_H
 #include "pyllm.h"
+#include <stdbool.h>
+#include <stddef.h>
 
 typedef struct policy_shape {
   int32_t n_layers, n_heads, n_kv_heads, head_dim;
@@ -17,10 +19,13 @@ typedef struct attention_policy {
   float *covariances;  /* (n_layers, n_kv_heads, head_dim, head_dim) */
   int32_t page_bits;   /* 0: long heads read the whole bulk */
   float page_share, page_drop;
+  uint16_t *channels; /* (n_layers, n_kv_heads, head_dim) of a graded sketch */
 } attention_policy;
 
-/* Fails where no key sketch has so many bits. */
+/* Fails where there is no such key sketch. */
 int32_t policy_check_bits(int32_t page_bits, pyllm_error *err);
+/* Whether a policy has a sketch, and other than of these page_bits and channels (n). */
+bool policy_needs_sketch(const attention_policy *p, size_t n, int32_t page_bits, const uint16_t *channels);
 /* Fails with one sentence for what no policy can be; out is owned by the caller. */
 int32_t policy_new(const pyllm_attention *a, const policy_shape *shape, attention_policy *out, pyllm_error *err);
 void policy_free(attention_policy *p);

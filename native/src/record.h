@@ -9,7 +9,7 @@ typedef struct batch_record {
   int32_t n, first;        /* tokens of the eval, and which of them the batch begins with */
 } batch_record;
 
-/* Arrays (batch, n_heads) of one layer, audit (batch). */
-pyllm_record record_rows(const batch_record *record, int32_t layer, int32_t n_heads);
+/* Arrays (batch, n_heads) of one layer, queries (batch, n_heads, head_dim), audit (batch). */
+pyllm_record record_rows(const batch_record *record, int32_t layer, int32_t n_heads, int32_t head_dim);
 
 #endif

@@ -63,7 +63,7 @@ static void run_chunk(attention_run *r, int32_t position, const pyllm_record *re
   o->select(&r->be, r->state, 0);
   o->attend_bulk(&r->be, r->state, 0);
   batch_record rows = {record, n_all, position};
-  pyllm_record chunk = record_rows(&rows, 0, r->shape.n_heads);
+  pyllm_record chunk = record_rows(&rows, 0, r->shape.n_heads, r->shape.head_dim);
   o->record(&r->be, r->state, 0, &chunk);
   o->finish(&r->be, r->state, false, &r->out);
 }

@@ -18,6 +18,9 @@ from pyllm.record import Record
 # Up to this many tokens a call returns too quickly for Ctrl-C to need a thread.
 SHORT_EVAL = 8
 
+# Of a pointer to an array's numbers, by numpy's name of them.
+C_TYPES = {"float32": "float[]", "uint8": "uint8_t[]", "bool": "uint8_t[]", "uint16": "uint16_t[]"}
+
 
 @dataclass(frozen=True)
 class SessionMemory:
@@ -112,6 +115,7 @@ class NativeSession:
         page_bits: int = 0,
         page_share: float = 0.0,
         page_drop: float = 1.0,
+        channels: NDArray[np.uint16] | None = None,
     ) -> None:
         """The fields of pyllm_attention, arrays contiguous.
 
@@ -130,6 +134,7 @@ class NativeSession:
             "coefficients": (coefficients, (*heads, 3)),
             "means": (means, (*kv_heads, d)),
             "covariances": (covariances, (*kv_heads, d, d)),
+            "channels": (channels, (*kv_heads, d)),
         }
         arrays = {}  # alive until the call has copied them
         for name, (array, shape) in given.items():
@@ -137,7 +142,7 @@ class NativeSession:
                 continue
             if array.shape != shape:
                 raise errors.ArgumentError(f"{name} of shape {array.shape}, but the model has {shape}")
-            arrays[name] = ffi.from_buffer("uint8_t[]" if array.dtype == np.uint8 else "float[]", array)
+            arrays[name] = ffi.from_buffer(C_TYPES[array.dtype.name], array)
             setattr(attention, name, arrays[name])
         with self.lock:
             check(lib.pyllm_session_set_attention, self.handle, attention)
@@ -218,8 +223,9 @@ class NativeSession:
 def _record_arrays(record: Record) -> dict[str, Any]:
     """The fields of pyllm_record."""
     ffi, _ = library()
-    types = {"audit": "uint8_t[]", "is_long": "uint8_t[]"}
+    given = {f.name: getattr(record, f.name) for f in fields(record)}
     return {
-        f.name: ffi.from_buffer(types.get(f.name, "float[]"), getattr(record, f.name), f.name != "audit")
-        for f in fields(record)
+        name: ffi.from_buffer(C_TYPES[array.dtype.name], array, name != "audit")
+        for name, array in given.items()
+        if array is not None
     }

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pyllm.attention import Dense, Policy
+from pyllm.attention import OPTIONS, Dense, PageBits, Policy
 from pyllm.cli import eval_tasks, options
 from pyllm.cli.terminal import prefill_bar, render
 from pyllm.cpus import ISAS
@@ -24,7 +24,7 @@ from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
 
-N = TypeVar("N", int, float)
+N = TypeVar("N")
 
 HELP = "Compare attention policies with dense attention on long text or tasks: quality against cost."
 
@@ -69,9 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--thresholds", _floats, THRESHOLDS, "of oracle and adaptive"),
         ("--shares", _floats, SHARES, "of heads that static labels call local"),
         ("--page-shares", _floats, PAGE_SHARES, "of attention above which the page tier reads a page"),
-        ("--page-bits", _ints, PAGE_BITS, "of the page tier's sketch: 2, 3 or 4"),
+        ("--page-bits", _page_bits, PAGE_BITS, "of the page tier's sketch: 2, 3, 4 or graded"),
     ):
-        shown = ",".join(f"{value:g}" for value in default)
+        shown = ",".join(f"{value}" for value in default)
         parser.add_argument(
             name, type=kind, default=default, metavar="A,B", help=f"{what} (default: {shown})"
         )
@@ -237,8 +237,8 @@ def _floats(text: str) -> tuple[float, ...]:
     return _numbers(text, float)
 
 
-def _ints(text: str) -> tuple[int, ...]:
-    return _numbers(text, int)
+def _page_bits(text: str) -> tuple[PageBits, ...]:
+    return _numbers(text, OPTIONS["page_bits"])
 
 
 def _numbers(text: str, kind: Callable[[str], N]) -> tuple[N, ...]:

@@ -37,7 +37,7 @@ class Plan:
     """budget_kl: nats that the balanced preset may lose. n_ctx: tokens of a text, limit: of each of the three
     parts at most. n_decode: of each text's tokens, how many are evaluated one by one."""
 
-    budget_kl: float = 0.005
+    budget_kl: float = 0.0025
     n_ctx: int = 4096
     limit: int = 16384
     n_decode: int = 512
@@ -143,6 +143,7 @@ def _search(
         n_layers=llm.info.n_layers,
         gates=_gates(plan, calibration),
         geometry=plan.geometry,
+        calibration=calibration,
     )
 
 

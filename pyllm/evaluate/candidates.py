@@ -10,7 +10,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.attention import GRANULARITIES, Adaptive, Dense, Oracle, Policy, Static, Window
+from pyllm import attention
+from pyllm.attention import (
+    GRADED,
+    GRANULARITIES,
+    Adaptive,
+    Dense,
+    Oracle,
+    PageBits,
+    Policy,
+    Static,
+    Window,
+)
 from pyllm.calibration import MOMENTS, Calibration
 from pyllm.errors import ArgumentError
 from pyllm.local_heads import top_groups, top_share
@@ -51,7 +62,7 @@ class Choice:
     thresholds: Sequence[float] = THRESHOLDS
     shares: Sequence[float] = SHARES
     page_shares: Sequence[float] = PAGE_SHARES
-    page_bits: Sequence[int] = PAGE_BITS
+    page_bits: Sequence[PageBits] = PAGE_BITS
 
     def __post_init__(self) -> None:
         for name in self.policies:
@@ -63,8 +74,11 @@ class Choice:
             if not 0 <= share <= 1:
                 raise ArgumentError(f"share of local heads: expected 0 to 1, got {share:g}")
         Dense(**self.geometry)
-        for bits, share in itertools.product(self.page_bits, self.page_shares):
-            Dense(page_bits=bits, page_share=share)
+        for bits in self.page_bits:
+            if bits not in attention.PAGE_BITS:
+                raise ArgumentError(f"page_bits: expected one of {tuple(attention.PAGE_BITS)}, got {bits!r}")
+        for share in self.page_shares:
+            Dense(page_share=share)
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -77,7 +91,7 @@ class Fitted:
     """What is known of the model, from other text than the evaluated one.
 
     local: (n_layers, n_heads), the share of queries for which the oracle called a head local; static rows
-    need it. calibrations: by the moments they were fitted with; the forms in `CALIBRATED` need them.
+    need it. calibrations: by the moments they were fitted with; `calibrated` tells which rows need them.
     """
 
     n_kv_heads: int = 1
@@ -105,6 +119,16 @@ CALIBRATED = {
 }
 
 
+PAGE_ROWS = ("pages", "adaptive+pages")
+
+
+def calibrated(name: str, choice: Choice) -> str | None:
+    """The moments of the calibration that the rows of this name need, None where they need none."""
+    if name in PAGE_ROWS and GRADED in choice.page_bits:
+        return "prompt"
+    return CALIBRATED.get(name)
+
+
 def candidates(choice: Choice, fitted: Fitted | None = None) -> list[Candidate]:
     """Every row, in the order of the table."""
     return [row for name in choice.policies for row in ROWS[name](choice, fitted or Fitted())]
@@ -114,7 +138,8 @@ def keys(choice: Choice) -> list[tuple[str, float | None]]:
     """Of every row, before anything is fitted: what that says does not change what rows are called."""
     blank = np.zeros((1, 1, 1))
     calibrations = {
-        moments: Calibration(np.zeros((1, 1, 3)), blank, blank[None], (0, 1), moments) for moments in MOMENTS
+        moments: Calibration(np.zeros((1, 1, 3)), blank, blank[None], blank, (0, 1), moments)
+        for moments in MOMENTS
     }
     return [candidate.key for candidate in candidates(choice, Fitted(1, blank[0], calibrations))]
 
@@ -127,16 +152,23 @@ def _window(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
     yield Candidate("window", Window(**choice.geometry))
 
 
-def _pages(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
+def _tiers(choice: Choice, fitted: Fitted) -> Iterator[tuple[str, dict[str, Any], float]]:
+    """The page tiers: what a line is called, what a policy takes, and its setting."""
     for bits, share in itertools.product(choice.page_bits, choice.page_shares):
-        policy = Dense(**choice.geometry, page_bits=bits, page_share=share)
-        yield Candidate(f"pages {bits}-bit", policy, share)
+        tier: dict[str, Any] = {"page_bits": bits, "page_share": share}
+        if bits == GRADED:
+            tier["calibration"] = fitted.calibrations["prompt"]
+        yield bits if bits == GRADED else f"{bits}-bit", tier, share
+
+
+def _pages(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
+    for name, tier, share in _tiers(choice, fitted):
+        yield Candidate(f"pages {name}", Dense(**choice.geometry, **tier), share)
 
 
 def _gated_pages(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
-    for bits, share in itertools.product(choice.page_bits, choice.page_shares):
-        policy = Adaptive(GATE, "group", **choice.geometry, page_bits=bits, page_share=share)
-        yield Candidate(f"adaptive+pages {bits}-bit", policy, share)
+    for name, tier, share in _tiers(choice, fitted):
+        yield Candidate(f"adaptive+pages {name}", Adaptive(GATE, "group", **choice.geometry, **tier), share)
 
 
 def _static(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:

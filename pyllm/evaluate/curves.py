@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm.attention import PageBits
+
 HUGE = 50.0  # a logarithm, of more than anybody pays or loses: steep lines go on to more than floats hold
 BELOW = 5.0  # logarithms of shares that a curve goes on below the smallest measured one
 
@@ -39,13 +41,13 @@ class Curve:
     """Loss and cost of the page tier over its share, between what was measured straight lines of the
     logarithms; beyond, the nearest piece goes on. All (n,), n >= 2, by share."""
 
-    bits: int
+    bits: PageBits
     log_share: NDArray[np.float64]
     log_loss: NDArray[np.float64]
     log_cost: NDArray[np.float64]
 
     @classmethod
-    def of(cls, bits: int, points: Mapping[float, tuple[float, float]]) -> Curve:
+    def of(cls, bits: PageBits, points: Mapping[float, tuple[float, float]]) -> Curve:
         """points: loss and cost, both above 0, by share."""
         shares = sorted(points)
         # Noise aside, who reads less loses more and costs less.

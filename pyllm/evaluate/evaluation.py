@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import texts, tradeoff
-from pyllm.evaluate.candidates import CALIBRATED, FORMS, Candidate, Choice, Fitted, adaptive, candidates, keys
+from pyllm.evaluate.candidates import FORMS, Candidate, Choice, Fitted, adaptive, calibrated, candidates, keys
 from pyllm.evaluate.classifier import Classifier, classify
 from pyllm.evaluate.fit import fit
 from pyllm.evaluate.results import Results, Row
@@ -21,7 +21,7 @@ from pyllm.session import Progress
 
 def fitting_texts(llm: LLM, choice: Choice, n_ctx: int, seed: int) -> list[Text]:
     """Of n_ctx tokens each, what the choice's policies are fitted on; none where none is."""
-    if not any(name == "static" or name in CALIBRATED for name in choice.policies):
+    if not any(name == "static" or calibrated(name, choice) for name in choice.policies):
         return []
     return [texts.excerpt(llm, name, text, n_ctx, seed) for name, text in texts.builtin(fitted=True).items()]
 
@@ -111,11 +111,12 @@ class Evaluation:
                 self.llm, self.other, choice.window, choice.sinks, progress
             )
             self._keep()
-        moments = dict.fromkeys(CALIBRATED[name] for name in choice.policies if name in CALIBRATED)
+        moments = dict.fromkeys(calibrated(name, choice) for name in choice.policies)
         tokens = [text.tokens for text in self.other]
         calibrations = {
             kind: fit(self.llm, tokens, **choice.geometry, moments=kind, progress=progress)
             for kind in moments
+            if kind
         }
         return Fitted(self.llm.info.n_kv_heads, self.results.local_shares, calibrations)
 

@@ -30,7 +30,8 @@ def fit(
     moments: str = "prompt",
     progress: Progress | None = None,
 ) -> Calibration:
-    """Moments of the bulk keys of these texts, and for every head b0, b1, b2 by least squares:
+    """Moments of the bulk keys of these texts, mean squares of their queries, and for every head b0, b1, b2
+    by least squares:
 
         M − ln N − c·q·μ  ≈  b0 + b1 s² + b2 s
 
@@ -58,14 +59,15 @@ class _Readings:
 
     def read(self, policy: Adaptive) -> Calibration:
         """Fitted with the policy's moments."""
-        squares, keys = _LeastSquares(self.llm), _KeyMoments(self.llm)
+        least, keys, queries = _LeastSquares(self.llm), _KeyMoments(self.llm), _QuerySquares(self.llm)
         for text in self.texts:
             session = self.llm.session(n_ctx=len(text), attention=policy)
             for first in range(0, len(text), self.llm.n_batch):
                 batch = text[first : first + self.llm.n_batch]
-                record = session.new_record(len(batch), audit=True)
+                record = session.new_record(len(batch), audit=True, queries=True)
                 session.eval(batch, record=record)
-                squares.add(record, _bulk_sizes(first, len(batch), policy))
+                least.add(record, _bulk_sizes(first, len(batch), policy))
+                queries.add(record)
                 self.done += len(batch)
                 if self.progress:
                     self.progress(self.done, self.total)
@@ -76,9 +78,8 @@ class _Readings:
                 f"query has a bulk only from {policy.window + policy.sinks + PAGE} tokens on"
             )
         positions = policy.sinks, policy.sinks + keys.longest
-        return Calibration(
-            squares.solve(), keys.mean, keys.covariance, positions, policy.moments, self.llm.fingerprint
-        )
+        fitted = least.solve(), keys.mean, keys.covariance, queries.mean()
+        return Calibration(*fitted, positions, policy.moments, self.llm.fingerprint)
 
 
 class _LeastSquares:
@@ -130,6 +131,24 @@ class _KeyMoments:
         self.covariance = (1 - share) * self.covariance + share * cov + between
         self.mean = self.mean + share * apart
         self.n, self.longest = self.n + n, max(self.longest, n)
+
+
+class _QuerySquares:
+    """Mean squares of the queries that read each key/value head, (n_layers, n_kv_heads, head_dim)."""
+
+    def __init__(self, llm: LLM) -> None:
+        info = llm.info
+        self.n, self.sum = 0, np.zeros((info.n_layers, info.n_kv_heads, info.head_dim))
+
+    def add(self, record: Record) -> None:
+        assert record.queries is not None
+        n_layers, n, n_heads, d = record.queries.shape
+        grouped = record.queries.reshape(n_layers, n, self.sum.shape[1], -1, d)
+        self.sum += np.einsum("lngqd,lngqd->lgd", grouped, grouped)
+        self.n += n * n_heads // self.sum.shape[1]
+
+    def mean(self) -> NDArray[np.float64]:
+        return self.sum / self.n
 
 
 def _bulk_sizes(position: int, n: int, policy: Adaptive) -> NDArray[np.int64]:

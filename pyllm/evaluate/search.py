@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.attention import Adaptive, Dense, Policy
+from pyllm.attention import GRADED, Adaptive, Dense, PageBits, Policy
+from pyllm.calibration import Calibration
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.curves import Bands, Curve
 from pyllm.evaluate.static_labels import NEVER_LOCAL
 from pyllm.profile import Measured
 
-PAGE_BITS = (2, 3, 4)
+PAGE_BITS: tuple[PageBits, ...] = (GRADED, 3)  # 2 and 4 were never the cheapest
 PAGE_SHARES = (0.003, 0.01, 0.03)
 REFINEMENTS = 2  # times that a page share is moved towards the budget
 BANDS = 10  # of neighbouring layers at most, which have a gate together or none
@@ -51,13 +53,14 @@ class Trial:
 class Search:
     """measure: on the tuning text. measure_band: the same, perhaps on less of it, for a gate in one band of
     layers at a time. gates: head tiers that may stand before the page tier, with one threshold for all heads.
-    geometry: `window` and `sinks` of all policies."""
+    geometry: `window` and `sinks` of all policies. calibration: of a graded sketch."""
 
     measure: Measure
     measure_band: Measure
     n_layers: int
     gates: Sequence[Adaptive]
-    geometry: Mapping[str, int]
+    geometry: Mapping[str, Any]
+    calibration: Calibration
     trials: list[Trial] = field(default_factory=list)
 
     def run(self, budgets: Mapping[str, float]) -> dict[str, Trial]:
@@ -120,8 +123,9 @@ class Search:
         curve = min(self._curves(), key=lambda curve: curve.cost(curve.share(AIM * budget)))
         return self._pages(curve.bits, curve.share(AIM * budget))
 
-    def _pages(self, bits: int, share: float) -> Dense:
-        return Dense(page_bits=bits, page_share=share, **self.geometry)
+    def _pages(self, bits: PageBits, share: float) -> Dense:
+        calibration = self.calibration if bits == GRADED else None
+        return Dense(page_bits=bits, page_share=share, calibration=calibration, **self.geometry)
 
     # ---- gates ----
 
@@ -166,7 +170,14 @@ class Search:
         chosen, _, curve, share = best
         layers = [layer for band in chosen for layer in bands(self.n_layers)[band]]
         thresholds = _thresholds(gate, self.n_layers, layers)
-        return replace(gate, threshold=thresholds, page_bits=curve.bits, page_share=share)
+        pages = self._pages(curve.bits, share)
+        return replace(
+            gate,
+            threshold=thresholds,
+            page_bits=pages.page_bits,
+            page_share=pages.page_share,
+            calibration=pages.calibration or gate.calibration,
+        )
 
 
 def bands(n_layers: int) -> list[list[int]]:

@@ -24,7 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .moments import Moments, bulk_mass, score_moments
-from .sketch import BITS, READ_PAGE, Sketch, page_bytes, read_pages, sketch
+from .sketch import BITS, GRADED, READ_PAGE, PageBits, Sketch, n_sketched, page_bytes, read_pages, sketch
 
 PAGE = 64
 
@@ -40,7 +40,8 @@ class Policy:
     gaussian, estimate: the forms of `moments.log_mean_exp` and `moments.bulk_mass`.
     coefficients: (n_layers, n_heads, 3) of estimates by regression; float32, as the library takes them.
     means, covariances: (n_layers, G, d), (n_layers, G, d, d) of other text's keys, in place of the bulk's.
-    page_bits: of the key sketch that tells a long head what to read: 2, 3, 4; 0 reads the whole bulk.
+    page_bits: of the key sketch that tells a long head what to read: 2, 3, 4, or "graded", in the order of
+    channels, (n_layers, G, d), by default as they stand; 0 reads the whole bulk.
     page_share, page_drop: a head wants the read pages whose share exceeds page_share, or less until those it
     does not want hold at most page_drop (1: no bound); rounded to float32, as the library takes them.
     """
@@ -56,9 +57,10 @@ class Policy:
     coefficients: npt.NDArray[np.float32] | None = None
     means: npt.NDArray[np.float32] | None = None
     covariances: npt.NDArray[np.float32] | None = None
-    page_bits: int = 0
+    page_bits: PageBits = 0
     page_share: float = 0.005
     page_drop: float = 1.0
+    channels: npt.NDArray[np.uint16] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in POLICIES:
@@ -67,8 +69,8 @@ class Policy:
             raise ValueError(f"granularity is {self.granularity!r}, expected 'head' or 'group'")
         if self.kind == "static" and self.static_local is None:
             raise ValueError("kind is 'static' but static_local is missing")
-        if self.page_bits not in (0, *BITS):
-            raise ValueError(f"page_bits is {self.page_bits}, expected 0 or one of {BITS}")
+        if self.page_bits not in (0, *BITS, GRADED):
+            raise ValueError(f"page_bits is {self.page_bits!r}, expected 0, {GRADED!r} or one of {BITS}")
         if not (self.page_share >= 0 and self.page_drop >= 0):
             raise ValueError(f"page_share is {self.page_share} and page_drop {self.page_drop}, expected >= 0")
         if self.n_window < 1 or not 0 <= self.n_sink <= PAGE:
@@ -181,7 +183,7 @@ def attend(
     first = n_positions - n_queries
     queries = by_head(np.asarray(q).astype(np.float64), n_kv_heads)
     keys, values = stored(k).transpose(1, 0, 2), stored(v).transpose(1, 0, 2)
-    sketches = sketch_bulk(keys, policy)
+    sketches = sketch_bulk(keys, policy, layer)
     rounded = PRODUCTS[products]
     factors, values = rounded(keys), rounded(values)
 
@@ -307,12 +309,14 @@ def n_read_pages(t: int, policy: Policy) -> int:
     return (bulk_end(t, policy.n_sink, policy.n_window) - policy.n_sink) // READ_PAGE
 
 
-def sketch_bulk(keys: npt.NDArray[np.float64], policy: Policy) -> list[Sketch]:
+def sketch_bulk(keys: npt.NDArray[np.float64], policy: Policy, layer: int) -> list[Sketch]:
     """(G) of the bulk of the last of keys (G, S, d); none without page_bits."""
     if not policy.page_bits:
         return []
     end = bulk_end(keys.shape[1] - 1, policy.n_sink, policy.n_window)
-    return [sketch(k[policy.n_sink : end].reshape(-1, PAGE, k.shape[1]), policy.page_bits) for k in keys]
+    bulk = keys[:, policy.n_sink : end].reshape(len(keys), -1, PAGE, keys.shape[2])
+    orders = [None] * len(keys) if policy.channels is None else policy.channels[layer]
+    return [sketch(pages, policy.page_bits, order) for pages, order in zip(bulk, orders, strict=True)]
 
 
 def list_reads(
@@ -355,7 +359,7 @@ def count(decisions: Decisions, first: int, head_dim: int, policy: Policy) -> La
     """Statistics over the queries at positions first, first + 1, ...; a query without bulk counts nowhere."""
     stats = LayerStats()
     n_heads, n_kv_heads = decisions.local.shape[1], decisions.reads.shape[1]
-    key_and_value = 2 * 2 * head_dim
+    key_and_value = 2 * 2 * head_dim  # bytes; and half as many multiply-adds for each head
     for row in np.flatnonzero(decisions.has_bulk):
         n_pages = n_read_pages(first + int(row), policy)
         n_bulk = n_pages * READ_PAGE
@@ -363,13 +367,15 @@ def count(decisions: Decisions, first: int, head_dim: int, policy: Policy) -> La
         n_read = decisions.reads[row].sum(axis=1)  # (G)
         stats.pairs += n_heads
         stats.pairs_local += n_heads - int(n_long.sum())
-        stats.work += n_heads * n_bulk
-        stats.work_done += int(n_long @ n_read) * READ_PAGE
+        stats.work += n_heads * n_bulk * 2 * head_dim
+        stats.work_done += int(n_long @ n_read) * READ_PAGE * 2 * head_dim
         stats.bytes += n_kv_heads * n_bulk * key_and_value
         stats.bytes_read += int(n_read.sum()) * READ_PAGE * key_and_value
         if policy.page_bits:
             sketch_bytes = n_bulk // PAGE * page_bytes(head_dim, policy.page_bits)
-            stats.bytes_read += int(decisions.scored[row].sum()) * sketch_bytes
+            scored = decisions.scored[row]  # (G)
+            stats.work_done += int(n_long @ scored) * n_bulk * n_sketched(policy.page_bits, head_dim)
+            stats.bytes_read += int(scored.sum()) * sketch_bytes
         stats.pages += int(np.count_nonzero(n_long)) * n_pages
         stats.pages_read += int(n_read.sum())
     return stats

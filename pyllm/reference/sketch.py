@@ -1,10 +1,13 @@
 """The page tier: which read pages of the bulk the long heads of a tile read, judged by a low-bit key sketch.
 
 A sketch rounds the keys of a page, 64 tokens of one key/value head, to 2, 3 or 4 bits between the least and
-the greatest value of each channel. Scores estimated from it give every read page, 16 tokens, its share of a
-query head's attention, and a head wants the read pages whose share exceeds a cut. All long heads of a tile
-and key/value head read what any scored one of them wants: so with this tier results depend on how a prompt
-is cut into batches. Axes: P pages, R = 4 P read pages, d = head_dim; one key/value head everywhere.
+the greatest value of each channel; a graded one takes the channels in a given order, has 4 bits for the first
+quarter of them, 2 for the second, and for the rest only their mean. Scores estimated from it give every read
+page, 16 tokens, its share of a query head's attention, and a head wants the read pages whose share exceeds a
+cut. All long heads of a tile and key/value head read what any scored one of them wants: so with this tier
+results depend on how a prompt is cut into batches.
+
+Axes: P pages, R = 4 P read pages, d = head_dim; one key/value head everywhere.
 """
 
 from __future__ import annotations
@@ -23,11 +26,14 @@ READ_PAGE = 16
 SCORED_MOST = 16
 MAX_HALVINGS = 16
 BITS = (2, 3, 4)
+GRADED = "graded"
+PageBits = int | str  # 0, no sketch, one of BITS, or GRADED
 
 
 @dataclass(frozen=True)
 class Sketch:
-    """Key i of a page is about lo + step * codes[i]. lo, step: (P, d), values of f16. codes: (P, 64, d)."""
+    """Key i of a page is about lo + step * codes[i]. lo, step: (P, d), values of f16; step is 0 in channels
+    without bits. codes: (P, 64, d)."""
 
     lo: Floats
     step: Floats
@@ -37,26 +43,61 @@ class Sketch:
         return Sketch(self.lo[:n_pages], self.step[:n_pages], self.codes[:n_pages])
 
 
-def sketch(pages: npt.ArrayLike, bits: int) -> Sketch:
-    """Of the keys (P, 64, d) as the KV cache stores them, in f16."""
+def grades(page_bits: PageBits, head_dim: int) -> list[tuple[int, int]]:
+    """(bits, channels) of the runs of channels with equally many bits, in the sketch's order. A quarter of
+    the channels is a whole number of 16s, rounded up, where there are that many left."""
+    if page_bits != GRADED:
+        return [(int(page_bits), head_dim)]
+    quarter = 16 * math.ceil(head_dim / 64)
+    first = min(quarter, head_dim)
+    second = min(quarter, head_dim - first)
+    return [(4, first), (2, second), (0, head_dim - first - second)]
+
+
+def n_sketched(page_bits: PageBits, head_dim: int) -> int:
+    """Channels that have bits."""
+    return sum(n for bits, n in grades(page_bits, head_dim) if bits)
+
+
+def channel_bits(page_bits: PageBits, channels: npt.NDArray[np.uint16]) -> npt.NDArray[np.int64]:
+    """(d) bits of each channel. channels: (d) the order of a graded sketch."""
+    bits = np.empty(len(channels), np.int64)
+    bits[channels] = np.repeat(*np.transpose(grades(page_bits, len(channels))))
+    return bits
+
+
+def sketch(
+    pages: npt.ArrayLike, page_bits: PageBits, channels: npt.NDArray[np.uint16] | None = None
+) -> Sketch:
+    """Of the keys (P, 64, d) as the KV cache stores them, in f16. channels: (d), first those that have most
+    bits in a graded sketch."""
     keys = np.asarray(pages).astype(np.float32)
-    top = np.float32(2**bits - 1)
-    lo, hi = keys.min(axis=1), keys.max(axis=1)
-    step = ((hi - lo) / top).astype(np.float16).astype(np.float32)
+    order = np.arange(keys.shape[2], dtype=np.uint16) if channels is None else channels
+    bits = channel_bits(page_bits, order)
+    top = np.float32(2) ** bits.astype(np.float32) - 1
+    lo = np.where(bits > 0, keys.min(axis=1), _f16(keys.mean(axis=1)))
+    spread = np.where(bits > 0, keys.max(axis=1) - lo, np.float32(0))
+    step = _f16(np.divide(spread, top, where=top > 0, out=np.zeros_like(spread)))
     steps = np.broadcast_to(step[:, None], keys.shape)
     codes = np.divide(keys - lo[:, None], steps, where=steps > 0, out=np.zeros_like(keys))
     return Sketch(lo, step, np.clip(np.rint(codes), 0, top).astype(np.uint8))
 
 
-def page_bytes(head_dim: int, bits: int) -> int:
-    """Size of one page's sketch: lo and step in f16, and the codes.
+def _f16(x: Floats) -> Floats:
+    return x.astype(np.float16).astype(np.float32)
 
-    Codes are two planes per read page: the low two bits of four channels to a byte, then for 4 bits the high
-    two likewise, for 3 bits the high one of eight channels to a byte, in whole units of 32 channels.
+
+def page_bytes(head_dim: int, page_bits: PageBits) -> int:
+    """Size of one page's sketch: lo, and the step of channels with bits, in f16, and the codes.
+
+    Codes are two planes per grade and read page: the low two bits of four channels to a byte, then for 4 bits
+    the high two likewise, for 3 bits the high one of eight channels to a byte, in whole units of 32 channels.
     """
-    two_bits = 16 * head_dim
-    high = {2: 0, 3: 4 * 64 * -(-head_dim // 32), 4: two_bits}[bits]
-    return 4 * head_dim + two_bits + high
+    size = 2 * (head_dim + n_sketched(page_bits, head_dim))
+    for bits, n in grades(page_bits, head_dim):
+        two_bits = 16 * n
+        size += {0: 0, 2: two_bits, 3: two_bits + 4 * 64 * math.ceil(n / 32), 4: 2 * two_bits}[bits]
+    return size
 
 
 def estimated_scores(queries: npt.ArrayLike, s: Sketch, scale: float) -> Doubles:
