@@ -168,7 +168,7 @@ static void strip_sums(const float *scores, int32_t n_strips, float local_mass, 
   for (int32_t s = 0; s < n_strips; s++) {
     vf sum = vset(0);
     for (int i = 0; i < STRIP; i += VL) {
-      vf y = (vload(scores + s * STRIP + i) - local_mass) * 1.44269504088896341f;
+      vf y = (vload(scores + s * STRIP + i) - local_mass) * LOG2_E;
       sum += vexp2(-vmax(vset(-100.0f), -y)); /* in this order NaN stays NaN */
     }
     sums[s] = vsum(sum);

@@ -35,6 +35,8 @@ typedef double vpair __attribute__((vector_size(VL * 4))); /* VL / 2 pairs of fl
 #define ODDS 1, 3, 5, 7
 #endif
 
+#define LOG2_E 1.44269504088896341f
+
 static inline vf vload(const float *p) {
   vf v;
   memcpy(&v, p, sizeof v);
@@ -200,13 +202,12 @@ static inline vf vexp2(vf y) {
 }
 
 /* e^x for x <= 0, relative error under 2e-7 (1 + |x|); 0 below -88. */
-static inline vf vexp(vf x) { return vexp2(x * 1.44269504088896341f); }
+static inline vf vexp(vf x) { return vexp2(x * LOG2_E); }
 
 /* e^(x - max) for x <= max, relative error under 2e-7 (1 + |x| + |max|). */
 static inline vf vexp_below(vf x, float max) {
 #if VL == 16
-  return vexp2(
-      (vf)_mm512_fmsub_ps((__m512)x, _mm512_set1_ps(1.44269504088896341f), _mm512_set1_ps(max * 1.44269504088896341f)));
+  return vexp2((vf)_mm512_fmsub_ps((__m512)x, _mm512_set1_ps(LOG2_E), _mm512_set1_ps(max * LOG2_E)));
 #else
   return vexp(x - max);
 #endif

@@ -17,7 +17,7 @@ from pyllm.survey.model_file import ModelFile
 
 @dataclass(frozen=True)
 class Share:
-    """read: of the bulk's bytes in decode, work: of the bulk's (query, key) products in prefill; 1 is dense
+    """read: of the bulk's bytes in decode, work: of the bulk's multiply-adds in prefill; 1 is dense
     attention's. kl: to dense attention in nats where it was measured. source: where the figures come from."""
 
     name: str
