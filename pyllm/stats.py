@@ -16,10 +16,10 @@ from pyllm.guard.tally import Tally
 class LayerStats:
     """Percentages, None where no query had a bulk, and for pages_read where no head was long.
 
-    heads_local: (query, head) pairs called local. bulk_work: multiply-adds of scores and values of (query head,
-    bulk key) pairs, the scores that are estimated from a sketch included.
-    bulk_read: bulk key and value bytes read, per key/value head, sketch included.
-    pages_read: of the read pages (16 tokens) in the bulks of (query, key/value head) pairs with a long head.
+    heads_local: (query, head) pairs called local. bulk_work: multiply-adds of scores and values of (query
+    head, bulk key) pairs, the scores that are estimated from a sketch included. bulk_read: bulk key and value
+    bytes read, per key/value head, sketch included. pages_read: of the read pages (16 tokens) in the bulks of
+    (query, key/value head) pairs with a long head.
     """
 
     heads_local: float | None

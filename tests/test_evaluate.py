@@ -361,7 +361,8 @@ def test_what_is_finished_is_not_fitted_again(
 ) -> None:
     """A fit reads the fitted texts, which here are gone from the second run."""
     llm, path = LLM(tiny_model, n_ctx=300), tmp_path / "rows.json"
-    choice = Choice(WINDOW, SINKS, ("window", "static", "maximum"), thresholds=(0.9,), shares=(0.5,))
+    rows = ("window", "static", "maximum")
+    choice = Choice(WINDOW, SINKS, rows, thresholds=(0.9,), shares=(0.5,), page_bits=(3,))
     text = texts.excerpt(llm, "prose", prose.read_text(), 301, 0)
 
     def evaluation(choice: Choice, other: Sequence[Text]) -> Evaluation:

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     add_length_options(parser)
     for name, kind, default, what in (
-        ("--budget-kl", float, 0.005, "nats that the recommended policy may lose"),
+        ("--budget-kl", float, Plan.budget_kl, "nats that the recommended policy may lose"),
         ("--limit", int, 16384, "tokens of the sample"),
         ("--decode", int, 32, "tokens at the end of each document evaluated one by one"),
         ("--seed", int, 0, "draws documents and audited queries"),
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _check(args)
-    choice = Choice(args.window, args.sinks, POLICIES, THRESHOLDS)
+    choice = Choice(args.window, args.sinks, POLICIES, THRESHOLDS, page_bits=(3,))  # a graded one needs a fit
     model = ModelFile.open(args.model)
     n_ctx = context(args, model)
     found = survey(args, model, n_ctx, combined([]), timed=False)

@@ -29,7 +29,7 @@ from pyllm.local_heads import top_groups, top_share
 THRESHOLDS = (0.6, 0.8, 0.9, 0.95)
 SHARES = (0.2, 0.4, 0.6, 0.8)
 PAGE_SHARES = (0.002, 0.005, 0.01, 0.02)
-PAGE_BITS = (3,)
+PAGE_BITS: tuple[PageBits, ...] = (GRADED,)
 GATE = 0.9  # the threshold of the head tier before the page tier, the method's default
 
 
