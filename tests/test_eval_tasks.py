@@ -472,6 +472,28 @@ def test_ctrl_c_keeps_what_is_finished(tiny: LLM, tmp_path: Path) -> None:
     assert alone.text == last.text
 
 
+def test_what_no_policy_leaves_out_is_evaluated_once(tiny_model: Path) -> None:
+    """And answers and costs are those of a context of their own."""
+    llm = LLM(tiny_model, n_batch=32)
+    samples = [Samples(llm, 1800, 0).make(catalog.TASKS[name], 0) for name in ("qa", "niah_single")]
+    pages = Adaptive(0.5, window=64, page_bits=3)
+    # A page leaves a window of 64 after 143 tokens, 4 batches of 32; other sinks are another cache.
+    policies = [
+        (Dense(), 0),
+        (pages, 128),
+        (Window(window=200), 128),
+        (Adaptive(0.9, sinks=4), 0),
+        (pages, 128),
+    ]
+    ask = asking(llm, 1800)
+    for sample, (policy, kept) in itertools.product(samples, policies):
+        ticks: list[tuple[int, int]] = []
+        reply = ask(sample, policy, lambda done, total, to=ticks: to.append((done, total)))  # type: ignore[misc]
+        alone = asking(llm, 1800)(sample, policy, lambda done, total: None)
+        assert (reply.text, reply.attention["bulk_read"]) == (alone.text, alone.attention["bulk_read"])
+        assert ticks[-1][1] == len(sample.tokens) - kept
+
+
 BAD = [
     (["--tasks", "qa,nosuch"], "task 'nosuch' is unknown; there are niah_single"),
     (["--tasks", ""], "no task was given"),

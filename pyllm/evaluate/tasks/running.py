@@ -14,7 +14,7 @@ from pyllm.evaluate.tasks.draft import Task
 from pyllm.evaluate.tasks.samples import Sample, Samples
 from pyllm.evaluate.tasks.scoring import score
 from pyllm.llm import LLM
-from pyllm.session import Progress
+from pyllm.session import Progress, Session
 
 
 @dataclass(frozen=True)
@@ -30,16 +30,22 @@ Ask = Callable[[Sample, Policy, Progress], Reply]
 
 
 def asking(llm: LLM, length: int) -> Ask:
-    """The model's likeliest tokens. Every sample has a context of its own: a kept prefix would change where
-    batches begin, on which the page tier's results depend."""
+    """The model's likeliest tokens, as in a context of the sample's own. But of one sample the first batches,
+    in which no query has a bulk, are evaluated once: there all policies are dense attention."""
+    sessions: dict[int, Session] = {}  # by their sinks, which a session cannot change
 
     def ask(sample: Sample, policy: Policy, progress: Progress) -> Reply:
+        if policy.sinks not in sessions:
+            sessions[policy.sinks] = llm.session(n_ctx=length, attention=policy)
+        session = sessions[policy.sinks]
+        windows = session.attention.window, policy.window
+        alike = min(first_with_bulk(window, policy.sinks) for window in windows) // llm.n_batch * llm.n_batch
+        # A shorter prefix of another sample would change where batches begin, on which the page tier depends.
+        same = session.tokens[:alike] == list(sample.tokens[:alike])
+        session.rewind(alike if same else 0)
+        session.attention = policy
         answer = llm.generate(
-            sample.tokens,
-            max_tokens=sample.max_new,
-            temperature=0.0,
-            session=llm.session(n_ctx=length, attention=policy),
-            progress=progress,
+            sample.tokens, max_tokens=sample.max_new, temperature=0.0, session=session, progress=progress
         )
         return Reply(answer["choices"][0]["text"], answer["attention"])
 
