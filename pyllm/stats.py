@@ -29,8 +29,8 @@ class LayerStats:
 
     @classmethod
     def of(cls, counts: NDArray[np.uint64]) -> LayerStats:
-        """counts (8,): pairs, pairs_local, work, work_done, bytes, bytes_read, pages, pages_read."""
-        totals, parts = counts[0::2], counts[1::2]
+        """counts (8 or more): pairs, pairs_local, work, work_done, bytes, bytes_read, pages, pages_read."""
+        totals, parts = counts[:8:2], counts[1:8:2]
         return cls(
             *(
                 100 * int(part) / int(total) if total else None
@@ -43,7 +43,7 @@ class LayerStats:
 class Stats:
     """Counts since a session was opened, or between two moments of it (`after - before`).
 
-    layer_counts: (n_layers, 8) as `LayerStats.of` takes them. evaluated: tokens evaluated under each policy.
+    layer_counts: (n_layers, 9) as `NativeSession.layer_stats` has them. evaluated: tokens evaluated under each policy.
     Prefill is what prompts brought, decode what was evaluated token by token; seconds are wall-clock. guard:
     what its audits found, None without one.
     """

@@ -23,7 +23,17 @@ SEEDS = st.integers(0, 2**32 - 1)
 POLICY_NUMBER = {"dense": 0, "window": 1, "static": 2, "oracle": 3, "adaptive": 4}
 # Each weight of a sum of values is off by at most this part of itself.
 WEIGHT_ROUNDING = {"float": 0.0, "bfloat16": 2.0**-8}
-FIELDS = ("pairs", "pairs_local", "work", "work_done", "bytes", "bytes_read", "pages", "pages_read")
+FIELDS = (
+    "pairs",
+    "pairs_local",
+    "work",
+    "work_done",
+    "bytes",
+    "bytes_read",
+    "pages",
+    "pages_read",
+    "work_sketch",
+)
 
 
 @dataclass(frozen=True)

@@ -215,8 +215,8 @@ def recount(
         for head in range(n_heads):
             stats.pairs += 1
             stats.pairs_local += bool(local[head])
-            stats.work += len(bulk)
-            stats.work_done += 0 if local[head] else len(bulk)
+            stats.work += len(bulk) * 2 * head_dim
+            stats.work_done += 0 if local[head] else len(bulk) * 2 * head_dim
         for g in range(n_kv_heads):
             group = local[g * n_heads // n_kv_heads : (g + 1) * n_heads // n_kv_heads]
             stats.bytes += len(bulk) * 4 * head_dim

@@ -382,7 +382,7 @@ def plain_output(arrays: Arrays, policy: Policy, result: AttentionResult) -> np.
 
 def recount(result: AttentionResult, policy: Policy, heads: tuple[int, int], head_dim: int) -> LayerStats:
     """What the page tier defines anew of the statistics, one (query, key/value head) at a time."""
-    stats = dataclasses.replace(result.stats, work_done=0, bytes_read=0, pages=0, pages_read=0)
+    stats = dataclasses.replace(result.stats, work_done=0, bytes_read=0, pages=0, pages_read=0, work_sketch=0)
     group = heads[0] // heads[1]
     decisions = result.decisions
     for t, g in np.ndindex(decisions.scored.shape):
@@ -398,6 +398,8 @@ def recount(result: AttentionResult, policy: Policy, heads: tuple[int, int], hea
         stats.work_done += n_long * 16 * n_read * 2 * head_dim
         stats.bytes_read += 16 * n_read * 4 * head_dim
         if decisions.scored[t, g]:
-            stats.work_done += n_long * n_bulk * sketch.n_sketched(policy.page_bits, head_dim)
+            scoring = n_long * n_bulk * sketch.n_sketched(policy.page_bits, head_dim)
+            stats.work_done += scoring
+            stats.work_sketch += scoring
             stats.bytes_read += n_bulk // 64 * sketch.page_bytes(head_dim, policy.page_bits)
     return stats

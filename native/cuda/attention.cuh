@@ -144,14 +144,16 @@ __device__ inline void count_slot(const device_attention &a, const query_tile &t
   uint64_t strip_work = PYLLM_READ_PAGE * 2 * (uint64_t)a.head_dim; /* multiply-adds of scores and weighted values */
   uint64_t sketch_bytes = page_bits ? sketch_page_bytes(page_bits, a.head_dim) : 0; /* of a page; and its channels */
   uint64_t sketched = page_bits ? (uint64_t)sketch_channels(page_bits, a.head_dim) : 0;
+  uint64_t scoring = (uint64_t)c.n_scored * pages * PYLLM_PAGE * sketched;
   add_count(&stats->pairs, pairs);
   add_count(&stats->pairs_local, pairs - rows);
   add_count(&stats->work, pairs * all * strip_work);
-  add_count(&stats->work_done, rows * read * strip_work + (uint64_t)c.n_scored * pages * PYLLM_PAGE * sketched);
+  add_count(&stats->work_done, rows * read * strip_work + scoring);
   add_count(&stats->bytes, (uint64_t)tile.n * all * strip_bytes);
   add_count(&stats->bytes_read, queries * read * strip_bytes + (uint64_t)c.n_asked * pages * sketch_bytes);
   add_count(&stats->pages, queries * all);
   add_count(&stats->pages_read, queries * read);
+  add_count(&stats->work_sketch, scoring);
 }
 
 /* ---- the stages; each comments its launches where it is written ---- */

@@ -193,6 +193,7 @@ typedef struct pyllm_layer_stats {
   uint64_t bytes, bytes_read;  /* bulk key and value bytes per (query, key/value head): dense attention's; read, sketch
                                   included */
   uint64_t pages, pages_read;  /* strips in the bulk of (query, key/value head) pairs with a long head; of these read */
+  uint64_t work_sketch;        /* of work_done: sketched scores */
 } pyllm_layer_stats;
 
 typedef struct pyllm_stage_stats {

@@ -243,7 +243,9 @@ void attention_count(const attention_batch *b, int32_t page_bits, pyllm_layer_st
       stats->bytes += n * all * STRIP * key_bytes;
       stats->bytes_read += queries * read_strips * STRIP * key_bytes;
       if (page_bits) {
-        stats->work_done += (uint64_t)read->n_scored_heads * pages * sketch_work;
+        uint64_t scoring = (uint64_t)read->n_scored_heads * pages * sketch_work;
+        stats->work_done += scoring;
+        stats->work_sketch += scoring;
         stats->bytes_read += (uint64_t)read->n_scored * pages * sketch_bytes;
       }
       stats->pages += queries * all;

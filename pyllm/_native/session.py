@@ -174,8 +174,8 @@ class NativeSession:
         return out
 
     def layer_stats(self) -> NDArray[np.uint64]:
-        """(n_layers, 8) since the session's start: pairs, pairs_local, work, work_done, bytes, bytes_read,
-        pages, pages_read."""
+        """(n_layers, 9) since the session's start: pairs, pairs_local, work, work_done, bytes, bytes_read,
+        pages, pages_read, work_sketch: what of work_done were scores of the sketch."""
         ffi, lib = library()
         fields = ffi.sizeof("pyllm_layer_stats") // 8
         out = np.zeros((self.info.n_layers, fields), np.uint64)

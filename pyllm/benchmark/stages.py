@@ -63,16 +63,18 @@ class StageMeter:
         decode: bool,
     ) -> list[Stage]:
         """What happened between two readings, in which n tokens were evaluated at position `start`, one by
-        one where `decode`. layers: (n_layers, 6 or more) the attention counts of the same time (`Stats`)."""
+        one where `decode`. layers: (n_layers, 9) the attention counts of the same time (`Stats`)."""
         info = self._info
         keys = n * start + n * (n + 1) // 2
-        pairs, _, bulk, bulk_done = (int(count) for count in layers.sum(axis=0)[:4])
-        local = keys * info.n_heads * info.n_layers - bulk
+        pairs, _, bulk, done, *_, scored = (int(count) for count in layers.sum(axis=0))
+        per_key = 2 * info.head_dim  # multiply-adds: a score and a value
+        local = keys * info.n_heads * info.n_layers - bulk // per_key
+        moments = pairs * info.head_dim**2 if isinstance(policy, Adaptive) else 0
         multiply_adds = {
             **self._linear(n, n if decode else 1),
-            "attend_local": local * 2 * info.head_dim,
-            "attend_bulk": bulk_done * 2 * info.head_dim,
-            "select": pairs * info.head_dim**2 if isinstance(policy, Adaptive) else 0,
+            "attend_local": local * per_key,
+            "attend_bulk": done - scored,
+            "select": moments + scored,
         }
         # One query reads every key once for all heads of a group; more queries share a read.
         local_bytes = local // info.n_heads * info.n_kv_heads * info.head_dim * 4 if decode else 0

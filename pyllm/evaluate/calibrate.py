@@ -189,7 +189,7 @@ def measure(
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Of a policy on a text: scores, and (8,) counts as `LayerStats.of` takes them, of prefill and decode."""
+    """Of a policy on a text: scores, and (9,) counts as `LayerStats.of` takes them, of prefill and decode."""
 
     scores: tuple[Scores, Scores]
     counts: tuple[NDArray[np.uint64], NDArray[np.uint64]]

@@ -113,6 +113,7 @@ class LayerStats:
     bytes_read: int = 0
     pages: int = 0
     pages_read: int = 0
+    work_sketch: int = 0
 
 
 @dataclass(frozen=True)
@@ -374,7 +375,9 @@ def count(decisions: Decisions, first: int, head_dim: int, policy: Policy) -> La
         if policy.page_bits:
             sketch_bytes = n_bulk // PAGE * page_bytes(head_dim, policy.page_bits)
             scored = decisions.scored[row]  # (G)
-            stats.work_done += int(n_long @ scored) * n_bulk * n_sketched(policy.page_bits, head_dim)
+            scoring = int(n_long @ scored) * n_bulk * n_sketched(policy.page_bits, head_dim)
+            stats.work_done += scoring
+            stats.work_sketch += scoring
             stats.bytes_read += int(scored.sum()) * sketch_bytes
         stats.pages += int(np.count_nonzero(n_long)) * n_pages
         stats.pages_read += int(n_read.sum())
