@@ -43,9 +43,9 @@ class LayerStats:
 class Stats:
     """Counts since a session was opened, or between two moments of it (`after - before`).
 
-    layer_counts: (n_layers, 9) as `NativeSession.layer_stats` has them. evaluated: tokens evaluated under each policy.
-    Prefill is what prompts brought, decode what was evaluated token by token; seconds are wall-clock. guard:
-    what its audits found, None without one.
+    layer_counts: (n_layers, 9) as `NativeSession.layer_stats` has them. evaluated: tokens evaluated under
+    each policy. Prefill is what prompts brought, decode what was evaluated token by token; seconds are
+    wall-clock. guard: what its audits found, None without one.
     """
 
     layer_counts: NDArray[np.uint64]
