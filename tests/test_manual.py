@@ -37,6 +37,6 @@ def test_answers_about_the_manual_are_those_of_dense_attention(default_model: Pa
         agreed += sum(a == b for a, b in zip(said, answer, strict=True))
         total += len(answer)
     assert dense.stats.bulk_read == 100
-    assert 0 < (adaptive.stats.bulk_read or 0) < 30
-    assert (adaptive.stats.bulk_work or 0) < 30
+    assert 0 < (adaptive.stats.bulk_read or 0) < 40
+    assert (adaptive.stats.bulk_work or 0) < 45
     assert agreed >= 0.9 * total, f"{agreed} of {total}"
