@@ -97,9 +97,7 @@ class _Paged(Policy):
         super().__post_init__()
         if profile is not None:
             object.__setattr__(self, "calibration", self._calibration_of(profile))
-        if self.page_bits != GRADED:
-            _require_int("page_bits", self.page_bits, 0, 4)
-        if self.page_bits not in PAGE_BITS:
+        if type(self.page_bits) not in (int, str) or self.page_bits not in PAGE_BITS:
             raise ArgumentError(f"page_bits: expected one of {tuple(PAGE_BITS)}, got {self.page_bits!r}")
         if self.page_bits == GRADED:
             self._require_calibration(f"page_bits {GRADED!r}")

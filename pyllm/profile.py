@@ -183,7 +183,10 @@ def _require_version(description: Any) -> None:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{DESCRIPTION} is not of the format {FORMAT!r}")
     if description.get("version") != VERSION:
-        raise ValueError(f"version {description.get('version')!r}, but this pyllm reads {VERSION}")
+        found = description.get("version")
+        raise ValueError(
+            f"version {found!r}, but this pyllm reads {VERSION}: make it again with pyllm calibrate"
+        )
 
 
 def _preset_values(preset: Preset) -> dict[str, Any]:
