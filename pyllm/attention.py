@@ -97,8 +97,7 @@ class _Paged(Policy):
         super().__post_init__()
         if profile is not None:
             object.__setattr__(self, "calibration", self._calibration_of(profile))
-        if type(self.page_bits) not in (int, str) or self.page_bits not in PAGE_BITS:
-            raise ArgumentError(f"page_bits: expected one of {tuple(PAGE_BITS)}, got {self.page_bits!r}")
+        require_page_bits(self.page_bits)
         if self.page_bits == GRADED:
             self._require_calibration(f"page_bits {GRADED!r}")
         object.__setattr__(self, "page_share", _require_float("page_share", self.page_share, 1.0))
@@ -364,6 +363,19 @@ def _thresholds(value: ArrayLike) -> Any:
 def _nested(array: np.ndarray) -> Any:
     """As nested tuples, so that policies are values that compare and hash."""
     return tuple(_nested(row) for row in array) if array.ndim else array.item()
+
+
+def require_page_bits(value: Any) -> None:
+    """Raises ArgumentError for what is not one of PAGE_BITS."""
+    kind = isinstance(value, (int, np.integer, str)) and not isinstance(value, bool)
+    if not kind or value not in PAGE_BITS:
+        raise ArgumentError(f"page_bits: expected one of {tuple(PAGE_BITS)}, got {value!r}")
+
+
+def page_tier(page_bits: PageBits, page_share: float, calibration: Calibration | None) -> dict[str, Any]:
+    """The arguments that make a policy's page tier; the calibration is a graded sketch's."""
+    tier: dict[str, Any] = {"page_bits": page_bits, "page_share": page_share}
+    return tier | {"calibration": calibration} if page_bits == GRADED else tier
 
 
 def _require_int(name: str, value: Any, low: int, high: int) -> None:

@@ -30,8 +30,8 @@ SHIPPED = Path(__file__).parent / "data" / "profiles"
 class Measured:
     """A policy beside dense attention. tokens: of prefill, those with a bulk; decode_tokens: evaluated one by
     one. kl and decode_kl: mean KL in nats, low and high the ends of its 95 % interval. top1: % of prefill's
-    tokens where dense attention's likeliest is also this one's. bulk_work: % of the bulk's products computed
-    in prefill; bulk_read: % of the bulk's bytes read in decode, sketch included."""
+    tokens where dense attention's likeliest is also this one's. bulk_work: % of the bulk's multiply-adds
+    in prefill, scoring included; bulk_read: % of the bulk's bytes read in decode, sketch included."""
 
     tokens: int
     kl: float

@@ -153,10 +153,8 @@ def test_bands_that_keep_to_a_budget(pairs: list[tuple[float, float]], budget: f
 N_LAYERS = 6
 GATE_LOSS = np.array([4, 1, 0.01, 0.02, 3, 2]) * 1e-3  # nats, of a gate in each layer
 GATE_SAVES = 0.6  # of a layer's cost
-BITS: dict[PageBits, tuple[float, float]] = {
-    "graded": (1.3, 7.0),
-    3: (1.0, 12.0),
-}  # factor on the loss, cost in %
+# Factor on the loss, cost of the sketch in %.
+BITS: dict[PageBits, tuple[float, float]] = {"graded": (1.3, 7.0), 3: (1.0, 12.0)}
 SOME = Calibration(
     np.zeros((1, 1, 3)), np.zeros((1, 1, 1)), np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 1)), (0, 1)
 )

@@ -125,6 +125,7 @@ def test_the_library_gets_what_an_estimate_reads(rng: np.random.Generator) -> No
         native = Adaptive(gaussian="frozen", **options).native(2, 8)
         assert tuple(name for name in asked if name in native) == expected
         assert native["gaussian"] == 1
+    assert Dense(page_bits=np.int64(3)).native(2, 8)["page_bits"] == 3  # type: ignore[arg-type]
     graded = Dense(page_bits="graded", calibration=prompt).native(2, 8)
     assert graded["page_bits"] == 1
     np.testing.assert_array_equal(graded["channels"], prompt.channels)

@@ -224,9 +224,7 @@ static void count_long(const attention_batch *b, const query_tile *tile, int32_t
 }
 
 void attention_count(const attention_batch *b, int32_t page_bits, pyllm_layer_stats *stats) {
-  uint64_t sketch_bytes = page_bits ? sketch_page_bytes(page_bits, b->head_dim) : 0;
   uint64_t key_work = 2 * (uint64_t)b->head_dim; /* multiply-adds of a score, and of a value that is weighted */
-  uint64_t sketch_work = page_bits ? PYLLM_PAGE * (uint64_t)sketch_channels(page_bits, b->head_dim) : 0; /* of a page */
   uint64_t group = (uint64_t)(b->n_heads / b->n_kv_heads);
   uint64_t key_bytes = 2 * sizeof(uint16_t) * (uint64_t)b->head_dim; /* key and value */
   for (int32_t t = 0; t < b->n_tiles; t++) {
@@ -243,10 +241,11 @@ void attention_count(const attention_batch *b, int32_t page_bits, pyllm_layer_st
       stats->bytes += n * all * STRIP * key_bytes;
       stats->bytes_read += queries * read_strips * STRIP * key_bytes;
       if (page_bits) {
-        uint64_t scoring = (uint64_t)read->n_scored_heads * pages * sketch_work;
+        uint64_t page_work = PYLLM_PAGE * (uint64_t)sketch_channels(page_bits, b->head_dim);
+        uint64_t scoring = (uint64_t)read->n_scored_heads * pages * page_work;
         stats->work_done += scoring;
         stats->work_sketch += scoring;
-        stats->bytes_read += (uint64_t)read->n_scored * pages * sketch_bytes;
+        stats->bytes_read += (uint64_t)read->n_scored * pages * sketch_page_bytes(page_bits, b->head_dim);
       }
       stats->pages += queries * all;
       stats->pages_read += queries * read_strips;

@@ -22,8 +22,9 @@ HELP = "Find the cheapest attention for a model that keeps to a budget of KL div
 
 LEGEND = (
     "On text that neither the fit nor the search saw: KL to dense attention in nats with its 95 % interval, "
-    "of prefill and of decode; top-1, tokens whose likeliest successor is dense attention's; work, products "
-    "computed in prefill, and read, bytes read in decode, both in % of dense attention's on the bulk."
+    "of prefill and of decode; top-1, tokens whose likeliest successor is dense attention's; work, "
+    "multiply-adds of prefill, scoring included, and read, bytes read in decode, both in % of dense "
+    "attention's on the bulk."
 )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm import attention
 from pyllm.attention import (
     GRADED,
     GRANULARITIES,
@@ -21,6 +20,8 @@ from pyllm.attention import (
     Policy,
     Static,
     Window,
+    page_tier,
+    require_page_bits,
 )
 from pyllm.calibration import MOMENTS, Calibration
 from pyllm.errors import ArgumentError
@@ -75,8 +76,7 @@ class Choice:
                 raise ArgumentError(f"share of local heads: expected 0 to 1, got {share:g}")
         Dense(**self.geometry)
         for bits in self.page_bits:
-            if bits not in attention.PAGE_BITS:
-                raise ArgumentError(f"page_bits: expected one of {tuple(attention.PAGE_BITS)}, got {bits!r}")
+            require_page_bits(bits)
         for share in self.page_shares:
             Dense(page_share=share)
 
@@ -155,10 +155,8 @@ def _window(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
 def _tiers(choice: Choice, fitted: Fitted) -> Iterator[tuple[str, dict[str, Any], float]]:
     """The page tiers: what a line is called, what a policy takes, and its setting."""
     for bits, share in itertools.product(choice.page_bits, choice.page_shares):
-        tier: dict[str, Any] = {"page_bits": bits, "page_share": share}
-        if bits == GRADED:
-            tier["calibration"] = fitted.calibrations["prompt"]
-        yield bits if bits == GRADED else f"{bits}-bit", tier, share
+        name = GRADED if bits == GRADED else f"{bits}-bit"
+        yield name, page_tier(bits, share, fitted.calibrations.get("prompt")), share
 
 
 def _pages(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.attention import GRADED, Adaptive, Dense, PageBits, Policy
+from pyllm.attention import GRADED, Adaptive, Dense, PageBits, Policy, page_tier
 from pyllm.calibration import Calibration
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.curves import Bands, Curve
@@ -124,8 +124,7 @@ class Search:
         return self._pages(curve.bits, curve.share(AIM * budget))
 
     def _pages(self, bits: PageBits, share: float) -> Dense:
-        calibration = self.calibration if bits == GRADED else None
-        return Dense(page_bits=bits, page_share=share, calibration=calibration, **self.geometry)
+        return Dense(**page_tier(bits, share, self.calibration), **self.geometry)
 
     # ---- gates ----
 
@@ -170,14 +169,7 @@ class Search:
         chosen, _, curve, share = best
         layers = [layer for band in chosen for layer in bands(self.n_layers)[band]]
         thresholds = _thresholds(gate, self.n_layers, layers)
-        pages = self._pages(curve.bits, share)
-        return replace(
-            gate,
-            threshold=thresholds,
-            page_bits=pages.page_bits,
-            page_share=pages.page_share,
-            calibration=pages.calibration or gate.calibration,
-        )
+        return replace(gate, threshold=thresholds, **page_tier(curve.bits, share, self.calibration))
 
 
 def bands(n_layers: int) -> list[list[int]]:

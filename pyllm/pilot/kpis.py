@@ -59,8 +59,8 @@ def _savings(row: Row, projection: Projection) -> list[Kpi]:
         Kpi(
             "Work saved in prefill",
             f"{100 - projection.work_percent:.1f} %",
-            "Projected onto all documents: (query, key) products of attention not computed while reading "
-            "them, beside dense attention's.",
+            "Projected onto all documents: multiply-adds of attention not done while reading them, beside "
+            "dense attention's.",
         ),
         Kpi(
             "Time saved in prefill",

@@ -15,7 +15,7 @@ UNREADABLE_SHOWN = 20
 LEGEND = (
     "KV read: bytes of the KV cache read for a token after a document, mean over the documents; % of dense "
     "attention's. with weights: the same with the weights, which every token reads too. prefill work: "
-    "(query, key) pairs computed, % of dense attention's."
+    "multiply-adds of attention, % of dense attention's."
 )
 PROJECTED = (
     "These follow from the lengths and each policy's share of the bulk; nothing was timed (--measure does)."
