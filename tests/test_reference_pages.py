@@ -217,12 +217,15 @@ class TestWanted:
 def plain_lists(arrays: Arrays, policy: Policy, result: AttentionResult, tiles: list[tuple[int, int]]) -> Any:
     """(reads, scored) of a result by the definitions, one head at a time, from its decisions and masses."""
     q, k, _ = arrays
-    n_kv_heads, group = k.shape[1], q.shape[1] // k.shape[1]
+    group = q.shape[1] // k.shape[1]
     is_long = ~result.decisions.local
     reads, scored = np.zeros_like(result.decisions.reads), np.zeros_like(result.decisions.scored)
-    for (start, stop), g in ((tile, g) for tile in tiles for g in range(n_kv_heads)):
+    for (start, stop), first in ((tile, h) for tile in tiles for h in range(q.shape[1])):
         end = attention.bulk_end(start, policy.n_sink, policy.n_window)
-        heads = range(g * group, (g + 1) * group)
+        sharing = group if (stop - start) * group <= 64 else 1
+        if first % sharing:
+            continue
+        g, heads = first // group, range(first, first + sharing)
         has_long = [t for t in range(start, stop) if is_long[t, heads].any()]
         stride = -(-(stop - start) // 16)
         asked = [t for t in has_long if (stop - 1 - t) % stride == 0] or has_long[-1:]
@@ -236,8 +239,9 @@ def plain_lists(arrays: Arrays, policy: Policy, result: AttentionResult, tiles: 
             weights = np.exp(scores.reshape(n_read, 16)).sum(axis=1)
             share = weights / (weights.sum() + np.exp(result.decisions.local_mass[t, h]))
             union |= sketch.wanted(share, policy.page_share, policy.page_drop)
-        scored[asked, g] = True
-        reads[has_long, g, :n_read] = union
+        for t, h in ((t, h) for t in has_long for h in heads if is_long[t, h]):
+            scored[t, h] = t in asked
+            reads[t, h, :n_read] = union
     return reads, scored
 
 
@@ -315,7 +319,7 @@ class TestAttend:
         keys = k[4:end].astype(np.float16).astype(np.float64)
         for h in range(6):
             weights = np.exp(0.25 * keys[:, h // 3] @ q[-1, h])
-            skipped = ~np.repeat(result.decisions.reads[0, h // 3], 16)
+            skipped = ~np.repeat(result.decisions.reads[0, h], 16)
             lost = weights[skipped].sum() / (weights.sum() + np.exp(result.decisions.local_mass[0, h]))
             assert lost <= 1.5 * page_drop
 
@@ -333,6 +337,17 @@ class TestAttend:
             np.testing.assert_array_equal(reads, whole.decisions.reads[rows, :, : reads.shape[2]])
             np.testing.assert_array_equal(part.decisions.scored, whole.decisions.scored[rows])
             np.testing.assert_allclose(part.output, whole.output[rows], atol=1e-6)
+
+    def test_heads_share_what_they_read_where_they_are_few_rows(self) -> None:
+        """Of three heads, 21 queries are 63 rows and 22 are 66."""
+        q, k, v = random_qkv(13, N)
+        policy = Policy("dense", page_bits=3, page_share=0.1, **GEOMETRY)
+        for n, shared in ((1, True), (21, True), (22, False), (64, False)):
+            # Query 299 begins a tile.
+            result = attend(q[299 - n : 299], k[:299], v[:299], 0.25, policy)
+            last = result.decisions.reads[-1].reshape(2, 3, -1)
+            assert (last == last[:, :1]).all() == shared
+            assert last.any()
 
     def test_tiles_share_what_they_read(self) -> None:
         """One query's list grows when its tile has others: this is why batches matter."""
@@ -373,8 +388,7 @@ def plain_output(arrays: Arrays, policy: Policy, result: AttentionResult) -> np.
         g = head // (q.shape[1] // k.shape[1])
         end = attention.bulk_end(t, policy.n_sink, policy.n_window)
         visible = np.ones(t + 1, bool)
-        in_list = np.repeat(result.decisions.reads[t, g], 16)[: end - policy.n_sink]
-        visible[policy.n_sink : end] = in_list & ~result.decisions.local[t, head]
+        visible[policy.n_sink : end] = np.repeat(result.decisions.reads[t, head], 16)[: end - policy.n_sink]
         p = np.exp(0.25 * (k[: t + 1][visible, g] @ q[t, head]))
         out[t, head] = p @ v[: t + 1][visible, g] / p.sum()
     return out
@@ -385,21 +399,25 @@ def recount(result: AttentionResult, policy: Policy, heads: tuple[int, int], hea
     stats = dataclasses.replace(result.stats, work_done=0, bytes_read=0, pages=0, pages_read=0, work_sketch=0)
     group = heads[0] // heads[1]
     decisions = result.decisions
-    for t, g in np.ndindex(decisions.scored.shape):
-        n_long = int((~decisions.local[t, g * group : (g + 1) * group]).sum())
-        if not n_long:
-            assert not decisions.scored[t, g]
-            assert not decisions.reads[t, g].any()
-            continue
+    key_work, key_bytes = 2 * head_dim, 4 * head_dim
+    for t, g in np.ndindex(len(decisions.local), heads[1]):
+        of_group = range(g * group, (g + 1) * group)
         n_bulk = attention.bulk_end(t, policy.n_sink, policy.n_window) - policy.n_sink
-        n_read = int(decisions.reads[t, g].sum())
+        for h in of_group:
+            stats.work_done += 16 * int(decisions.reads[t, h].sum()) * key_work
+            if decisions.local[t, h]:
+                assert not decisions.scored[t, h]
+                assert not decisions.reads[t, h].any()
+            if decisions.scored[t, h]:
+                scoring = n_bulk * sketch.n_sketched(policy.page_bits, head_dim)
+                stats.work_done += scoring
+                stats.work_sketch += scoring
+        if decisions.local[t, of_group].all():
+            continue
+        n_read = sum(decisions.reads[t, of_group, page].any() for page in range(n_bulk // 16))
         stats.pages += n_bulk // 16
         stats.pages_read += n_read
-        stats.work_done += n_long * 16 * n_read * 2 * head_dim
-        stats.bytes_read += 16 * n_read * 4 * head_dim
-        if decisions.scored[t, g]:
-            scoring = n_long * n_bulk * sketch.n_sketched(policy.page_bits, head_dim)
-            stats.work_done += scoring
-            stats.work_sketch += scoring
+        stats.bytes_read += 16 * n_read * key_bytes
+        if decisions.scored[t, of_group].any():
             stats.bytes_read += n_bulk // 64 * sketch.page_bytes(head_dim, policy.page_bits)
     return stats

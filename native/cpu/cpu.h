@@ -66,13 +66,13 @@ typedef struct panel {
   int32_t n_valid[PANEL_ROWS];
 } panel;
 
-/* Estimated scores of one query's long heads of a group. */
+/* The rows that are scored for one list, at most SHARED_ROWS. */
 typedef struct page_scratch {
-  int32_t n;         /* heads loaded */
-  int32_t *heads;    /* (group) */
-  float *local_mass; /* (group) */
-  float *q;          /* (group, head_dim) scaled, in the order of the sketch's channels */
-  float *shares;     /* (group, max_strips) */
+  int32_t n;         /* rows loaded */
+  int32_t kv_head;   /* whose sketch they are scored on */
+  float *local_mass; /* (rows) */
+  float *q;          /* (rows, head_dim) scaled, in the order of the sketch's channels */
+  float *shares;     /* (rows, max_strips) */
 } page_scratch;
 
 /* attention_batch.backend_scratch */

@@ -1,8 +1,8 @@
 /* The page tier: which strips of the bulk a long head reads, judged by a low-bit sketch of the bulk's keys.
  *
  * A strip's share is its part of all attention of a query head, by sketched scores, beside the true local mass. A head
- * wants the strips whose share exceeds page_share. All long rows of a tile and key/value head read what any scored query
- * of the tile wants. */
+ * wants the strips whose share exceeds page_share. In a tile the long rows of a head read what any scored one of them
+ * wants, and where a group's heads share a list (attention_sharing), what any of all their scored rows wants. */
 #include "cpu.h"
 #include "sketch.h"
 #include <string.h>
@@ -15,26 +15,33 @@ typedef struct page_job {
   page_scratch *scratch; /* one per thread; in decode, one per key/value head */
 } page_job;
 
-/* Heads of a group that are long for a query; returns their number. */
-static int32_t long_heads(const attention_batch *b, int32_t query, int32_t kv_head, int32_t *heads) {
-  int32_t group = b->n_heads / b->n_kv_heads, n = 0;
-  for (int32_t h = kv_head * group; h < (kv_head + 1) * group; h++)
-    if (b->is_long[query * b->n_heads + h]) heads[n++] = h;
-  return n;
+/* The heads of a tile that share a list of strips. */
+typedef struct page_list {
+  const query_tile *tile;
+  int32_t first, n_heads;
+  tile_read *read;
+  uint8_t *wanted; /* (max_strips) */
+} page_list;
+
+/* Whose heads begin with `first`. */
+static page_list list_at(const attention_batch *b, int32_t tile, int32_t first) {
+  const query_tile *t = &b->tiles[tile];
+  return (page_list){t, first, attention_sharing(t, b->n_heads / b->n_kv_heads), attention_read(b, tile, first),
+                     attention_wanted(b, tile, first)};
 }
 
-/* (max_strips) of a loaded head. */
+/* (max_strips) of a loaded row. */
 static float *shares_of(const attention_batch *b, const page_scratch *x, int32_t i) {
   return x->shares + (int64_t)i * b->max_strips;
 }
 
 enum { ROWS_AT_ONCE = 16 };
 
-/* Puts the sums of the loaded heads' estimated scores over the strips of pages [begin, end) into their shares. */
-static void sum_pages(const page_job *job, int32_t kv_head, int32_t begin, int32_t end, page_scratch *x) {
+/* Puts the sums of the loaded rows' estimated scores over the strips of pages [begin, end) into their shares. */
+static void sum_pages(const page_job *job, int32_t begin, int32_t end, page_scratch *x) {
   int32_t d = job->b->head_dim, bits = job->cache->sketch_bits;
   const kernels *k = job->be->kernels;
-  const uint8_t *pages = job->cache->sketches[kv_head].pages;
+  const uint8_t *pages = job->cache->sketches[x->kv_head].pages;
   float scores[ROWS_AT_ONCE * KV_BLOCK];
   for (int32_t p = begin; p < end; p++)
     for (int32_t first = 0; first < x->n; first += ROWS_AT_ONCE) {
@@ -44,10 +51,6 @@ static void sum_pages(const page_job *job, int32_t kv_head, int32_t begin, int32
         k->strip_sums(scores + r * KV_BLOCK, KV_STRIPS, x->local_mass[first + r],
                       shares_of(job->b, x, first + r) + p * KV_STRIPS);
     }
-}
-
-static uint8_t *wanted_of(const attention_batch *b, int32_t tile_and_head) {
-  return b->wanted + (size_t)tile_and_head * (size_t)b->max_strips;
 }
 
 /* The share above which a strip is read: page_share, halved until what is left out is at most page_drop. */
@@ -61,61 +64,63 @@ static float cut_share(const attention_policy *policy, const float *share, int32
   return cut;
 }
 
-/* Puts one query's long heads of a group into x; returns their number. */
-static int32_t load_query(const page_job *job, int32_t query, int32_t kv_head, page_scratch *x) {
+static void load_row(const page_job *job, int64_t row, page_scratch *x) {
   const attention_batch *b = job->b;
-  const uint16_t *channels = job->cache->sketches[kv_head].channels;
-  x->n = long_heads(b, query, kv_head, x->heads);
-  for (int32_t i = 0; i < x->n; i++) {
-    const float *q = b->q + ((int64_t)query * b->n_heads + x->heads[i]) * b->head_dim;
-    for (int32_t j = 0; j < b->head_dim; j++) x->q[i * b->head_dim + j] = q[channels ? channels[j] : j] * b->scale;
-    x->local_mass[i] = b->local_mass[(int64_t)query * b->n_heads + x->heads[i]];
-  }
-  return x->n;
+  const uint16_t *channels = job->cache->sketches[x->kv_head].channels;
+  const float *q = b->q + row * b->head_dim;
+  float *to = x->q + x->n * b->head_dim;
+  for (int32_t j = 0; j < b->head_dim; j++) to[j] = q[channels ? channels[j] : j] * b->scale;
+  x->local_mass[x->n++] = b->local_mass[row];
 }
 
-/* Adds what the loaded heads want, whose shares are still sums. */
-static void want(const page_job *job, int32_t n_strips, page_scratch *x, uint8_t *wanted) {
+/* Loads a query's long rows of the list; false where it has none. */
+static bool load_query(const page_job *job, const page_list *list, int32_t query, page_scratch *x) {
+  int32_t before = x->n;
+  for (int32_t h = list->first; h < list->first + list->n_heads; h++) {
+    int64_t row = (int64_t)query * job->b->n_heads + h;
+    if (job->b->is_long[row]) load_row(job, row, x);
+  }
+  if (x->n > before) list->read->scored |= 1ull << (query - list->tile->first);
+  return x->n > before;
+}
+
+/* Loads the rows that are scored for a list. */
+static void load_list(const page_job *job, const page_list *list, page_scratch *x) {
+  const query_tile *tile = list->tile;
+  x->n = 0;
+  x->kv_head = list->first / (job->b->n_heads / job->b->n_kv_heads);
+  list->read->scored = 0;
+  for (int32_t s = 0; tile->n_pages && s < attention_scored(tile); s++)
+    load_query(job, list, attention_scored_query(tile, s), x);
+  /* A long head in a query between the scored ones still needs a list. */
+  for (int32_t q = tile->first + tile->n - 1; tile->n_pages && !x->n && q >= tile->first; q--)
+    load_query(job, list, q, x);
+  list->read->n_scored_rows = x->n;
+}
+
+/* Marks what the loaded rows want, whose shares are still sums. */
+static void want(const page_job *job, const page_list *list, page_scratch *x) {
+  int32_t n_strips = list->tile->n_pages * KV_STRIPS;
+  memset(list->wanted, 0, (size_t)n_strips);
   for (int32_t i = 0; i < x->n; i++) {
     float *share = shares_of(job->b, x, i);
     job->be->kernels->strip_shares(share, n_strips);
     float cut = cut_share(job->policy, share, n_strips);
     /* Not a number counts as wanted: the safe side. */
-    for (int32_t s = 0; s < n_strips; s++) wanted[s] |= !(share[s] <= cut);
+    for (int32_t s = 0; s < n_strips; s++) list->wanted[s] |= !(share[s] <= cut);
   }
 }
 
-/* One query after another; returns how many long heads it has. */
-static int32_t want_of_query(const page_job *job, const query_tile *tile, int32_t query, int32_t kv_head,
-                             page_scratch *x, uint8_t *wanted) {
-  if (!load_query(job, query, kv_head, x)) return 0;
-  sum_pages(job, kv_head, 0, tile->n_pages, x);
-  want(job, tile->n_pages * KV_STRIPS, x, wanted);
-  return x->n;
-}
-
-static void count_scored(tile_read *read, int32_t n_heads) {
-  read->n_scored += n_heads > 0;
-  read->n_scored_heads += n_heads;
-}
-
-/* Item: one tile and key/value head. */
-static void want_of_tiles(void *context, int32_t begin, int32_t end, int32_t thread) {
+/* Item: one tile and head, which does something where a list begins with it. */
+static void want_of_lists(void *context, int32_t begin, int32_t end, int32_t thread) {
   const page_job *job = context;
-  attention_batch *b = job->b;
+  page_scratch *x = &job->scratch[thread];
   for (int32_t i = begin; i < end; i++) {
-    const query_tile *tile = &b->tiles[i / b->n_kv_heads];
-    int32_t kv_head = i % b->n_kv_heads;
-    uint8_t *wanted = wanted_of(b, i);
-    tile_read *read = &b->reads[i];
-    memset(wanted, 0, (size_t)tile->n_pages * KV_STRIPS);
-    read->n_scored = read->n_scored_heads = 0;
-    for (int32_t s = 0; tile->n_pages && s < attention_scored(tile); s++)
-      count_scored(read,
-                   want_of_query(job, tile, attention_scored_query(tile, s), kv_head, &job->scratch[thread], wanted));
-    /* A long head in a query between the scored ones still needs a list. */
-    for (int32_t q = tile->first + tile->n - 1; tile->n_pages && !read->n_scored && q >= tile->first; q--)
-      count_scored(read, want_of_query(job, tile, q, kv_head, &job->scratch[thread], wanted));
+    page_list list = list_at(job->b, i / job->b->n_heads, i % job->b->n_heads);
+    if (list.first % list.n_heads) continue;
+    load_list(job, &list, x);
+    if (x->n) sum_pages(job, 0, list.tile->n_pages, x);
+    want(job, &list, x);
   }
 }
 
@@ -131,20 +136,22 @@ static void sum_pieces(void *context, int32_t begin, int32_t end, int32_t thread
   for (int32_t i = begin; i < end; i++) {
     int32_t kv_head = i / pieces_of(tile), first = i % pieces_of(tile) * PAGES_PER_PIECE,
             last = first + PAGES_PER_PIECE;
-    sum_pages(job, kv_head, first, last < tile->n_pages ? last : tile->n_pages, &job->scratch[kv_head]);
+    sum_pages(job, first, last < tile->n_pages ? last : tile->n_pages, &job->scratch[kv_head]);
   }
 }
 
 static void want_of_one_query(page_job *job) {
   attention_batch *b = job->b;
+  int32_t group = b->n_heads / b->n_kv_heads;
   for (int32_t g = 0; g < b->n_kv_heads; g++) {
-    memset(wanted_of(b, g), 0, (size_t)b->tiles->n_pages * KV_STRIPS);
-    b->reads[g].n_scored_heads = load_query(job, 0, g, &job->scratch[g]);
-    b->reads[g].n_scored = b->reads[g].n_scored_heads > 0;
+    page_list list = list_at(b, 0, g * group);
+    load_list(job, &list, &job->scratch[g]);
   }
   pool_run(job->be->pool, b->n_kv_heads * pieces_of(b->tiles), 1, sum_pieces, job);
-  for (int32_t g = 0; g < b->n_kv_heads; g++)
-    want(job, b->tiles->n_pages * KV_STRIPS, &job->scratch[g], wanted_of(b, g));
+  for (int32_t g = 0; g < b->n_kv_heads; g++) {
+    page_list list = list_at(b, 0, g * group);
+    want(job, &list, &job->scratch[g]);
+  }
 }
 
 typedef struct fold_job {
@@ -172,6 +179,7 @@ void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *ca
   fold_job fold = {be, cache, b->head_dim, b->tiles[b->n_tiles - 1].n_pages};
   pool_run(be->pool, b->n_kv_heads, 1, fold_sketches, &fold);
   page_job job = {be, b, cache, policy, scratch->pages};
-  if (b->n == 1) want_of_one_query(&job);
-  else pool_run(be->pool, b->n_tiles * b->n_kv_heads, 1, want_of_tiles, &job);
+  int32_t group = b->n_heads / b->n_kv_heads;
+  if (b->n == 1 && attention_sharing(b->tiles, group) == group) want_of_one_query(&job);
+  else pool_run(be->pool, b->n_tiles * b->n_heads, 1, want_of_lists, &job);
 }

@@ -10,10 +10,7 @@ static int32_t most_partial_rows(const attention_shape *s) {
 
 static size_t max_strips(const attention_shape *s) { return (size_t)(s->n_ctx / KV_BLOCK + 1) * KV_STRIPS; }
 
-static size_t page_floats(const attention_shape *s) {
-  size_t group = (size_t)(s->n_heads / s->n_kv_heads);
-  return group * (2 + (size_t)s->head_dim + max_strips(s));
-}
+static size_t page_floats(const attention_shape *s) { return SHARED_ROWS * (1 + (size_t)s->head_dim + max_strips(s)); }
 
 static void place_panel(panel *p, float *memory, int32_t head_dim) {
   p->q = memory;
@@ -23,14 +20,12 @@ static void place_panel(panel *p, float *memory, int32_t head_dim) {
 }
 
 static void place_pages(page_scratch *p, float *memory, const attention_shape *s) {
-  int32_t group = s->n_heads / s->n_kv_heads;
-  p->heads = (int32_t *)(void *)memory;
-  p->local_mass = memory + group;
-  p->q = p->local_mass + group;
-  p->shares = p->q + group * s->head_dim;
+  p->local_mass = memory;
+  p->q = p->local_mass + SHARED_ROWS;
+  p->shares = p->q + SHARED_ROWS * s->head_dim;
 }
 
-/* A tile per thread in prefill, a key/value head at a time in decode. */
+/* A list per thread in prefill, one per key/value head in decode. */
 static size_t page_slots(size_t n_threads, const attention_shape *s) {
   return n_threads > (size_t)s->n_kv_heads ? n_threads : (size_t)s->n_kv_heads;
 }

@@ -1,25 +1,24 @@
 #include "attention.h"
 #include "estimate.h"
-#include "sketch.h"
 #include <stdlib.h>
 
 /* Tiles of n queries: full ones, and cut ones at both ends and where the first page leaves the window. */
 static int64_t most_tiles(int32_t n) { return n / PYLLM_PAGE + 4; }
 
-/* Each tile and key/value head ends with at most one panel that is not full. */
-static int64_t most_items(int32_t n, int32_t n_heads, int32_t n_kv_heads) {
-  return (int64_t)n * n_heads / PANEL_ROWS + most_tiles(n) * n_kv_heads;
+/* Each tile and head ends with at most one panel that is not full. */
+static int64_t most_items(int32_t n, int32_t n_heads) {
+  return (int64_t)n * n_heads / PANEL_ROWS + most_tiles(n) * n_heads;
 }
 
-/* Ranges of a (tile, key/value head): at most every other strip begins one; the local list has sinks and window. */
+/* Ranges of a (tile, head): at most every other strip begins one; the local list has sinks and window. */
 static int64_t most_ranges(const attention_shape *s) {
-  return most_tiles(s->n_batch) * s->n_kv_heads * (s->n_ctx / STRIP / 2 + 3);
+  return most_tiles(s->n_batch) * s->n_heads * (s->n_ctx / STRIP / 2 + 3);
 }
 
 static int32_t most_strips(const attention_shape *s) { return (s->n_ctx / PYLLM_PAGE + 1) * KV_STRIPS; }
 
 static bool list_new(work_list *list, const attention_shape *s) {
-  list->items = malloc((size_t)most_items(s->n_batch, s->n_heads, s->n_kv_heads) * sizeof *list->items);
+  list->items = malloc((size_t)most_items(s->n_batch, s->n_heads) * sizeof *list->items);
   list->ranges = malloc((size_t)most_ranges(s) * sizeof *list->ranges);
   list->rows = malloc((size_t)s->n_batch * (size_t)s->n_heads * sizeof *list->rows);
   return list->items && list->ranges && list->rows;
@@ -39,7 +38,7 @@ bool attention_new(attention_batch *b, const attention_shape *s) {
                          .scale = s->scale,
                          .max_strips = most_strips(s)};
   size_t rows = (size_t)s->n_batch * (size_t)s->n_heads;
-  size_t reads = (size_t)most_tiles(s->n_batch) * (size_t)s->n_kv_heads;
+  size_t reads = (size_t)most_tiles(s->n_batch) * (size_t)s->n_heads;
   b->tiles = malloc((size_t)most_tiles(s->n_batch) * sizeof *b->tiles);
   b->state = malloc(rows * sizeof *b->state);
   b->mass_state = malloc(rows * sizeof *b->mass_state);
@@ -75,8 +74,8 @@ void attention_free(attention_batch *b) {
 
 uint64_t attention_bytes(const attention_shape *s) {
   uint64_t rows = (uint64_t)s->n_batch * (uint64_t)s->n_heads;
-  uint64_t items = (uint64_t)most_items(s->n_batch, s->n_heads, s->n_kv_heads);
-  uint64_t reads = (uint64_t)most_tiles(s->n_batch) * (uint64_t)s->n_kv_heads;
+  uint64_t items = (uint64_t)most_items(s->n_batch, s->n_heads);
+  uint64_t reads = (uint64_t)most_tiles(s->n_batch) * (uint64_t)s->n_heads;
   return rows * (2 * sizeof(softmax_state) + 4 * sizeof(float) + 1 + 2 * sizeof(int32_t) + (uint64_t)s->head_dim * 4) +
          reads * ((uint64_t)most_strips(s) + sizeof(tile_read)) +
          2 * (items * sizeof(work_item) + (uint64_t)most_ranges(s) * sizeof(key_range));
@@ -107,13 +106,13 @@ typedef struct row_filter {
   const uint8_t *heads;   /* (n, n_heads) */
 } row_filter;
 
-/* Query-major rows, so that a panel's queries are close together and few masked keys are computed. */
-static int32_t put_rows(const attention_batch *b, const query_tile *tile, int32_t kv_head, row_filter filter,
-                        int32_t *rows) {
-  int32_t n = 0, group = b->n_heads / b->n_kv_heads;
+/* Of n_heads heads. Query-major rows, so that a panel's queries are close together and few masked keys are computed. */
+static int32_t put_rows(const attention_batch *b, const query_tile *tile, int32_t head, int32_t n_heads,
+                        row_filter filter, int32_t *rows) {
+  int32_t n = 0;
   for (int32_t i = tile->first; i < tile->first + tile->n; i++) {
     if (filter.queries && !filter.queries[i]) continue;
-    for (int32_t h = kv_head * group; h < (kv_head + 1) * group; h++)
+    for (int32_t h = head; h < head + n_heads; h++)
       if (!filter.heads || filter.heads[i * b->n_heads + h]) rows[n++] = i * b->n_heads + h;
   }
   return n;
@@ -126,12 +125,14 @@ void attention_plan(attention_batch *b, int32_t n_window, int32_t position, int3
   b->n = n;
   plan_tiles(b, n_window);
   work_list *list = &b->local;
+  int32_t group = b->n_heads / b->n_kv_heads;
   list_clear(list);
   for (int32_t t = 0; t < b->n_tiles; t++) {
     const query_tile *tile = &b->tiles[t];
     int32_t last = b->position + tile->first + tile->n - 1, end = kv_block_of(b->n_sink, last) + 1;
     for (int32_t g = 0; g < b->n_kv_heads; g++) {
-      int32_t rows = put_rows(b, tile, g, (row_filter){NULL, NULL}, list->rows + list->n_rows), n_ranges = 0;
+      int32_t rows = put_rows(b, tile, g * group, group, (row_filter){NULL, NULL}, list->rows + list->n_rows),
+              n_ranges = 0;
       key_range *ranges = list->ranges + list->n_ranges;
       if (b->n_sink > 0) ranges[n_ranges++] = blocks_range(0, 1);
       if (end > 1 + tile->n_pages) ranges[n_ranges++] = blocks_range(1 + tile->n_pages, end);
@@ -156,18 +157,18 @@ static int32_t put_wanted(const uint8_t *wanted, int32_t n, key_range *ranges, i
 static void list_bulk(attention_batch *b, row_filter filter, bool paged) {
   work_list *list = &b->bulk;
   list_clear(list);
+  int32_t group = b->n_heads / b->n_kv_heads;
   for (int32_t t = 0; t < b->n_tiles; t++) {
     const query_tile *tile = &b->tiles[t];
-    for (int32_t g = 0; tile->n_pages && g < b->n_kv_heads; g++) {
-      size_t at = (size_t)t * (size_t)b->n_kv_heads + (size_t)g;
-      int32_t rows = put_rows(b, tile, g, filter, list->rows + list->n_rows), n_ranges = 1;
+    int32_t sharing = paged ? attention_sharing(tile, group) : group;
+    for (int32_t h = 0; tile->n_pages && h < b->n_heads; h += sharing) {
+      int32_t rows = put_rows(b, tile, h, sharing, filter, list->rows + list->n_rows), n_ranges = 1;
       key_range *ranges = list->ranges + list->n_ranges;
-      b->reads[at].n_strips = tile->n_pages * KV_STRIPS;
-      if (paged)
-        n_ranges = put_wanted(b->wanted + at * (size_t)b->max_strips, tile->n_pages * KV_STRIPS, ranges,
-                              &b->reads[at].n_strips);
+      int32_t *n_strips = &attention_read(b, t, h)->n_strips;
+      *n_strips = tile->n_pages * KV_STRIPS;
+      if (paged) n_ranges = put_wanted(attention_wanted(b, t, h), *n_strips, ranges, n_strips);
       else ranges[0] = blocks_range(1, 1 + tile->n_pages);
-      if (n_ranges) list_panels(list, g, rows, n_ranges);
+      if (n_ranges) list_panels(list, h / group, rows, n_ranges);
     }
   }
 }
@@ -206,49 +207,6 @@ void attention_decide(attention_batch *b, const attention_policy *policy, int32_
       if (tile->n_pages) decide_query(b, policy, layer, i);
       else
         for (int32_t h = 0; h < b->n_heads; h++) b->is_long[i * b->n_heads + h] = 0;
-    }
-  }
-}
-
-/* Long heads of a tile's queries in one group, and the queries that have any. */
-static void count_long(const attention_batch *b, const query_tile *tile, int32_t kv_head, uint64_t *heads,
-                       uint64_t *queries) {
-  int32_t group = b->n_heads / b->n_kv_heads;
-  *heads = *queries = 0;
-  for (int32_t i = tile->first; i < tile->first + tile->n; i++) {
-    uint64_t n = 0;
-    for (int32_t h = 0; h < group; h++) n += b->is_long[i * b->n_heads + kv_head * group + h];
-    *heads += n;
-    *queries += n > 0;
-  }
-}
-
-void attention_count(const attention_batch *b, int32_t page_bits, pyllm_layer_stats *stats) {
-  uint64_t key_work = 2 * (uint64_t)b->head_dim; /* multiply-adds of a score, and of a value that is weighted */
-  uint64_t group = (uint64_t)(b->n_heads / b->n_kv_heads);
-  uint64_t key_bytes = 2 * sizeof(uint16_t) * (uint64_t)b->head_dim; /* key and value */
-  for (int32_t t = 0; t < b->n_tiles; t++) {
-    const query_tile *tile = &b->tiles[t];
-    uint64_t pages = (uint64_t)tile->n_pages, all = pages * KV_STRIPS, n = (uint64_t)tile->n;
-    for (int32_t g = 0; pages && g < b->n_kv_heads; g++) {
-      const tile_read *read = &b->reads[t * b->n_kv_heads + g];
-      uint64_t heads, queries, read_strips = (uint64_t)read->n_strips;
-      count_long(b, tile, g, &heads, &queries);
-      stats->pairs += n * group;
-      stats->pairs_local += n * group - heads;
-      stats->work += n * group * all * STRIP * key_work;
-      stats->work_done += heads * read_strips * STRIP * key_work;
-      stats->bytes += n * all * STRIP * key_bytes;
-      stats->bytes_read += queries * read_strips * STRIP * key_bytes;
-      if (page_bits) {
-        uint64_t page_work = PYLLM_PAGE * (uint64_t)sketch_channels(page_bits, b->head_dim);
-        uint64_t scoring = (uint64_t)read->n_scored_heads * pages * page_work;
-        stats->work_done += scoring;
-        stats->work_sketch += scoring;
-        stats->bytes_read += (uint64_t)read->n_scored * pages * sketch_page_bytes(page_bits, b->head_dim);
-      }
-      stats->pages += queries * all;
-      stats->pages_read += queries * read_strips;
     }
   }
 }

@@ -41,10 +41,11 @@ typedef struct work_list {
   int32_t n_items, n_rows, n_ranges;
 } work_list;
 
-/* What one tile reads of the bulk for one key/value head. */
+/* What one tile reads of the bulk for one key/value head, or with a page tier for those of its heads that share a list. */
 typedef struct tile_read {
-  int32_t n_strips;                 /* of 4 n_pages */
-  int32_t n_scored, n_scored_heads; /* queries that read the sketch, and (query, head) pairs scored on it */
+  int32_t n_strips;      /* of 4 n_pages */
+  int32_t n_scored_rows; /* with a page tier: long rows scored on the sketch */
+  uint64_t scored;       /* likewise: the tile's i-th query read the sketch where bit i is set */
 } tile_read;
 
 /* One batch on its way through one layer's attention. */
@@ -66,10 +67,19 @@ typedef struct attention_batch {
   float *deviation;          /* (n, n_heads) s, likewise */
   uint8_t *is_long;          /* (n, n_heads) */
   softmax_state *mass_state; /* (n, n_heads) scratch of the oracle */
-  uint8_t *wanted;           /* (n_tiles, n_kv_heads, max_strips) strips of the bulk that some scored query wants */
-  tile_read *reads;          /* (n_tiles, n_kv_heads) */
-  void *backend_scratch;     /* cpu_scratch_new's */
+  /* By tile and the first of the heads that share a list; what belongs to the others means nothing. */
+  uint8_t *wanted;       /* (n_tiles, n_heads, max_strips) 1 for strips of the bulk that some scored query wants */
+  tile_read *reads;      /* (n_tiles, n_heads) */
+  void *backend_scratch; /* cpu_scratch_new's */
 } attention_batch;
+
+/* Of the list whose first head this is. */
+static inline tile_read *attention_read(const attention_batch *b, int32_t tile, int32_t head) {
+  return b->reads + (int64_t)tile * b->n_heads + head;
+}
+static inline uint8_t *attention_wanted(const attention_batch *b, int32_t tile, int32_t head) {
+  return b->wanted + ((int64_t)tile * b->n_heads + head) * b->max_strips;
+}
 
 typedef struct attention_shape {
   int32_t n_layers, n_batch, n_ctx, n_heads, n_kv_heads, head_dim, n_sink;
@@ -91,7 +101,7 @@ void attention_decide(attention_batch *b, const attention_policy *policy, int32_
 void attention_list_everything(attention_batch *b, const uint8_t *queries);
 /* Writes the bulk work list of the long rows: all of the bulk, or with `paged` the strips marked in `wanted`. */
 void attention_list_long(attention_batch *b, bool paged);
-/* page_bits: the policy's. */
+/* Adds the batch to a layer's statistics; page_bits: the policy's. */
 void attention_count(const attention_batch *b, int32_t page_bits, pyllm_layer_stats *stats);
 
 #endif

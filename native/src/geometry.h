@@ -70,4 +70,11 @@ ANYWHERE int32_t attention_scored_query(const query_tile *tile, int32_t i) {
   return tile->first + tile->n - 1 - i * attention_scored_stride(tile);
 }
 
+/* How many neighbouring heads of a group share a list of strips in a page tier: all where a tile has few rows of theirs, as
+ * in decode, for there what is read is what costs; otherwise each has its own, for what is computed is. */
+enum { SHARED_ROWS = 64 };
+ANYWHERE int32_t attention_sharing(const query_tile *tile, int32_t group) {
+  return (int64_t)tile->n * group <= SHARED_ROWS ? group : 1;
+}
+
 #endif

@@ -24,7 +24,18 @@ import numpy as np
 import numpy.typing as npt
 
 from .moments import Moments, bulk_mass, score_moments
-from .sketch import BITS, GRADED, READ_PAGE, PageBits, Sketch, n_sketched, page_bytes, read_pages, sketch
+from .sketch import (
+    BITS,
+    GRADED,
+    READ_PAGE,
+    PageBits,
+    Sketch,
+    heads_sharing,
+    n_sketched,
+    page_bytes,
+    read_pages,
+    sketch,
+)
 
 PAGE = 64
 
@@ -86,8 +97,8 @@ class Decisions:
     has_bulk: (T) bool. local: (T, H) bool, True where nothing of the bulk was read.
     local_mass, bulk_mass_estimate, bulk_mass_true: (T, H) float64, natural logs: L, M̂, M.
     mean_score, deviation: (T, H) float64, c·q·μ and σ that M̂ is made of; NaN where the bulk is empty.
-    reads: (T, G, R) bool, the read pages of the bulk of the last query that the long heads of a group read.
-    scored: (T, G) bool, True where the query's long heads scored the sketch; False everywhere without it.
+    reads: (T, H, R) bool, the read pages of the bulk of the last query that a head reads, which is then long.
+    scored: (T, H) bool, True where a long head scored the sketch; False everywhere without it.
     """
 
     has_bulk: npt.NDArray[np.bool_]
@@ -193,8 +204,8 @@ def attend(
     local = np.ones((n_queries, n_heads), bool)
     masses = np.full((3, n_queries, n_heads), -np.inf)
     mean_score, deviation = np.full((2, n_queries, n_heads), np.nan)
-    reads = np.zeros((n_queries, n_kv_heads, n_read_pages(n_positions - 1, policy)), bool)
-    scored = np.zeros((n_queries, n_kv_heads), bool)
+    reads = np.zeros((n_queries, n_heads, n_read_pages(n_positions - 1, policy)), bool)
+    scored = np.zeros((n_queries, n_heads), bool)
     moments = [Moments.empty(head_dim) for _ in range(n_kv_heads)]
     for start, stop in tiles(first, n_positions, policy.n_sink, policy.n_window, chunk):
         end = bulk_end(start, policy.n_sink, policy.n_window)
@@ -216,14 +227,14 @@ def attend(
             reads[rows, :, :n_read], scored[rows] = list_reads(
                 tile, ~local[rows], masses[0, rows], n_read, sketches, scale, policy
             )
-        visible = in_local | positions_read(reads[rows, :, :n_read], ~local[rows], policy.n_sink, stop)
+        visible = in_local | positions_read(reads[rows, :, :n_read], n_kv_heads, policy.n_sink, stop)
         attended = softmax(scores, visible) @ values[:, None, :stop]
         output[rows] = attended.transpose(2, 0, 1, 3).reshape(stop - start, n_heads, head_dim)
 
     decisions = Decisions(
         has_bulk, local, masses[0], masses[1], masses[2], mean_score, deviation, reads, scored
     )
-    return AttentionResult(output, decisions, count(decisions, first, head_dim, policy), moments)
+    return AttentionResult(output, decisions, count(decisions, first, n_kv_heads, head_dim, policy), moments)
 
 
 def fold_pages(moments: Moments, keys: npt.NDArray[np.float64], n_sink: int, end: int) -> Moments:
@@ -329,64 +340,78 @@ def list_reads(
     scale: float,
     policy: Policy,
 ) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
-    """Read pages that a tile's long heads read, (n, G, n_read), and where they scored the sketch, (n, G).
+    """Read pages that a tile's heads read, (n, H, n_read), and where they scored the sketch, (n, H).
 
     tile: (G, H/G, n, d). is_long, local_mass: (n, H). n_read: read pages in the tile's bulk.
     """
-    is_long, local_mass = by_head(is_long, len(tile)), by_head(local_mass, len(tile))  # (G, H/G, n)
-    reads = np.repeat(np.asarray(is_long.any(axis=1)).T[..., None], n_read, axis=2)  # (n, G, n_read)
-    scored = np.zeros(reads.shape[:2], bool)
+    group, n = tile.shape[1:3]
+    reads = np.repeat(is_long[..., None], n_read, axis=2)
+    scored = np.zeros(is_long.shape, bool)
+    n_sharing = heads_sharing(n, group)
     for g, s in enumerate(sketches):
         bulk = s.first(n_read * READ_PAGE // PAGE)
-        wanted, scored[:, g] = read_pages(
-            tile[g], is_long[g], local_mass[g], bulk, scale, policy.page_share, policy.page_drop
-        )
-        reads[:, g] &= wanted
+        for first in range(0, group, n_sharing):
+            queries, heads = (
+                tile[g, first : first + n_sharing],
+                slice(g * group + first, g * group + first + n_sharing),
+            )
+            wanted, asked = read_pages(
+                queries,
+                is_long[:, heads].T,
+                local_mass[:, heads].T,
+                bulk,
+                scale,
+                policy.page_share,
+                policy.page_drop,
+            )
+            reads[:, heads] &= wanted
+            scored[:, heads] = asked[:, None] & is_long[:, heads]
     return reads, scored
 
 
 def positions_read(
-    reads: npt.NDArray[np.bool_], is_long: npt.NDArray[np.bool_], n_sink: int, stop: int
+    reads: npt.NDArray[np.bool_], n_kv_heads: int, n_sink: int, stop: int
 ) -> npt.NDArray[np.bool_]:
-    """(G, H/G, n, stop) mask of what long heads (n, H) read of the bulk, by reads (n, G, R)."""
-    long_heads = by_head(is_long, reads.shape[1])
-    in_list = np.repeat(reads.swapaxes(0, 1), READ_PAGE, axis=2)  # (G, n, 16 R)
-    mask = np.zeros((*long_heads.shape, stop), bool)
-    mask[..., n_sink : n_sink + in_list.shape[2]] = long_heads[..., None] & in_list[:, None]
+    """(G, H/G, n, stop) mask of what heads read of the bulk, by reads (n, H, R)."""
+    in_list = np.repeat(by_head(reads, n_kv_heads), READ_PAGE, axis=3)
+    mask = np.zeros((*in_list.shape[:3], stop), bool)
+    mask[..., n_sink : n_sink + in_list.shape[3]] = in_list
     return mask
 
 
-def count(decisions: Decisions, first: int, head_dim: int, policy: Policy) -> LayerStats:
+def count(decisions: Decisions, first: int, n_kv_heads: int, head_dim: int, policy: Policy) -> LayerStats:
     """Statistics over the queries at positions first, first + 1, ...; a query without bulk counts nowhere."""
     stats = LayerStats()
-    n_heads, n_kv_heads = decisions.local.shape[1], decisions.reads.shape[1]
+    n_heads = decisions.local.shape[1]
     key_and_value = 2 * 2 * head_dim  # bytes; and half as many multiply-adds for each head
     for row in np.flatnonzero(decisions.has_bulk):
         n_pages = n_read_pages(first + int(row), policy)
         n_bulk = n_pages * READ_PAGE
-        n_long = (~decisions.local[row]).reshape(n_kv_heads, -1).sum(axis=1)
-        n_read = decisions.reads[row].sum(axis=1)  # (G)
+        reads = decisions.reads[row]  # (H, R)
+        by_group = reads.reshape(n_kv_heads, n_heads // n_kv_heads, reads.shape[1]).any(axis=1)
         stats.pairs += n_heads
-        stats.pairs_local += n_heads - int(n_long.sum())
+        stats.pairs_local += int(decisions.local[row].sum())
         stats.work += n_heads * n_bulk * 2 * head_dim
-        stats.work_done += int(n_long @ n_read) * READ_PAGE * 2 * head_dim
+        stats.work_done += int(reads.sum()) * READ_PAGE * 2 * head_dim
         stats.bytes += n_kv_heads * n_bulk * key_and_value
-        stats.bytes_read += int(n_read.sum()) * READ_PAGE * key_and_value
+        stats.bytes_read += int(by_group.sum()) * READ_PAGE * key_and_value
         if policy.page_bits:
             sketch_bytes = n_bulk // PAGE * page_bytes(head_dim, policy.page_bits)
-            scored = decisions.scored[row]  # (G)
-            scoring = int(n_long @ scored) * n_bulk * n_sketched(policy.page_bits, head_dim)
+            scored = decisions.scored[row]  # (H)
+            scoring = int(scored.sum()) * n_bulk * n_sketched(policy.page_bits, head_dim)
             stats.work_done += scoring
             stats.work_sketch += scoring
-            stats.bytes_read += int(scored.sum()) * sketch_bytes
-        stats.pages += int(np.count_nonzero(n_long)) * n_pages
-        stats.pages_read += int(n_read.sum())
+            stats.bytes_read += int(scored.reshape(n_kv_heads, -1).any(axis=1).sum()) * sketch_bytes
+        has_long = ~decisions.local[row].reshape(n_kv_heads, -1).all(axis=1)
+        stats.pages += int(has_long.sum()) * n_pages
+        stats.pages_read += int(by_group.sum())
     return stats
 
 
 def by_head(x: npt.NDArray[Any], n_kv_heads: int) -> npt.NDArray[Any]:
     """(n, H, ...) -> (G, H/G, n, ...)."""
-    return np.moveaxis(x.reshape(len(x), n_kv_heads, -1, *x.shape[2:]), 0, 2)
+    n, n_heads, *rest = x.shape
+    return np.moveaxis(x.reshape(n, n_kv_heads, n_heads // n_kv_heads, *rest), 0, 2)
 
 
 def by_query(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

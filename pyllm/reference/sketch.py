@@ -4,8 +4,9 @@ A sketch rounds the keys of a page, 64 tokens of one key/value head, to 2, 3 or 
 the greatest value of each channel; a graded one takes the channels in a given order, has 4 bits for the first
 quarter of them, 2 for the second, and for the rest only their mean. Scores estimated from it give every read
 page, 16 tokens, its share of a query head's attention, and a head wants the read pages whose share exceeds a
-cut. All long heads of a tile and key/value head read what any scored one of them wants: so with this tier
-results depend on how a prompt is cut into batches.
+cut. In a tile the long queries of a head read what any scored one of them wants, and where the rows of a tile
+and key/value head are few, so do all its heads: so with this tier results depend on how a prompt is cut into
+batches.
 
 Axes: P pages, R = 4 P read pages, d = head_dim; one key/value head everywhere.
 """
@@ -24,6 +25,7 @@ Bools = npt.NDArray[np.bool_]
 
 READ_PAGE = 16
 SCORED_MOST = 16
+SHARED_ROWS = 64
 MAX_HALVINGS = 16
 BITS = (2, 3, 4)
 GRADED = "graded"
@@ -143,8 +145,17 @@ def wanted(share: Doubles, page_share: float, page_drop: float) -> Bools:
     return np.asarray(share > cut)
 
 
+def heads_sharing(n: int, group: int) -> int:
+    """How many neighbouring heads of a group share a list of read pages, in a tile of n queries.
+
+    All where they have few rows, as in decode: there what is read is what costs. Otherwise each head has its
+    own, for what is computed is what costs, and no head has work with another's pages.
+    """
+    return group if n * group <= SHARED_ROWS else 1
+
+
 def scored_queries(is_long: Bools) -> Bools:
-    """(n): the queries of a tile whose long heads are asked, by is_long (H/G, n).
+    """(n): the queries of a tile whose long heads are asked, by is_long (heads, n) of the heads that share.
 
     Up to 16 at equal distances, counting back from the last: every fourth of a whole tile, all of a short
     one; where none of these has a long head, the last query that has one.
@@ -166,9 +177,10 @@ def read_pages(
     page_share: float,
     page_drop: float,
 ) -> tuple[Bools, Bools]:
-    """What the long heads of a tile read, (R), and the queries (n) that were scored for it.
+    """What the long ones of the heads of a tile that share a list read, (R), and the queries (n) that were
+    scored for it.
 
-    queries: (H/G, n, d), of the tile. is_long, local_mass: (H/G, n). s: the sketch of the tile's whole bulk.
+    queries: (heads, n, d), of the tile. is_long, local_mass: (heads, n). s: the sketch of the whole bulk.
     """
     scored = scored_queries(is_long)
     asked = is_long & scored
