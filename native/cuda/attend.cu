@@ -23,7 +23,7 @@ enum attend_pass {
 };
 __device__ bool without_values(enum attend_pass pass) { return pass == TRUTH || pass == AUDIT; }
 
-/* One slot's rows and strips under a pass. */
+/* One list's rows and strips under a pass. */
 struct panel_list {
   query_tile tile;
   int32_t kv_head;
@@ -33,12 +33,14 @@ struct panel_list {
 
 __device__ int32_t strips_of(int32_t n_keys) { return (n_keys + PYLLM_READ_PAGE - 1) / PYLLM_READ_PAGE; }
 
-__device__ panel_list list_of(const device_attention &a, enum attend_pass pass, int32_t tile_index, int32_t kv_head) {
-  panel_list l = {tile_at(a, tile_index), kv_head, NULL, NULL, 0, 0, 0, STRIPS_PER_PAGE};
+/* Of the list that begins with this head; of no rows where none does. */
+__device__ panel_list list_of(const device_attention &a, enum attend_pass pass, int32_t tile_index, int32_t head) {
+  panel_list l = {tile_at(a, tile_index), head / group_of(a), NULL, NULL, 0, 0, 0, STRIPS_PER_PAGE};
   if (l.tile.n == 0 || (pass != LOCAL && l.tile.n_pages == 0)) return l;
+  if (head % (pass == BULK ? sharing_of(a, l.tile) : group_of(a))) return l;
   l.n_rows = l.tile.n * group_of(a);
   l.n_strips = l.tile.n_pages * STRIPS_PER_PAGE;
-  int64_t slot = (int64_t)tile_index * a.n_kv_heads + kv_head;
+  int64_t list = (int64_t)tile_index * a.n_heads + head;
   if (pass == LOCAL) {
     int32_t last = a.now->position + l.tile.first + l.tile.n - 1;
     int32_t behind = last + 1 - kv_block_start(a.n_sink, 1 + l.tile.n_pages); /* keys; none while all are sinks */
@@ -46,10 +48,10 @@ __device__ panel_list list_of(const device_attention &a, enum attend_pass pass, 
     l.jump = (1 + l.tile.n_pages) * STRIPS_PER_PAGE - l.head;
     l.n_strips = l.head + (behind > 0 ? strips_of(behind) : 0);
   } else if (pass == BULK) {
-    l.rows = a.rows + slot * PYLLM_PAGE * group_of(a);
-    l.n_rows = a.counts[slot].n_rows;
-    l.n_strips = a.counts[slot].n_strips;
-    if (a.paged) l.strips = a.strips + slot * a.max_strips;
+    l.rows = a.rows + list * PYLLM_PAGE;
+    l.n_rows = a.counts[list].n_rows;
+    l.n_strips = a.counts[list].n_strips;
+    if (a.paged) l.strips = a.strips + list * a.max_strips;
   }
   return l;
 }
@@ -325,12 +327,12 @@ __device__ lane_rows rows_of(const device_attention &a, const panel_list &l, enu
   return rows;
 }
 
-/* Grid (x, n_kv_heads, tiles). Prefill: warp x of a slot walks panel x. Decode (apart): the warps of a slot take its
- * spans by turns, panel after panel. No warp waits for another. */
+/* Grid (x, lists of a tile at most, tiles). Prefill: warp x of a list walks panel x. Decode (apart): the warps of a list
+ * take its spans by turns, panel after panel. No warp waits for another. */
 template <int D>
 __global__ void __launch_bounds__(WARP *warps_of(D))
     attend_kernel(device_attention a, device_layer layer, enum attend_pass pass, bool apart) {
-  panel_list l = list_of(a, pass, blockIdx.z, blockIdx.y);
+  panel_list l = list_of(a, pass, blockIdx.z, head_of_row(a, blockIdx.y, gridDim.y));
   query_operands<D> &q = block_shared<attend_shared<D>>().queries[threadIdx.x / WARP];
   head_blocks blocks(a, layer, l.kv_head);
   int32_t warp = blockIdx.x * warps_of(D) + threadIdx.x / WARP, n_warps = gridDim.x * warps_of(D);
@@ -350,10 +352,10 @@ __global__ void __launch_bounds__(WARP *warps_of(D))
   }
 }
 
-/* Decode: merges the spans of a row in order. Grid (rows of a slot, n_kv_heads), one thread per dimension, each of which
+/* Decode: merges the spans of a row in order. Grid (rows of a list, lists), one thread per dimension, each of which
  * follows the states for itself. Reads 4 head_dim + 8 bytes per span. */
 __global__ void merge_spans(device_attention a, enum attend_pass pass) {
-  panel_list l = list_of(a, pass, 0, blockIdx.y);
+  panel_list l = list_of(a, pass, 0, head_of_row(a, blockIdx.y, gridDim.y));
   int32_t i = threadIdx.x, n_spans = (l.n_strips + SPAN - 1) / SPAN;
   if ((int32_t)blockIdx.x >= l.n_rows) return;
   int64_t row = row_at(a, l, blockIdx.x);
@@ -374,7 +376,7 @@ __global__ void merge_spans(device_attention a, enum attend_pass pass) {
   if (to.mass) *to.mass = mass_of(state);
 }
 
-/* Decode's spans are dealt to so many warps per slot at most: enough to fill a GPU, few enough that those with nothing
+/* Decode's spans are dealt to so many warps per list at most: enough to fill a GPU, few enough that those with nothing
  * to do cost little. */
 enum { SPAN_WARPS = 512 };
 
@@ -390,11 +392,10 @@ struct attend_launch {
     int32_t group = a.n_heads / a.n_kv_heads, spans = a.max_spans < SPAN_WARPS ? a.max_spans : SPAN_WARPS;
     int32_t most_rows = (n < PYLLM_PAGE ? n : PYLLM_PAGE) * group;
     int32_t warps = apart ? spans : (most_rows + PANEL - 1) / PANEL;
-    dim3 grid((unsigned)((warps + warps_of(D) - 1) / warps_of(D)), (unsigned)a.n_kv_heads, (unsigned)most_tiles(n));
+    unsigned lists = (unsigned)most_lists(a, a.paged && pass == BULK, n);
+    dim3 grid((unsigned)((warps + warps_of(D) - 1) / warps_of(D)), lists, (unsigned)most_tiles(n));
     launch(to, attend_kernel<D>, grid, dim3(WARP * warps_of(D)), sizeof(attend_shared<D>), a, layer, pass, apart);
-    if (apart)
-      launch(to, merge_spans, dim3((unsigned)group, (unsigned)a.n_kv_heads), dim3((D + WARP - 1) / WARP * WARP), 0, a,
-             pass);
+    if (apart) launch(to, merge_spans, dim3((unsigned)group, lists), dim3((D + WARP - 1) / WARP * WARP), 0, a, pass);
   }
 };
 

@@ -4,8 +4,9 @@
  * work list live on the device, every launch's grid depends on shapes alone, and blocks with nothing to do end at once.
  * So one token's stages can be recorded once as a graph and replayed at every position.
  *
- * A *slot* is a (tile, key/value head): tile * n_kv_heads + kv_head. Its part of the work list has a fixed place:
- *   rows    the tile's rows of that head whose bulk is read, compacted, query-major; a row is query * n_heads + head
+ * A *list* is the part of the work list of a tile and neighbouring heads of one group that read the same: all of the
+ * group, or with a page tier those of attention_sharing. It has the place of its first head, tile * n_heads + head:
+ *   rows    the tile's rows of these heads whose bulk is read, compacted, query-major; a row is query * n_heads + head
  *   strips  the strips of 16 keys they read, ascending
  *
  * Results depend on a query's own position and keys alone (but for the page tier, whose tiles share what they read), as
@@ -26,12 +27,11 @@ enum {
   SKETCH_CHANNELS = 32 /* of a page, neighbours in the order of its sketch: by one block */
 };
 
-/* What is on a slot's part of the work list. */
-typedef struct slot_counts {
+typedef struct list_counts {
   int32_t n_rows, n_strips;
-  int32_t n_queries;         /* that have a long head */
-  int32_t n_asked, n_scored; /* with a page tier: queries asked for pages, and their long rows */
-} slot_counts;
+  int32_t n_scored; /* with a page tier: long rows scored on the sketch */
+  uint64_t scored;  /* likewise: the tile's i-th query read the sketch where bit i is set */
+} list_counts;
 
 /* One session's attention. Device pointers; passed to kernels by value. */
 typedef struct device_attention {
@@ -55,24 +55,24 @@ typedef struct device_attention {
   uint8_t *audited;   /* (n) 1 where a record wants the true bulk mass */
   float2 *mass_state; /* (n, n_heads) scratch of the oracle */
 
-  /* The bulk's work list, by slot. */
-  slot_counts *counts; /* (slots) */
-  int32_t *rows;       /* (slots, 64 * group) */
+  /* The bulk's work list. Of a list with several heads, the room of all is its first one's. */
+  list_counts *counts; /* (tiles, n_heads) */
+  int32_t *rows;       /* (tiles, n_heads, 64) */
   bool paged;          /* long heads read the strips listed; otherwise the whole bulk */
-  int32_t *strips;     /* (slots, max_strips) */
+  int32_t *strips;     /* (tiles, n_heads, max_strips) */
 
   /* One query: what each span gave. */
   float2 *span_state; /* (n_heads, max_spans) */
   float *span_out;    /* (n_heads, max_spans, head_dim) */
 
   /* Moments as every tile but the batch's last sees them; the last one's are the layer's. */
-  float *tile_mean; /* (slots, head_dim) */
-  float *tile_m2;   /* (slots, head_dim, head_dim) */
+  float *tile_mean; /* (tiles, n_kv_heads, head_dim) */
+  float *tile_m2;   /* (tiles, n_kv_heads, head_dim, head_dim) */
 
   /* The page tier. */
-  uint8_t *wanted;      /* (slots, max_strips) */
-  int32_t *scored_rows; /* (slots, 16 * group) */
-  float *strip_mass;    /* (n_kv_heads, 16 * group, max_strips) of one tile: logsumexp of a strip's estimated scores */
+  uint8_t *wanted;      /* (tiles, n_heads, max_strips) 0 or 1 */
+  int32_t *scored_rows; /* (tiles, n_heads, 16) */
+  float *strip_mass;    /* (n_heads, 16, max_strips) of one tile: logsumexp of a strip's estimated scores */
 } device_attention;
 
 /* One layer's sketch of the bulk keys: pages as in src/sketch.h, SKETCH_CHANNELS channels folded apart. */
@@ -134,25 +134,37 @@ __device__ inline void add_count(uint64_t *to, uint64_t n) {
   atomicAdd((unsigned long long *)to, (unsigned long long)n);
 }
 
-/* Adds a slot to the layer's statistics, as attention_count does on the CPU; page_bits: the policy's. */
-__device__ inline void count_slot(const device_attention &a, const query_tile &tile, const slot_counts &c,
-                                  int32_t page_bits, pyllm_layer_stats *stats) {
+/* Heads of a list of the tile. */
+__device__ inline int32_t sharing_of(const device_attention &a, const query_tile &tile) {
+  return a.paged ? attention_sharing(&tile, group_of(a)) : group_of(a);
+}
+
+/* What a tile reads of the bulk for one key/value head. */
+typedef struct group_counts {
+  uint64_t rows, queries;       /* long ones, and those that have one */
+  uint64_t strips, head_strips; /* that the queries read, and that their heads do */
+  uint64_t asked, scored;       /* with a page tier: queries that read the sketch, and rows scored on it */
+} group_counts;
+
+/* Adds it to the layer's statistics, as attention_count does on the CPU; page_bits: the policy's. */
+__device__ inline void count_group(const device_attention &a, const query_tile &tile, const group_counts &c,
+                                   int32_t page_bits, pyllm_layer_stats *stats) {
   if (tile.n_pages == 0) return;
-  uint64_t pages = (uint64_t)tile.n_pages, all = pages * STRIPS_PER_PAGE, read = (uint64_t)c.n_strips;
-  uint64_t pairs = (uint64_t)(tile.n * group_of(a)), rows = (uint64_t)c.n_rows, queries = (uint64_t)c.n_queries;
+  uint64_t pages = (uint64_t)tile.n_pages, all = pages * STRIPS_PER_PAGE;
+  uint64_t pairs = (uint64_t)(tile.n * group_of(a));
   uint64_t strip_bytes = PYLLM_READ_PAGE * 2 * sizeof(uint16_t) * (uint64_t)a.head_dim; /* keys and values */
   uint64_t strip_work = PYLLM_READ_PAGE * 2 * (uint64_t)a.head_dim; /* multiply-adds of scores and weighted values */
   uint64_t sketch_bytes = page_bits ? sketch_page_bytes(page_bits, a.head_dim) : 0; /* of a page; and its channels */
   uint64_t sketched = page_bits ? (uint64_t)sketch_channels(page_bits, a.head_dim) : 0;
-  uint64_t scoring = (uint64_t)c.n_scored * pages * PYLLM_PAGE * sketched;
+  uint64_t scoring = c.scored * pages * PYLLM_PAGE * sketched;
   add_count(&stats->pairs, pairs);
-  add_count(&stats->pairs_local, pairs - rows);
+  add_count(&stats->pairs_local, pairs - c.rows);
   add_count(&stats->work, pairs * all * strip_work);
-  add_count(&stats->work_done, rows * read * strip_work + scoring);
+  add_count(&stats->work_done, c.head_strips * strip_work + scoring);
   add_count(&stats->bytes, (uint64_t)tile.n * all * strip_bytes);
-  add_count(&stats->bytes_read, queries * read * strip_bytes + (uint64_t)c.n_asked * pages * sketch_bytes);
-  add_count(&stats->pages, queries * all);
-  add_count(&stats->pages_read, queries * read);
+  add_count(&stats->bytes_read, c.strips * strip_bytes + c.asked * pages * sketch_bytes);
+  add_count(&stats->pages, c.queries * all);
+  add_count(&stats->pages_read, c.strips);
   add_count(&stats->work_sketch, scoring);
 }
 
@@ -202,6 +214,16 @@ ANYWHERE int32_t sketch_parts(int32_t head_dim) { return (head_dim + SKETCH_CHAN
 
 /* Tiles of a batch of n queries, at most. */
 inline int32_t most_tiles(int32_t n) { return n == 1 ? 1 : n / PYLLM_PAGE + 4; }
+
+/* Lists of a tile of a batch of n queries at most; paged: with a page tier. */
+inline int32_t most_lists(const device_attention &a, bool paged, int32_t n) {
+  bool may_share = (int64_t)n * (a.n_heads / a.n_kv_heads) <= SHARED_ROWS; /* and then all do */
+  return paged && !may_share ? a.n_heads : a.n_kv_heads;
+}
+/* The first head of the lists that the blocks of a grid's row work on: a grid has as many rows as there are lists. */
+__device__ inline int32_t head_of_row(const device_attention &a, uint32_t row, uint32_t rows) {
+  return (int32_t)(row * ((uint32_t)a.n_heads / rows));
+}
 
 /* Calls f.run<head_dim>() for the head dimensions that have kernels; false for others. */
 template <class F> bool with_head_dim(int32_t head_dim, const F &f) {

@@ -5,8 +5,7 @@ namespace {
 /* f(pointer, how many) for everything that a session's attention owns. */
 template <class F> void each_array(device_attention &a, int32_t n_batch, F f) {
   size_t d = (size_t)a.head_dim, heads = (size_t)a.n_heads, kv_heads = (size_t)a.n_kv_heads;
-  size_t rows = (size_t)n_batch * heads, slots = (size_t)a.max_tiles * kv_heads, strips = (size_t)a.max_strips;
-  size_t group = heads / kv_heads;
+  size_t rows = (size_t)n_batch * heads, tiles = (size_t)a.max_tiles, strips = (size_t)a.max_strips;
   f(a.state, rows);
   f(a.out, rows * d);
   f(a.local_mass, rows);
@@ -16,16 +15,16 @@ template <class F> void each_array(device_attention &a, int32_t n_batch, F f) {
   f(a.is_long, rows);
   f(a.audited, (size_t)n_batch);
   f(a.mass_state, rows);
-  f(a.counts, slots);
-  f(a.rows, slots * PYLLM_PAGE * group);
-  f(a.strips, slots * strips);
+  f(a.counts, tiles * heads);
+  f(a.rows, tiles * heads * PYLLM_PAGE);
+  f(a.strips, tiles * heads * strips);
   f(a.span_state, heads * (size_t)a.max_spans);
   f(a.span_out, heads * (size_t)a.max_spans * d);
-  f(a.tile_mean, slots * d);
-  f(a.tile_m2, slots * d * d);
-  f(a.wanted, slots * strips);
-  f(a.scored_rows, slots * SCORED_MOST * group);
-  f(a.strip_mass, kv_heads * SCORED_MOST * group * strips);
+  f(a.tile_mean, tiles * kv_heads * d);
+  f(a.tile_m2, tiles * kv_heads * d * d);
+  f(a.wanted, tiles * heads * strips);
+  f(a.scored_rows, tiles * heads * SCORED_MOST);
+  f(a.strip_mass, heads * SCORED_MOST * strips);
 }
 
 /* The same for a layer's cache, and for its sketch of page_bits. */

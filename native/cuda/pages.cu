@@ -1,4 +1,4 @@
-/* The page tier: which strips of the bulk the long heads of a slot read, judged by a low-bit sketch of the bulk's keys.
+/* The page tier: which strips of the bulk the long heads of a list read, judged by a low-bit sketch of the bulk's keys.
  * Terms and rules: cpu/pages.c; the sketch's bytes: src/sketch.h, whose words of 4 channels by token are what dp4a takes. */
 #include "blocks.cuh"
 #include <float.h>
@@ -197,22 +197,33 @@ __device__ void score_page(const device_attention &a, const uint8_t *page, const
   __syncwarp(); /* the weights are used up */
 }
 
-/* Of tile t. Grid (x, n_kv_heads): warps take pages by turns. Reads each page's sketch once per 8 rows, in decode once.
+/* Rows scored for the list of tile t that begins with this head; 0 where none does. */
+__device__ int32_t scored_rows_of(const device_attention &a, const query_tile &tile, int32_t t, int32_t head) {
+  if (tile.n_pages == 0 || head % sharing_of(a, tile)) return 0;
+  return a.counts[(int64_t)t * a.n_heads + head].n_scored;
+}
+
+/* (max_strips) of the r-th row scored for the list that begins with this head. */
+__device__ float *strip_mass_at(const device_attention &a, int32_t head, int32_t r) {
+  return a.strip_mass + ((int64_t)head * SCORED_MOST + r) * a.max_strips;
+}
+
+/* Of tile t. Grid (x, its lists at most): warps take pages by turns. Reads each page's sketch once per 8 rows, in decode once.
  * channels: (n_kv_heads, head_dim) of a graded sketch. */
 template <int PAGE_BITS>
 __global__ void __launch_bounds__(WARP *SCORE_WARPS)
     score_kernel(device_attention a, device_layer layer, const uint16_t *channels, int32_t t) {
   query_tile tile = tile_at(a, t);
-  int32_t g = blockIdx.y, warp = threadIdx.x / WARP, most = SCORED_MOST * group_of(a);
-  int64_t slot = (int64_t)t * a.n_kv_heads + g;
-  int32_t n_rows = tile.n_pages ? a.counts[slot].n_scored : 0;
+  int32_t head = head_of_row(a, blockIdx.y, gridDim.y), g = head / group_of(a), warp = threadIdx.x / WARP;
+  int64_t list = (int64_t)t * a.n_heads + head;
+  int32_t n_rows = scored_rows_of(a, tile, t, head);
   const uint16_t *order = PAGE_BITS == PYLLM_GRADED ? channels + (int64_t)g * a.head_dim : NULL;
   page_queries &q = block_shared<score_shared>().warps[warp];
   for (int32_t page = blockIdx.x * SCORE_WARPS + warp; page < tile.n_pages; page += gridDim.x * SCORE_WARPS)
     for (int32_t r = 0; r < n_rows; r += SCORE_ROWS)
-      score_page<PAGE_BITS>(a, sketch_page(a, layer, PAGE_BITS, g, page), order, a.scored_rows + slot * most + r,
+      score_page<PAGE_BITS>(a, sketch_page(a, layer, PAGE_BITS, g, page), order, a.scored_rows + list * SCORED_MOST + r,
                             n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS, q,
-                            a.strip_mass + ((int64_t)g * most + r) * a.max_strips + page * STRIPS_PER_PAGE);
+                            strip_mass_at(a, head, r) + page * STRIPS_PER_PAGE);
 }
 
 /* ---- wanting ---- */
@@ -232,16 +243,10 @@ __device__ float cut_share(const device_policy &policy, const float *share, int3
   return cut;
 }
 
-/* Of tile t. Grid (scored rows of a slot, n_kv_heads): a block turns its row's strip masses into shares of all its
- * attention and marks the strips it wants; blocks of a slot write the same 1. */
-__global__ void __launch_bounds__(WANT_THREADS) want_kernel(device_attention a, device_policy policy, int32_t t) {
-  float *partial = block_shared<want_shared>().partial;
-  query_tile tile = tile_at(a, t);
-  int32_t g = blockIdx.y, r = blockIdx.x, most = SCORED_MOST * group_of(a), n = tile.n_pages * STRIPS_PER_PAGE;
-  int64_t slot = (int64_t)t * a.n_kv_heads + g;
-  if (n == 0 || r >= a.counts[slot].n_scored) return;
-  float *share = a.strip_mass + ((int64_t)g * most + r) * a.max_strips;
-  float local_mass = a.local_mass[a.scored_rows[slot * most + r]], top = local_mass, sum = 0;
+/* Turns a row's strip masses into shares of all its attention and marks the strips it wants. */
+__device__ void want_of_row(const device_policy &policy, float *share, int32_t n, float local_mass, uint8_t *wanted,
+                            float *partial) {
+  float top = local_mass, sum = 0;
   for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) top = fmaxf(top, share[s]);
   top = block_max(top, partial);
   for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) sum += share[s] = expf(share[s] - top);
@@ -250,48 +255,113 @@ __global__ void __launch_bounds__(WANT_THREADS) want_kernel(device_attention a, 
   float cut = cut_share(policy, share, n, partial);
   /* Not a number counts as wanted: the safe side. */
   for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS)
-    if (!(share[s] <= cut)) a.wanted[slot * a.max_strips + s] = 1;
+    if (!(share[s] <= cut)) wanted[s] = 1;
+}
+
+/* Of tile t. Grid (x, its lists at most): blocks take a list's scored rows by turns, and write the same 1. */
+__global__ void __launch_bounds__(WANT_THREADS) want_kernel(device_attention a, device_policy policy, int32_t t) {
+  float *partial = block_shared<want_shared>().partial;
+  query_tile tile = tile_at(a, t);
+  int32_t head = head_of_row(a, blockIdx.y, gridDim.y);
+  int64_t list = (int64_t)t * a.n_heads + head;
+  for (int32_t r = blockIdx.x; r < scored_rows_of(a, tile, t, head); r += gridDim.x)
+    want_of_row(policy, strip_mass_at(a, head, r), tile.n_pages * STRIPS_PER_PAGE,
+                a.local_mass[a.scored_rows[list * SCORED_MOST + r]], a.wanted + list * a.max_strips, partial);
 }
 
 /* ---- listing ---- */
 
 struct list_shared {
   int32_t warp_count[LIST_THREADS / WARP];
+  float partial[WARP];
 };
 
-/* Grid (n_kv_heads, tiles): the wanted strips in order, and the slot's statistics. Reads a byte and writes up to 4 per
- * strip of the bulk. */
-__global__ void __launch_bounds__(LIST_THREADS) list_kernel(device_attention a, device_layer layer, int32_t page_bits) {
-  int32_t *warp_count = block_shared<list_shared>().warp_count;
-  query_tile tile = tile_at(a, blockIdx.y);
-  if (tile.n_pages == 0) return;
-  int64_t slot = (int64_t)blockIdx.y * a.n_kv_heads + blockIdx.x, at = slot * a.max_strips;
-  int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, n = tile.n_pages * STRIPS_PER_PAGE, done = 0;
+/* Puts the wanted ones of n strips in order; returns their number. */
+__device__ int32_t put_strips(const uint8_t *wanted, int32_t n, int32_t *strips, int32_t *warp_count) {
+  int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, done = 0;
   for (int32_t first = 0; first < n; first += LIST_THREADS) {
     int32_t s = first + threadIdx.x, before = 0, all = 0;
-    bool wanted = s < n && a.wanted[at + s];
-    uint32_t votes = __ballot_sync(ALL_LANES, wanted);
+    bool takes = s < n && wanted[s];
+    uint32_t votes = __ballot_sync(ALL_LANES, takes);
     if (lane == 0) warp_count[warp] = __popc(votes);
     __syncthreads();
     for (int32_t w = 0; w < LIST_THREADS / WARP; w++) {
       before += w < warp ? warp_count[w] : 0;
       all += warp_count[w];
     }
-    if (wanted) a.strips[at + done + before + __popc(votes & ((1u << lane) - 1))] = STRIPS_PER_PAGE + s;
+    if (takes) strips[done + before + __popc(votes & ((1u << lane) - 1))] = STRIPS_PER_PAGE + s;
     done += all;
     __syncthreads();
   }
-  if (threadIdx.x != 0) return;
-  a.counts[slot].n_strips = done;
-  count_slot(a, tile, a.counts[slot], page_bits, layer.stats);
+  return done;
 }
 
-enum { SCORE_BLOCKS = 256 }; /* per key/value head, at most */
+/* Strips that a query of the block's group reads, whose long heads are is_long (group): of any of their lists, of which
+ * the first is at `list`. */
+__device__ uint64_t strips_of_query(const device_attention &a, const query_tile &tile, int64_t list,
+                                    const uint8_t *is_long, float *partial) {
+  if (sharing_of(a, tile) == group_of(a)) return (uint64_t)a.counts[list].n_strips;
+  float n = 0; /* exact */
+  for (int32_t s = threadIdx.x; s < tile.n_pages * STRIPS_PER_PAGE; s += LIST_THREADS) {
+    int32_t any = 0;
+    for (int32_t h = 0; h < group_of(a); h++) any |= is_long[h] & a.wanted[(list + h) * a.max_strips + s];
+    n += (float)any;
+  }
+  return (uint64_t)block_sum(n, partial);
+}
+
+/* What the queries of the block's group read; the group's first list is at `list`. */
+__device__ group_counts count_reads(const device_attention &a, const query_tile &tile, int64_t list, float *partial) {
+  int32_t group = group_of(a), first = blockIdx.x * group, sharing = sharing_of(a, tile);
+  group_counts c = {};
+  const uint8_t *before = NULL; /* of the last query that has long heads: most have the same */
+  uint64_t n_strips = 0, asked = 0;
+  for (int32_t i = tile.first; i < tile.first + tile.n; i++) {
+    const uint8_t *is_long = a.is_long + (int64_t)i * a.n_heads + first;
+    bool any = false, same = before != NULL;
+    for (int32_t h = 0; h < group; h++) any |= is_long[h], same &= before && before[h] == is_long[h];
+    if (!any) continue;
+    if (!same) n_strips = strips_of_query(a, tile, list, is_long, partial);
+    before = is_long;
+    c.queries++;
+    c.strips += n_strips;
+  }
+  for (int32_t h = 0; h < group; h += sharing) {
+    const list_counts &read = a.counts[list + h];
+    c.rows += (uint64_t)read.n_rows;
+    c.head_strips += (uint64_t)read.n_rows * (uint64_t)read.n_strips;
+    c.scored += (uint64_t)read.n_scored;
+    asked |= read.scored;
+  }
+  c.asked = (uint64_t)__popcll(asked);
+  return c;
+}
+
+/* Grid (n_kv_heads, tiles): the lists' wanted strips in order, and the statistics. Reads a byte and writes up to 4 per
+ * strip of the bulk and list, and reads them again for every other set of long heads among its queries. */
+__global__ void __launch_bounds__(LIST_THREADS) list_kernel(device_attention a, device_layer layer, int32_t page_bits) {
+  list_shared &s = block_shared<list_shared>();
+  query_tile tile = tile_at(a, blockIdx.y);
+  if (tile.n_pages == 0) return;
+  int32_t group = group_of(a), sharing = sharing_of(a, tile), n = tile.n_pages * STRIPS_PER_PAGE;
+  int64_t list = (int64_t)blockIdx.y * a.n_heads + blockIdx.x * group;
+  for (int32_t h = 0; h < group; h += sharing) {
+    int64_t at = (list + h) * a.max_strips;
+    int32_t n_strips = put_strips(a.wanted + at, n, a.strips + at, s.warp_count);
+    if (threadIdx.x == 0) a.counts[list + h].n_strips = n_strips;
+  }
+  __syncthreads(); /* all see the counts */
+  group_counts c = count_reads(a, tile, list, s.partial);
+  if (threadIdx.x == 0) count_group(a, tile, c, page_bits, layer.stats);
+}
+
+enum { SCORE_BLOCKS = 256 }; /* per list, at most */
 
 template <int PAGE_BITS>
-void score(queue *to, const device_attention &a, const device_layer &layer, const uint16_t *channels, int32_t tile) {
+void score(queue *to, const device_attention &a, const device_layer &layer, const uint16_t *channels, int32_t tile,
+           unsigned lists) {
   int32_t blocks = (a.max_strips / STRIPS_PER_PAGE + SCORE_WARPS - 1) / SCORE_WARPS;
-  dim3 grid((unsigned)(blocks < SCORE_BLOCKS ? blocks : SCORE_BLOCKS), (unsigned)a.n_kv_heads);
+  dim3 grid((unsigned)(blocks < SCORE_BLOCKS ? blocks : SCORE_BLOCKS), lists);
   launch(to, score_kernel<PAGE_BITS>, grid, dim3(WARP * SCORE_WARPS), sizeof(score_shared), a, layer, channels, tile);
 }
 
@@ -307,15 +377,15 @@ auto score_of(int32_t page_bits) {
 
 void cuda_select_pages(queue *to, const device_attention &a, const device_layer &layer, const device_policy &policy,
                        int32_t n) {
-  int32_t page_bits = policy.page_bits, group = a.n_heads / a.n_kv_heads, asked = n == 1 ? 1 : SCORED_MOST;
+  int32_t page_bits = policy.page_bits;
   const uint16_t *channels = page_bits == PYLLM_GRADED ? policy.channels : NULL; /* a policy may have some unused */
-  unsigned heads = (unsigned)a.n_kv_heads;
+  unsigned heads = (unsigned)a.n_kv_heads, lists = (unsigned)most_lists(a, true, n);
+  unsigned rows = n == 1 ? (unsigned)(a.n_heads / a.n_kv_heads) : (unsigned)SCORED_MOST; /* taken at once */
   launch(to, fold_kernel, dim3((unsigned)sketch_parts(a.head_dim), heads), dim3(FOLD_THREADS), sizeof(fold_shared), a,
          layer, page_bits, channels);
   for (int32_t t = 0; t < most_tiles(n); t++) { /* one by one: the masses of one tile's rows are kept */
-    score_of(page_bits)(to, a, layer, channels, t);
-    launch(to, want_kernel, dim3((unsigned)(asked * group), heads), dim3(WANT_THREADS), sizeof(want_shared), a, policy,
-           t);
+    score_of(page_bits)(to, a, layer, channels, t, lists);
+    launch(to, want_kernel, dim3(rows, lists), dim3(WANT_THREADS), sizeof(want_shared), a, policy, t);
   }
   launch(to, list_kernel, dim3(heads, (unsigned)most_tiles(n)), dim3(LIST_THREADS), sizeof(list_shared), a, layer,
          page_bits);

@@ -5,8 +5,8 @@ namespace {
 enum { SELECT_THREADS = PYLLM_PAGE }; /* one per query of a tile */
 
 struct select_shared {
-  int32_t long_heads[PYLLM_PAGE]; /* of the query */
-  int32_t asks[PYLLM_PAGE];       /* 1 where its long heads score the sketch */
+  int32_t long_heads[PYLLM_PAGE]; /* of the query, among those of the list */
+  int32_t asks[PYLLM_PAGE];       /* 1 where these score the sketch */
 };
 
 __device__ bool is_long_head(const device_attention &a, const device_policy &p, int64_t row, int32_t head) {
@@ -15,13 +15,12 @@ __device__ bool is_long_head(const device_attention &a, const device_policy &p, 
                       a.bulk_mass[row]);
 }
 
-/* is_long of a query's heads of one group; returns how many are. */
-__device__ int32_t decide(const device_attention &a, const device_policy &p, int64_t query, int32_t kv_head,
-                          bool bulk) {
+/* Fills is_long of a query's heads of one group, which begins with `first`; returns how many are. */
+__device__ int32_t decide(const device_attention &a, const device_policy &p, int64_t query, int32_t first, bool bulk) {
   int32_t group = group_of(a), n = 0;
-  int64_t row = query * a.n_heads + kv_head * group;
+  int64_t row = query * a.n_heads + first;
   for (int32_t i = 0; i < group; i++) {
-    bool is_long = bulk && is_long_head(a, p, row + i, kv_head * group + i);
+    bool is_long = bulk && is_long_head(a, p, row + i, first + i);
     a.is_long[row + i] = is_long;
     n += is_long;
   }
@@ -30,13 +29,13 @@ __device__ int32_t decide(const device_attention &a, const device_policy &p, int
   return group;
 }
 
-/* Writes a query's long rows behind those of the queries before it that `takes` has. */
+/* Writes a query's long rows of n heads behind those of the queries before it that `takes` has. */
 __device__ void put_rows(const device_attention &a, const select_shared &s, const int32_t *takes, int64_t query,
-                         int32_t kv_head, int32_t *rows) {
-  int32_t at = 0, group = group_of(a);
+                         int32_t first, int32_t n, int32_t *rows) {
+  int32_t at = 0;
   for (int32_t i = 0; i < (int32_t)threadIdx.x; i++) at += takes[i] ? s.long_heads[i] : 0;
-  for (int32_t i = 0; i < group; i++) {
-    int64_t row = query * a.n_heads + kv_head * group + i;
+  for (int32_t i = 0; i < n; i++) {
+    int64_t row = query * a.n_heads + first + i;
     if (a.is_long[row]) rows[at++] = (int32_t)row;
   }
 }
@@ -53,34 +52,51 @@ __device__ void find_askers(const query_tile &tile, select_shared &s) {
   s.asks[i] = i < tile.n && s.long_heads[i] && (any ? (tile.n - 1 - i) % stride == 0 : i == last);
 }
 
+/* The list of n heads of the tile, after is_long is decided. */
+__device__ void put_list(const device_attention &a, const query_tile &tile, int32_t first, int32_t n,
+                         select_shared &s) {
+  int32_t i = threadIdx.x, query = tile.first + i;
+  int64_t list = (int64_t)blockIdx.y * a.n_heads + first;
+  s.long_heads[i] = 0;
+  for (int32_t h = 0; h < n && i < tile.n; h++) s.long_heads[i] += a.is_long[(int64_t)query * a.n_heads + first + h];
+  __syncthreads();
+  if (i < tile.n) put_rows(a, s, s.long_heads, query, first, n, a.rows + list * PYLLM_PAGE);
+  if (a.paged) {
+    find_askers(tile, s);
+    __syncthreads();
+    if (s.asks[i]) put_rows(a, s, s.asks, query, first, n, a.scored_rows + list * SCORED_MOST);
+    for (int32_t j = i; j < tile.n_pages * STRIPS_PER_PAGE; j += SELECT_THREADS) a.wanted[list * a.max_strips + j] = 0;
+  }
+  if (i == 0) {
+    list_counts c = {};
+    c.n_strips = tile.n_pages * STRIPS_PER_PAGE;
+    for (int32_t j = 0; j < tile.n; j++) {
+      c.n_rows += s.long_heads[j];
+      if (!a.paged || !s.asks[j]) continue;
+      c.n_scored += s.long_heads[j];
+      c.scored |= 1ull << j;
+    }
+    a.counts[list] = c;
+  }
+  __syncthreads(); /* the next list writes over what was shared */
+}
+
 /* Grid (n_kv_heads, tiles), a thread per query of the tile. Reads 8 bytes per row, writes 1 and the lists. */
 __global__ void select_kernel(device_attention a, device_policy policy, pyllm_layer_stats *stats) {
   select_shared &s = block_shared<select_shared>();
   query_tile tile = tile_at(a, blockIdx.y);
   if (tile.n == 0) return;
-  int32_t i = threadIdx.x, g = blockIdx.x, group = group_of(a), query = tile.first + i;
-  int64_t slot = (int64_t)blockIdx.y * a.n_kv_heads + g;
-  s.long_heads[i] = i < tile.n ? decide(a, policy, query, g, tile.n_pages > 0) : 0;
-  __syncthreads();
-  if (i < tile.n) put_rows(a, s, s.long_heads, query, g, a.rows + slot * PYLLM_PAGE * group);
-  if (policy.page_bits) {
-    find_askers(tile, s);
-    __syncthreads();
-    if (s.asks[i]) put_rows(a, s, s.asks, query, g, a.scored_rows + slot * SCORED_MOST * group);
-    for (int32_t j = i; j < tile.n_pages * STRIPS_PER_PAGE; j += SELECT_THREADS) a.wanted[slot * a.max_strips + j] = 0;
-  }
-  if (i != 0) return;
-  slot_counts c = {};
-  for (int32_t j = 0; j < tile.n; j++) {
-    c.n_rows += s.long_heads[j];
-    c.n_queries += s.long_heads[j] > 0;
-    if (!policy.page_bits || !s.asks[j]) continue;
-    c.n_asked++;
-    c.n_scored += s.long_heads[j];
-  }
-  c.n_strips = tile.n_pages * STRIPS_PER_PAGE;
-  a.counts[slot] = c;
-  if (!policy.page_bits) count_slot(a, tile, c, 0, stats);
+  int32_t i = threadIdx.x, group = group_of(a), first = blockIdx.x * group, sharing = sharing_of(a, tile);
+  if (i < tile.n) decide(a, policy, tile.first + i, first, tile.n_pages > 0);
+  for (int32_t h = first; h < first + group; h += sharing) put_list(a, tile, h, sharing, s);
+  if (i != 0 || a.paged) return;
+  group_counts c = {};
+  const list_counts &read = a.counts[(int64_t)blockIdx.y * a.n_heads + first];
+  c.rows = (uint64_t)read.n_rows;
+  for (int32_t j = 0; j < tile.n; j++) c.queries += s.long_heads[j] > 0;
+  c.strips = c.queries * (uint64_t)read.n_strips;
+  c.head_strips = c.rows * (uint64_t)read.n_strips;
+  count_group(a, tile, c, 0, stats);
 }
 } // namespace
 
