@@ -437,7 +437,7 @@ def test_refusals_are_one_line(
 @pytest.mark.slow
 def test_the_default_model(default_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "p"
-    sizes = ["--window", "256", "--ctx", "1024", "--limit", "1024", "--decode", "70"]
+    sizes = ["--window", "128", "--ctx", "512", "--limit", "512", "--decode", "70"]
     assert main(["calibrate", str(default_model), *sizes, "--budget-kl", "0.05", "--out", str(out)]) == 0
     profile = Profile.load(out, LLM(default_model, attention="dense").fingerprint)
     presets = profile.presets

@@ -28,16 +28,19 @@ __device__ void rotate_head(float *x, const float *cosine, const float *sine, in
   __syncthreads();
 }
 
-/* Keys and values (head_dim) of one token, NULL for zeros, wherever its block is. */
-__device__ void store_token(const device_attention &a, const device_layer &layer, int32_t g, int32_t position,
-                            const float *key, const float *value) {
-  int32_t block = kv_block_of(a.n_sink, position), slot = position - kv_block_start(a.n_sink, block);
-  uint16_t *stored = stored_block(a, layer, g, block);
-  uint16_t *recent = a.n_recent ? recent_block(a, layer, g, block) : NULL;
-  for (int32_t i = threadIdx.x; i < a.head_dim; i += THREADS) {
-    store_key_value(stored, a.head_dim, slot, i, key ? key[i] : 0, value ? value[i] : 0);
-    if (recent) store_key_value(recent, a.head_dim, slot, i, key ? key[i] : 0, value ? value[i] : 0);
-  }
+/* Where a token's key and value are: its block, and which of the block's tokens it is. */
+struct token_place {
+  int32_t block, slot;
+};
+__device__ token_place place_of(const device_attention &a, int32_t position) {
+  int32_t block = kv_block_of(a.n_sink, position);
+  return {block, position - kv_block_start(a.n_sink, block)};
+}
+
+/* Key and value (d) of one token, NULL for zeros, into its block. */
+__device__ void store_token(uint16_t *block, int32_t d, int32_t slot, const float *key, const float *value) {
+  for (int32_t i = threadIdx.x; i < d; i += THREADS)
+    store_key_value(block, d, slot, i, key ? key[i] : 0, value ? value[i] : 0);
 }
 
 /* Grid (tokens, n_kv_heads): where a block begins with a token, its slot in the ring still holds an older one. */
@@ -68,13 +71,30 @@ __global__ void rope_kernel(device_attention a, rope_job job, device_layer layer
   norm_head(x, g < 0 ? job.q_norm : job.k_norm, job.norm_eps, d, partial);
   rotate_head(x, job.cosine + angle, job.sine + angle, job.n_rot, job.kind == ROPE_PAIRS);
   if (g < 0) return;
-  const float *value = job.v + (token * a.n_kv_heads + g) * d;
-  store_token(a, layer, g, a.now->position + (int32_t)token, x, value);
+  token_place at = place_of(a, a.now->position + (int32_t)token);
+  uint16_t *block = a.n_recent ? recent_block(a, layer, g, at.block) : stored_block(a, layer, g, at.block);
+  store_token(block, d, at.slot, x, job.v + (token * a.n_kv_heads + g) * d);
+}
+
+/* Grid (tokens, n_kv_heads), where the cache is split: a batch's strips, when all their tokens are in the GPU's memory, to the
+ * host's, over the bus in 16 bytes a thread; a strip's last token in the batch copies it, 64 head_dim bytes. */
+__global__ void copy_kernel(device_attention a, device_layer layer) {
+  int32_t token = (int32_t)blockIdx.x, g = blockIdx.y, d = a.head_dim;
+  token_place at = place_of(a, a.now->position + token), next = place_of(a, a.now->position + token + 1);
+  int32_t strip = at.slot / PYLLM_READ_PAGE;
+  if (token + 1 < a.now->n && next.block == at.block && next.slot / PYLLM_READ_PAGE == strip) return;
+  for (int32_t part = 0; part < 2; part++) { /* keys, values */
+    int64_t first = part * PYLLM_PAGE * d + strip * PYLLM_READ_PAGE * d;
+    const uint4 *from = (const uint4 *)(recent_block(a, layer, g, at.block) + first);
+    uint4 *to = (uint4 *)(stored_block(a, layer, g, at.block) + first);
+    for (int32_t i = threadIdx.x; i < PYLLM_READ_PAGE * d / 8; i += THREADS) to[i] = from[i];
+  }
 }
 
 /* Grid (positions, n_kv_heads). */
 __global__ void clear_kernel(device_attention a, device_layer layer, int32_t from) {
-  store_token(a, layer, blockIdx.y, from + (int32_t)blockIdx.x, NULL, NULL);
+  token_place at = place_of(a, from + (int32_t)blockIdx.x);
+  store_token(stored_block(a, layer, blockIdx.y, at.block), a.head_dim, at.slot, NULL, NULL);
 }
 
 /* One block: what counts pages that are no longer whole counts them no more. */
@@ -91,6 +111,7 @@ void cuda_rope_store(queue *to, const device_attention &a, const device_layer &l
   if (a.n_recent) launch(to, open_kernel, dim3((unsigned)n, (unsigned)a.n_kv_heads), dim3(THREADS), 0, a, layer);
   launch(to, rope_kernel, dim3((unsigned)n, (unsigned)(a.n_heads + a.n_kv_heads)), dim3(THREADS), sizeof(rope_shared),
          a, job, layer);
+  if (a.n_recent) launch(to, copy_kernel, dim3((unsigned)n, (unsigned)a.n_kv_heads), dim3(THREADS), 0, a, layer);
 }
 
 void cuda_cut(queue *to, const device_attention &a, const device_layer &layer, int32_t from, int32_t end) {
