@@ -269,11 +269,12 @@ static inline vi dot_words(vi acc, const void *w, int32_t x) {
 #elif VL == 8
   acc += (vi)_mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)w), _mm256_set1_epi32(x));
   MAKE_NOW(acc);
+#elif defined(__SSE2__)
+  acc += (vi)_mm_madd_epi16(_mm_loadu_si128((const __m128i *)w), _mm_set1_epi32(x));
 #else
-  int16_t two[2], words[2 * VL];
-  memcpy(two, &x, sizeof two);
-  memcpy(words, w, sizeof words);
-  for (int lane = 0; lane < VL; lane++) acc[lane] += words[2 * lane] * two[0] + words[2 * lane + 1] * two[1];
+  vi words;
+  memcpy(&words, w, sizeof words);
+  acc += (words << 16 >> 16) * (int16_t)x + (words >> 16) * (x >> 16);
 #endif
   return acc;
 }
