@@ -73,15 +73,14 @@ static void load_row(const page_job *job, int64_t row, page_scratch *x) {
   x->local_mass[x->n++] = b->local_mass[row];
 }
 
-/* Loads a query's long rows of the list; false where it has none. */
-static bool load_query(const page_job *job, const page_list *list, int32_t query, page_scratch *x) {
+/* Loads a query's long rows of the list. */
+static void load_query(const page_job *job, const page_list *list, int32_t query, page_scratch *x) {
   int32_t before = x->n;
   for (int32_t h = list->first; h < list->first + list->n_heads; h++) {
     int64_t row = (int64_t)query * job->b->n_heads + h;
     if (job->b->is_long[row]) load_row(job, row, x);
   }
   if (x->n > before) list->read->scored |= 1ull << (query - list->tile->first);
-  return x->n > before;
 }
 
 /* Loads the rows that are scored for a list. */

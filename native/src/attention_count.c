@@ -64,8 +64,7 @@ static void count_scoring(const attention_batch *b, const tile_group *g, int32_t
 }
 
 void attention_count(const attention_batch *b, int32_t page_bits, pyllm_layer_stats *stats) {
-  uint64_t strip_work =
-      2 * STRIP * (uint64_t)b->head_dim; /* multiply-adds of scores, and of values that are weighted */
+  uint64_t strip_work = 2 * STRIP * (uint64_t)b->head_dim; /* multiply-adds of scores and weighted values */
   uint64_t strip_bytes = 2 * STRIP * sizeof(uint16_t) * (uint64_t)b->head_dim; /* keys and values */
   int32_t group = b->n_heads / b->n_kv_heads;
   for (int32_t t = 0; t < b->n_tiles; t++) {
