@@ -414,7 +414,7 @@ def recount(result: AttentionResult, policy: Policy, heads: tuple[int, int], hea
                 stats.work_sketch += scoring
         if decisions.local[t, of_group].all():
             continue
-        n_read = sum(decisions.reads[t, of_group, page].any() for page in range(n_bulk // 16))
+        n_read = sum(bool(decisions.reads[t, of_group, page].any()) for page in range(n_bulk // 16))
         stats.pages += n_bulk // 16
         stats.pages_read += n_read
         stats.bytes_read += 16 * n_read * key_bytes
