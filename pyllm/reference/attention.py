@@ -351,19 +351,10 @@ def list_reads(
     for g, s in enumerate(sketches):
         bulk = s.first(n_read * READ_PAGE // PAGE)
         for first in range(0, group, n_sharing):
-            queries, heads = (
-                tile[g, first : first + n_sharing],
-                slice(g * group + first, g * group + first + n_sharing),
-            )
-            wanted, asked = read_pages(
-                queries,
-                is_long[:, heads].T,
-                local_mass[:, heads].T,
-                bulk,
-                scale,
-                policy.page_share,
-                policy.page_drop,
-            )
+            queries = tile[g, first : first + n_sharing]
+            heads = slice(g * group + first, g * group + first + n_sharing)
+            long, mass = is_long[:, heads].T, local_mass[:, heads].T
+            wanted, asked = read_pages(queries, long, mass, bulk, scale, policy.page_share, policy.page_drop)
             reads[:, heads] &= wanted
             scored[:, heads] = asked[:, None] & is_long[:, heads]
     return reads, scored
