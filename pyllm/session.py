@@ -222,11 +222,10 @@ class Session:
             raise ArgumentError(
                 f"token ids: expected at least one, in one dimension, got shape {array.shape}"
             )
-        if not np.issubdtype(array.dtype, np.integer):
+        if array.dtype.kind not in "iu":
             raise ArgumentError(f"token ids: expected whole numbers, got {array.dtype}")
-        outside = np.flatnonzero((array < 0) | (array >= self.n_vocab))
-        if outside.size:
-            at = int(outside[0])
+        if array.min() < 0 or array.max() >= self.n_vocab:
+            at = int(((array < 0) | (array >= self.n_vocab)).argmax())
             raise ArgumentError(f"token id {array[at]} at index {at} is not in 0..{self.n_vocab - 1}")
         return np.ascontiguousarray(array, np.int32)
 
@@ -271,7 +270,7 @@ class Session:
         finally:
             n = max(0, self.position - start)
             self._tokens[kind] += n
-            self._evaluated[str(self._attention)] += n
+            self._evaluated[self._attention_name] += n
             self._seconds[kind] += time.perf_counter() - began
         return logits if all_logits else logits[0]
 
@@ -310,7 +309,7 @@ class Session:
             )
         with self.lock:
             self._native.set_attention(**policy.native(self._model.info.n_layers, self._model.info.n_heads))
-            self._attention = policy
+            self._attention, self._attention_name = policy, str(policy)
             if self.watch:
                 self.watch.follow(policy)
 

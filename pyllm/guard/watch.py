@@ -44,6 +44,7 @@ class Watch:
         self.tally = Tally.empty(native.info.n_layers, native.info.n_heads)
         self._native, self._n_batch = native, n_batch
         self._demanded: int | None = None
+        self._drawn, self._drawn_from = np.zeros(0, bool), -1  # of the control period that begins there
         self._log: DecisionLog | None = None
         self.follow(policy)  # first: a log is not emptied for what is refused
         self._logged_policy = str(policy)
@@ -182,7 +183,7 @@ class Watch:
         """For positions [first, stop), None where there is nothing to be seen."""
         if self._timeline.is_dense(first):
             return None
-        mask = audit_mask(first, stop, self.guard.interval, self.guard.seed)
+        mask = self._sampled(first, stop)
         if self._demanded is not None and first <= self._demanded < stop:
             mask[self._demanded - first] = True
         mask[: max(0, self._timeline.first_lossy - first)] = False
@@ -195,7 +196,7 @@ class Watch:
         for audit in found:
             if audit.position == self._demanded:
                 self._demanded = None
-                audit = replace(audit, sampled=self._is_sampled(audit.position))
+                audit = replace(audit, sampled=bool(self._sampled(audit.position, audit.position + 1)[0]))
             failed = not self._timeline.is_clean(audit)
             self._timeline.audits.append(audit)
             if audit.sampled:
@@ -206,8 +207,14 @@ class Watch:
                 return audit
         return None
 
-    def _is_sampled(self, position: int) -> bool:
-        return bool(audit_mask(position, position + 1, self.guard.interval, self.guard.seed)[0])
+    def _sampled(self, first: int, stop: int) -> NDArray[np.bool_]:
+        """(stop − first,) which of positions [first, stop), of one control period, are drawn for an audit."""
+        period = self.guard.control_period
+        start = first // period * period
+        if start != self._drawn_from:  # a period at once: a token's share of that is cheaper than its own
+            self._drawn = audit_mask(start, start + period, self.guard.interval, self.guard.seed)
+            self._drawn_from = start
+        return self._drawn[first - start : stop - start].copy()
 
     def _repair(self, failed: Audit, stop: int, rows: Rows) -> None:
         stretch = self._timeline.repair(failed.position)
