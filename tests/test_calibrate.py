@@ -19,12 +19,12 @@ from pyllm import LLM, Adaptive, ArgumentError, Dense
 from pyllm.attention import PRESETS, PageBits, Policy
 from pyllm.calibration import Calibration
 from pyllm.cli import main
-from pyllm.cli.calibrate import over_budget
+from pyllm.cli.calibrate import on_answers, over_budget
 from pyllm.evaluate import texts
 from pyllm.evaluate.calibrate import BUDGETS, Plan, calibrate
 from pyllm.evaluate.curves import Bands, Curve
 from pyllm.evaluate.parts import deal
-from pyllm.evaluate.search import BANDS, Search, Trial, bands, most
+from pyllm.evaluate.search import BANDS, PAGE_BITS, PAGE_SHARES, Search, Trial, bands, most
 from pyllm.evaluate.texts import Text
 from pyllm.profile import Measured, Profile, beside
 from test_profile import profile_of
@@ -324,6 +324,8 @@ def test_from_end_to_end(model: Path, prose: Path, capsys: pytest.CaptureFixture
         assert tuned.loss <= preset.budget
         assert preset.measured.decode_tokens == 70
     made = llm.profile.made
+    assert made["answers"] == {"gates": {}, "presets": {}}
+    assert "no gate was tried: the context is too short" in shown
     assert list(made["texts"]) == ["fit", "tune", "report"]
     digests = [digest for texts in made["texts"].values() for digest in texts.values()]
     assert len(digests) == len(set(digests)) == 3
@@ -352,6 +354,17 @@ def test_says_which_presets_are_over_their_budget() -> None:
     assert found[1] == found[2]
     assert found[1][0].startswith("balanced: the interval ends over its budget of 0.01 nats on this text")
     assert found[3][0].startswith("balanced: even the mean is over its budget of 0.01 nats")
+
+
+def test_says_what_is_lost_on_answers() -> None:
+    """Against the presets' budgets, which are 0.01."""
+    lost = {"balanced": 0.00025, "aggressive": 0.02}
+    answers = {"gates": {"adaptive:0.95": 0.03, "adaptive:0.99": 0.001}, "presets": lost}
+    refused, presets = on_answers(replace(profile_of("00"), made={"answers": answers}))
+    assert refused == "not tried as gates, for what they lose on answers: adaptive:0.95 0.03"
+    assert presets == "lost on answers, in nats: balanced 0.00025, aggressive 0.02 (over its budget)"
+    answers["gates"] = {}
+    assert on_answers(replace(profile_of("00"), made={"answers": answers})) == [presets]
 
 
 def test_reported_is_what_a_session_does(model: Path, prose: Path) -> None:
@@ -400,9 +413,10 @@ def test_an_interrupted_calibration_goes_on(model: Path, prose: Path, tmp_path: 
     assert run(math.inf) == expected
     assert done[-1] < whole - 400 * len(known)
     assert json.loads(kept.read_text())["trials"].items() >= known.items()
-    # Figures do not depend on the budget, but on all else; what is damaged is replaced.
+    # Figures do not depend on the budget, though which are wanted besides the first does; they depend on all
+    # else, and what is damaged is replaced.
     run(math.inf, replace(plan, budget_kl=0.011))
-    assert done[-1] < whole - 400 * len(known)
+    assert done[-1] < whole - 400 * len(PAGE_BITS) * len(PAGE_SHARES)
     for spoil in (lambda: run(math.inf, replace(plan, sinks=5)), lambda: kept.write_bytes(b"[" * 200_000)):
         spoil()
         assert run(math.inf) == expected

@@ -102,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
     print(LEGEND)
     for name, preset in profile.presets.items():
         print(f"{name}: {preset.policy}")
-    for sentence in over_budget(profile):
+    for sentence in (*over_budget(profile), *on_answers(profile)):
         print(sentence)
     print(f"{path} written")
     return 0
@@ -122,6 +122,24 @@ def table(profile: Profile) -> Table:
             f"{m.bulk_read:.1f}",
         )
     return columns
+
+
+def on_answers(profile: Profile) -> list[str]:
+    """Sentences on what was lost where an answer hangs on few places, by gates that were not tried for it and
+    by the presets."""
+    gates, presets = (profile.made["answers"][name] for name in ("gates", "presets"))
+    if not presets:
+        return ["no gate was tried: the context is too short to ask for anything hidden in it"]
+    budgets = {name: preset.budget for name, preset in profile.presets.items()}
+    refused = [f"{gate} {loss:.2g}" for gate, loss in gates.items() if loss > min(budgets.values())]
+    lost = [
+        f"{name} {loss:.2g}{' (over its budget)' if loss > budgets[name] else ''}"
+        for name, loss in presets.items()
+    ]
+    found = [f"lost on answers, in nats: {', '.join(lost)}"]
+    if refused:
+        found.insert(0, f"not tried as gates, for what they lose on answers: {', '.join(refused)}")
+    return found
 
 
 def over_budget(profile: Profile) -> list[str]:

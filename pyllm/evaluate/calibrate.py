@@ -1,4 +1,7 @@
-"""A model's profile, made from texts: fitted on one part, searched on a second, reported on a third."""
+"""A model's profile, made from texts: fitted on one part, searched on a second, reported on a third.
+
+A gate that loses more than the strictest budget where an answer hangs on few places (`recall`) is not tried.
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,12 @@ from numpy.typing import NDArray
 from pyllm.attention import PRESETS, Adaptive, Policy
 from pyllm.calibration import Calibration
 from pyllm.errors import ArgumentError
-from pyllm.evaluate import search, tradeoff
+from pyllm.evaluate import recall, search, tradeoff
 from pyllm.evaluate.fit import fit
 from pyllm.evaluate.metrics import BLOCK, Scores, mean_interval
 from pyllm.evaluate.parts import deal
 from pyllm.evaluate.static_labels import first_with_bulk, local_shares
+from pyllm.evaluate.tasks.samples import Sample
 from pyllm.evaluate.texts import Text, bos
 from pyllm.evaluate.trials import Trials
 from pyllm.llm import LLM
@@ -29,7 +33,7 @@ from pyllm.stats import LayerStats
 
 PARTS = ("fit", "tune", "report")
 BUDGETS = dict(zip(PRESETS, (0.4, 1.0, 4.0), strict=True))  # of the balanced one
-GATE_THRESHOLDS = (0.9, 0.95)
+GATE_THRESHOLDS = (0.95, 0.99)
 
 
 @dataclass(frozen=True)
@@ -80,14 +84,19 @@ def calibrate(
     trials = Trials(llm, _measured_with(llm, plan, parts), kept)
     work = Work(progress, _tokens(parts, llm.info.n_layers))
     shares, calibration = _fitted(llm, parts["fit"], plan, work)
-    found = _search(llm, parts["tune"], plan, calibration, work, trials).run(plan.budgets)
-    policies = [trial.policy for trial in found.values()]
-    reported = measure(llm, parts["report"], policies, plan.n_decode, work)
+    samples = recall.draw(llm, recall.length(**plan.geometry, n_ctx=plan.n_ctx))
+    gates = {str(gate): gate for gate in _gates(plan, calibration)}
+    gate_answers = _on_answers(llm, samples, gates, work)
+    safe = [gates[name] for name, loss in gate_answers.items() if loss <= min(plan.budgets.values())]
+    found = _search(llm, parts["tune"], plan, calibration, safe, work, trials).run(plan.budgets)
+    policies = {name: trial.policy for name, trial in found.items()}
+    reported = measure(llm, parts["report"], list(policies.values()), plan.n_decode, work)
+    answers = {"gates": gate_answers, "presets": _on_answers(llm, samples, policies, work)}
     work.finish()
     return Profile(
         fingerprint=llm.fingerprint,
         model=llm.name,
-        made=_made(llm, plan, parts, found),
+        made={**_made(llm, plan, parts, found), "answers": answers},
         presets={
             name: Preset(trial.policy, plan.budgets[name], measured)
             for (name, trial), measured in zip(found.items(), reported, strict=True)
@@ -114,7 +123,8 @@ def _tokens(parts: Mapping[str, Sequence[Text]], n_layers: int) -> int:
     fit, tune, report = (sum(len(text.tokens) for text in texts) for texts in parts.values())
     n_tuned = search.most(2 * len(GATE_THRESHOLDS), len(BUDGETS))
     n_bands = len(search.bands(n_layers))
-    return 2 * fit + tune * n_tuned + len(parts["tune"][0].tokens) * n_bands + report * len(BUDGETS)
+    answers = 2 * recall.KEYS * recall.N_TEXTS * max(len(text.tokens) for text in parts["tune"])
+    return 2 * fit + tune * n_tuned + len(parts["tune"][0].tokens) * n_bands + report * len(BUDGETS) + answers
 
 
 def _fitted(
@@ -130,8 +140,25 @@ def _fitted(
     return shares, calibration
 
 
+def _on_answers(
+    llm: LLM, samples: Sequence[Sample], policies: Mapping[str, Policy], work: Work
+) -> dict[str, float]:
+    """Nats that each policy may lose on answers, by name; nothing is known without samples."""
+    if not samples:
+        return {}
+    found = recall.losses(llm, list(policies.values()), samples, lambda done, _: work.at(done))
+    work.add(sum(len(sample.tokens) for sample in samples))
+    return dict(zip(policies, found, strict=True))
+
+
 def _search(
-    llm: LLM, texts: Sequence[Text], plan: Plan, calibration: Calibration, work: Work, trials: Trials
+    llm: LLM,
+    texts: Sequence[Text],
+    plan: Plan,
+    calibration: Calibration,
+    gates: Sequence[Adaptive],
+    work: Work,
+    trials: Trials,
 ) -> search.Search:
     # Of single bands only the order and the rough size matter, for the search measures what it makes of them:
     # one text will do, without decode.
@@ -141,7 +168,7 @@ def _search(
         measure=lambda policies: trials.measured("whole", policies, lambda new: whole(policies=new)),
         measure_band=lambda policies: trials.measured("band", policies, lambda new: band(policies=new)),
         n_layers=llm.info.n_layers,
-        gates=_gates(plan, calibration),
+        gates=gates,
         geometry=plan.geometry,
         calibration=calibration,
     )

@@ -11,14 +11,15 @@ from pyllm.evaluate.tasks.haystack import hide
 LEAST = 8  # sentences
 
 
-def needles(*, keys: int = 1, values: int = 1, asked: int = 1) -> Draw:
-    """keys: how many are hidden, each with so many values. asked: about how many of the keys."""
+def needles(*, keys: int = 1, values: int = 1, asked: int = 1, first: int = 0) -> Draw:
+    """keys: how many are hidden, each with so many values. asked: about how many of the keys, from `first`
+    on."""
 
     def draw(rng: random.Random, n: int) -> Draft:
         names = words.keys(rng, keys)
         numbers = [str(number) for number in rng.sample(range(10**6, 10**7), keys * values)]
         hidden = [(names[i // values], number) for i, number in enumerate(numbers)]
-        wanted = names[:asked]
+        wanted = names[first : first + asked]
         answers = tuple(number for name, number in hidden if name in wanted)
         rng.shuffle(hidden)
         lines = [f"One of the special magic numbers for {name} is: {number}." for name, number in hidden]
