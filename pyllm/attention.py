@@ -388,3 +388,8 @@ def _require_float(name: str, value: Any, high: float) -> float:
         return float(value)
     bound = f"from 0 to {high:g}" if math.isfinite(high) else "of at least 0"
     raise ArgumentError(f"{name}: expected a number {bound}, got {value!r}")
+
+
+# Of a model without a profile. A head tier before the pages saves little more, and judges by moments of many
+# keys, which do not show the one that an answer hangs on (docs/evaluation.md, "What a gate does not see").
+UNCALIBRATED = Dense(page_bits=3, page_share=0.003)

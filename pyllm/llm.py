@@ -14,7 +14,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from pyllm import _native
-from pyllm.attention import Adaptive, Policy, is_preset, needs_profile, parse
+from pyllm.attention import UNCALIBRATED, Policy, is_preset, needs_profile, parse
 from pyllm.completion import Completion
 from pyllm.cpus import available_cpus
 from pyllm.device import available_on, choose
@@ -39,11 +39,10 @@ class LLM:
     CPUs this process may use. device: "cpu", "cuda", "cuda:N", or "auto", a GPU where there is one that holds
     the model and a session; `device` then tells. kv: "gpu", or on a GPU "split", with all keys and values in
     the host's memory but those of the sinks, the window and a batch of tokens: for contexts that its own
-    memory does not hold. attention: for
-    all its sessions, a policy, its text form ("dense", "adaptive:0.8") or a preset of the model's profile
-    ("conservative", "balanced", "aggressive", "balanced:FILE" of another profile); by default "balanced"
-    where there is a profile, or else Adaptive(0.9) in groups. isa: one of `pyllm.cpus.ISAS`, by default
-    $PYLLM_ISA or the best of this
+    memory does not hold. attention: for all its sessions, a policy, its text form ("dense", "adaptive:0.8")
+    or a preset of the model's profile ("conservative", "balanced", "aggressive", "balanced:FILE" of another
+    profile); by default "balanced" where there is a profile, or else pages alone by a 3-bit sketch
+    (`attention.UNCALIBRATED`). isa: one of `pyllm.cpus.ISAS`, by default $PYLLM_ISA or the best of this
     processor. seed: makes the sequence of answers drawn without a seed of their own repeatable. guard: what
     watches over attention in all its sessions, by default nothing.
 
@@ -136,7 +135,7 @@ class LLM:
         has none, FileError and FormatError for a profile that cannot be used.
         """
         if attention is None:
-            policy: Policy = self.profile.presets["balanced"].policy if self.profile else Adaptive()
+            policy: Policy = self.profile.presets["balanced"].policy if self.profile else UNCALIBRATED
         elif isinstance(attention, str):
             policy = self._named(attention)
         else:
@@ -144,7 +143,7 @@ class LLM:
         if not isinstance(policy, Policy):
             raise ArgumentError(f"attention: expected a policy such as Adaptive(0.9), got {policy!r}")
         policy.native(self.info.n_layers, self.info.n_heads)
-        fitted = policy.calibration if isinstance(policy, Adaptive) else None
+        fitted = getattr(policy, "calibration", None)  # not all policies have one
         if fitted and fitted.model not in (None, self.fingerprint):
             raise ArgumentError(
                 f"attention: the calibration is of another model ({fitted.model}, not {self.fingerprint})"

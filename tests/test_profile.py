@@ -32,7 +32,7 @@ from pyllm import (
     Static,
     Window,
 )
-from pyllm.attention import PRESETS, Policy
+from pyllm.attention import GRADED, PRESETS, UNCALIBRATED, Policy
 from pyllm.calibration import MOMENTS
 from pyllm.cli import main
 from pyllm.evaluate.candidates import Choice, Fitted, candidates
@@ -317,9 +317,12 @@ def test_a_policy_takes_the_calibration_of_a_profile(profile: Profile, model: Pa
     other = replace(profile, calibration=larger, local_shares=np.zeros((3, 8), np.float32))
     with pytest.raises(ArgumentError, match="but the model has"):
         llm.session(attention=Adaptive(estimate="maximum", profile=other))
-    profile_of(OTHER).save(tmp_path / "other")
-    with pytest.raises(ArgumentError, match=f"of another model \\({OTHER}, not {llm.fingerprint}"):
-        llm.session(attention=Adaptive(estimate="maximum", profile=tmp_path / "other"))
+    other_file = tmp_path / "other"
+    profile_of(OTHER).save(other_file)
+    refused = Adaptive(estimate="maximum", profile=other_file), Dense(page_bits=GRADED, profile=other_file)
+    for of_other in refused:
+        with pytest.raises(ArgumentError, match=f"of another model \\({OTHER}, not {llm.fingerprint}"):
+            llm.session(attention=of_other)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.5, 1.0])
@@ -342,7 +345,7 @@ def test_static_labels_by_the_profiles_shares(profile: Profile, model: Path, sha
 
 def test_without_a_profile(model: Path) -> None:
     llm = LLM(model)
-    assert llm.attention == Adaptive(0.9, "group")
+    assert llm.attention == UNCALIBRATED
     with pytest.raises(ArgumentError, match=r"'balanced': .*m\.gguf has no profile; pyllm calibrate .*makes"):
         llm.session(attention="balanced")
 

@@ -115,9 +115,9 @@ def test_memory_is_checked_before_it_is_taken(tiny: LLM, monkeypatch: pytest.Mon
 
 
 def test_a_sketch_counts_as_memory(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = tiny.session_memory(4096)
+    whole = tiny.session(attention=Dense()).memory_needed(4096)
     monkeypatch.setattr("pyllm.device.available_memory", lambda: whole)
-    tiny.session()
+    tiny.session(attention=Dense())
     with pytest.raises(InsufficientMemoryError, match=r"4096 tokens needs"):
         tiny.session(attention=Dense(page_bits=2))
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pyllm import atomic_file
-from pyllm.attention import Adaptive, Dense, Policy
+from pyllm.attention import UNCALIBRATED, Dense, Policy
 from pyllm.benchmark import ceilings, plot, report
 from pyllm.benchmark.engine import Engine
 from pyllm.benchmark.measure import GuardedSubject, Opens, PolicySubject, Subject, measure, measure_opening
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="POLICY",
-        help="besides dense; may be repeated (default: balanced, or adaptive:0.9 without a profile)",
+        help="besides dense; may be repeated (default: the model's)",
     )
     group.add_argument(
         "--prefill", type=sizes, default=default.prefill, metavar="N,...", help=_sizes_help(default.prefill)
@@ -62,7 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--guard",
         action="store_true",
-        help="adaptive attention also under a guard with its own defaults",
+        help="what is not dense also under a guard with its own defaults",
     )
     group.add_argument(
         "--peer-python",
@@ -120,8 +120,7 @@ def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
         found = None if args.no_ceilings else ceilings.measure(info.n_threads)
         own = [PolicySubject(engine, name) for name in engine.policies]
         if args.guard:
-            adaptive = [name for name, policy in engine.policies.items() if isinstance(policy, Adaptive)]
-            own += [GuardedSubject(engine, name) for name in adaptive]
+            own += [GuardedSubject(engine, name) for name in engine.policies if name != "dense"]
         subjects: list[Subject] = [*own, *peers]
         holders: list[tuple[str, float, Opens]] = [("pyllm", engine.first_open_seconds, engine)]
         holders += [(peer.name, peer.info["first_open_seconds"], peer) for peer in peers]
@@ -155,7 +154,7 @@ def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
 
 def _policies(llm: LLM, attentions: Sequence[Policy | str]) -> dict[str, Policy]:
     """By name: dense, and those given or the model's default; the sinks of the first of these are dense's."""
-    found = asked(llm, attentions or ["balanced" if llm.profile else Adaptive()])
+    found = asked(llm, attentions or ["balanced" if llm.profile else UNCALIBRATED])
     return {"dense": Dense(sinks=next(iter(found.values())).sinks)} | found
 
 

@@ -36,7 +36,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--attention",
         type=policy_or_preset,
         metavar="POLICY",
-        help=f"{attention.SYNTAX} (default: balanced, or without a profile adaptive:0.9)",
+        help=f"{attention.SYNTAX} (default: balanced, or without a profile {attention.UNCALIBRATED})",
     )
 
 
