@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from pyllm import atomic_file
-from pyllm.attention import UNCALIBRATED, Dense, Policy
+from pyllm.attention import Dense, Policy
 from pyllm.benchmark import ceilings, plot, report
 from pyllm.benchmark.engine import Engine
 from pyllm.benchmark.measure import GuardedSubject, Opens, PolicySubject, Subject, measure, measure_opening
@@ -154,7 +154,7 @@ def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
 
 def _policies(llm: LLM, attentions: Sequence[Policy | str]) -> dict[str, Policy]:
     """By name: dense, and those given or the model's default; the sinks of the first of these are dense's."""
-    found = asked(llm, attentions or ["balanced" if llm.profile else UNCALIBRATED])
+    found = asked(llm, attentions or ["balanced" if llm.profile else llm.attention])
     return {"dense": Dense(sinks=next(iter(found.values())).sinks)} | found
 
 
