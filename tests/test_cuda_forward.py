@@ -68,8 +68,9 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(path: Path, device: str, policy: Policy) -> tuple[Session, NDArray[np.float32]]:
-    """A prompt in two batches, and six tokens one by one."""
-    session = LLM(path, device=device, attention=policy, n_batch=100, n_ctx=256).session()
+    """A prompt in two batches, and six tokens one by one. On the CPU by kernels whose sums hold no bfloat16."""
+    llm = LLM(path, device=device, isa="generic", attention=policy, n_batch=100, n_ctx=256)
+    session = llm.session()
     logits = [session.eval(TOKENS[:-6], all_logits=True)]
     logits += [session.eval([token], all_logits=True) for token in TOKENS[-6:]]
     return session, np.concatenate(logits)
@@ -185,7 +186,8 @@ def test_records(path: Path, policy: Policy) -> None:
     audit = np.arange(len(TOKENS)) % 3 == 0
     records, logits = [], []
     for device in ("cuda", "cpu"):
-        session = LLM(path, device=device, attention=policy, n_batch=100, n_ctx=256).session()
+        llm = LLM(path, device=device, isa="generic", attention=policy, n_batch=100, n_ctx=256)
+        session = llm.session()
         records.append(session.new_record(len(TOKENS), audit))
         logits.append(session.eval(TOKENS, record=records[-1], all_logits=True))
     plain = LLM(path, device="cuda", attention=policy, n_batch=100, n_ctx=256).session()

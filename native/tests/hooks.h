@@ -89,6 +89,24 @@ int32_t hook_attention(const char *device, const char *isa, int32_t n_threads, c
                        const pyllm_attention *attention, const float *q, const float *k, const float *v, float *out,
                        pyllm_layer_stats *stats, const pyllm_record *record, pyllm_error *err);
 
+/* ---- how long stages take, on any backend: seconds (repeats), each from one wait for the backend to the next ---- */
+
+/* `copies` times the product of hook_linear's n tokens with matrices of these weights, each with memory of its own. */
+int32_t hook_time_linear(const char *device, int32_t n_threads, int32_t type, const void *weights, int32_t rows,
+                         int32_t cols, int32_t n, int32_t copies, int32_t repeats, double *seconds, pyllm_error *err);
+
+typedef struct hook_time_shape {
+  int32_t n_layers, n_heads, n_kv_heads, head_dim, n_sink, depth, n; /* n tokens behind `depth` */
+  float scale;
+} hook_time_shape;
+
+/* The stages of n_layers layers' attention, one after the other: rope_store, attend_local, select, attend_bulk, finish.
+ * q (n, n_heads, head_dim); k (depth + n, n_kv_heads, head_dim), which are also the values. seconds (5, repeats); stats: of
+ * one batch in the first layer. */
+int32_t hook_time_attention(const char *device, int32_t n_threads, const hook_time_shape *shape,
+                            const pyllm_attention *attention, const float *q, const float *k, int32_t repeats,
+                            double *seconds, pyllm_layer_stats *stats, pyllm_error *err);
+
 /* ---- a session ---- */
 
 /* Damages one layer's key sketch, which the session must have: in every page that is in it now, the greatest value of a

@@ -1,0 +1,232 @@
+/* How long stages take on any backend. Where it has graphs they are timed as one, as a token of decode runs them. */
+#include "backend.h"
+#include "error.h"
+#include "hooks.h"
+#include <stdlib.h>
+#include <time.h>
+
+typedef void (*stages)(void *context);
+
+static double now(void) {
+  struct timespec t;
+  clock_gettime(CLOCK_MONOTONIC, &t);
+  return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
+}
+
+/* Once as they are, which loads kernels, and once untimed as they will be run. */
+static int32_t time_stages(const backend *be, stages call, void *context, int32_t repeats, double *seconds,
+                           pyllm_error *err) {
+  const ops *o = be->ops;
+  void *graph = NULL;
+  call(context);
+  int32_t status = o->sync(be, err);
+  if (!status && o->graph_begin) {
+    o->graph_begin(be);
+    call(context);
+    graph = o->graph_end(be);
+    if (!graph) status = alloc_failure(be, fail(err, PYLLM_ERR_DEVICE, "a graph was refused"), err);
+  }
+  for (int32_t i = -1; i < repeats && !status; i++) {
+    double start = now();
+    if (graph) o->graph_run(be, graph);
+    else call(context);
+    status = o->sync(be, err);
+    if (i >= 0) seconds[i] = now() - start;
+  }
+  if (graph) o->graph_free(be, graph);
+  return status;
+}
+
+/* ---- matrices ---- */
+
+typedef struct linear_run {
+  backend be;
+  matrix *w; /* (copies) */
+  int32_t copies, n;
+  activation x;
+  float *gate, *out;
+} linear_run;
+
+static void multiply(void *context) {
+  linear_run *r = context;
+  for (int32_t i = 0; i < r->copies; i++)
+    r->be.ops->linear(&r->be, &r->x, r->n, &(linear_job){&r->w[i], NULL, false, r->out}, 1);
+}
+
+static int32_t take_matrices(linear_run *r, int32_t type, const void *weights, int32_t rows, int32_t cols,
+                             pyllm_error *err) {
+  int32_t status = PYLLM_OK;
+  for (int32_t i = 0; i < r->copies && !status; i++) {
+    status = pack(r->be.pool, quant_find(type), weights, rows, cols, "test matrix", &r->w[i], err);
+    if (!status) status = backend_place(&r->be, &r->w[i], "test matrix", err);
+  }
+  return status;
+}
+
+/* x: random numbers, by the stage that rounds as it does in a model. */
+static int32_t take_input(linear_run *r, int32_t rows, int32_t cols, pyllm_error *err) {
+  const ops *o = r->be.ops;
+  size_t count = (size_t)r->n * (size_t)cols, bytes = count * sizeof(float);
+  size_t halves = (size_t)r->n * (size_t)(cols / ACT_HALF + 1) * sizeof(float);
+  float *values = malloc(bytes);
+  uint32_t seed = 1;
+  for (size_t i = 0; values && i < count; i++) {
+    seed = seed * 1664525u + 1013904223u;
+    values[i] = (float)(seed >> 8) / (float)(1 << 24) * 8 - 4;
+  }
+  r->gate = values ? backend_copy(&r->be, values, bytes) : NULL;
+  free(values);
+  r->out = o->alloc(&r->be, (size_t)r->n * (size_t)rows * sizeof(float));
+  r->x = (activation){
+      cols,
+      o->alloc(&r->be, bytes),
+      {o->alloc(&r->be, 2 * count), o->alloc(&r->be, halves), o->alloc(&r->be, halves), o->alloc(&r->be, halves)}};
+  bool ok = r->gate && r->out && r->x.values && r->x.q.planes && r->x.q.scale && r->x.q.sum && r->x.q.product;
+  if (!ok) return alloc_failure(&r->be, fail(err, PYLLM_ERR_MEMORY, "memory refused"), err);
+  o->swiglu(&r->be, r->gate, r->gate, r->n, true, &r->x);
+  return PYLLM_OK;
+}
+
+static void free_linear(linear_run *r) {
+  void *memory[] = {r->gate, r->out, r->x.values, r->x.q.planes, r->x.q.scale, r->x.q.sum, r->x.q.product};
+  for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
+    if (memory[i]) r->be.ops->release(&r->be, memory[i]);
+  for (int32_t i = 0; i < r->copies; i++)
+    if (r->w[i].data) backend_free_matrix(&r->be, &r->w[i]);
+  free(r->w);
+}
+
+int32_t hook_time_linear(const char *device, int32_t n_threads, int32_t type, const void *weights, int32_t rows,
+                         int32_t cols, int32_t n, int32_t copies, int32_t repeats, double *seconds, pyllm_error *err) {
+  linear_run r = {.copies = copies, .n = n};
+  int32_t status = backend_open(device, n_threads, NULL, &r.be, err);
+  if (status) return status;
+  pool_begin(r.be.pool);
+  r.w = calloc((size_t)copies, sizeof *r.w);
+  status = r.w ? take_matrices(&r, type, weights, rows, cols, err) : fail(err, PYLLM_ERR_MEMORY, "memory refused");
+  if (!status) status = take_input(&r, rows, cols, err);
+  if (!status) status = time_stages(&r.be, multiply, &r, repeats, seconds, err);
+  if (r.w) free_linear(&r);
+  pool_end(r.be.pool);
+  backend_close(&r.be);
+  return status;
+}
+
+/* ---- attention ---- */
+
+typedef struct attention_run {
+  backend be;
+  attention_shape shape;
+  attention_state *state;
+  float *q, *k, *angles; /* angles: of no rotation */
+  activation out;
+  int32_t position, n;
+} attention_run;
+
+static void rope_store(void *context) {
+  attention_run *r = context;
+  const attention_shape *s = &r->shape;
+  float *sine = r->angles + (size_t)s->n_batch * (size_t)s->head_dim;
+  rope_job rope = {ROPE_PAIRS, s->head_dim, s->n_heads, s->n_kv_heads, s->head_dim,
+                   s->n_sink,  r->position, r->angles,  sine,          NULL,
+                   NULL,       0,           r->q,       r->k,          r->k};
+  for (int32_t i = 0; i < s->n_layers; i++) r->be.ops->attention->rope_store(&r->be, &rope, r->n, r->state, i);
+}
+static void attend_local(void *context) {
+  attention_run *r = context;
+  for (int32_t i = 0; i < r->shape.n_layers; i++) r->be.ops->attention->attend_local(&r->be, r->state, i);
+}
+static void select_heads(void *context) {
+  attention_run *r = context;
+  for (int32_t i = 0; i < r->shape.n_layers; i++) r->be.ops->attention->select(&r->be, r->state, i);
+}
+static void attend_bulk(void *context) {
+  attention_run *r = context;
+  for (int32_t i = 0; i < r->shape.n_layers; i++) r->be.ops->attention->attend_bulk(&r->be, r->state, i);
+}
+static void finish(void *context) {
+  attention_run *r = context;
+  for (int32_t i = 0; i < r->shape.n_layers; i++) r->be.ops->attention->finish(&r->be, r->state, true, &r->out);
+}
+static const stages attention_stages[] = {rope_store, attend_local, select_heads, attend_bulk, finish};
+
+static bool take_attention(attention_run *r) {
+  const ops *o = r->be.ops;
+  size_t n = (size_t)r->shape.n_batch, d = n * (size_t)r->shape.head_dim, heads = (size_t)r->shape.n_heads;
+  r->q = o->alloc(&r->be, heads * d * sizeof(float));
+  r->k = o->alloc(&r->be, (size_t)r->shape.n_kv_heads * d * sizeof(float));
+  float *angles = calloc(2 * d, sizeof(float));
+  for (size_t i = 0; angles && i < d; i++) angles[i] = 1; /* cosines */
+  r->angles = angles ? backend_copy(&r->be, angles, 2 * d * sizeof(float)) : NULL;
+  free(angles);
+  size_t halves = heads * (d / ACT_HALF + n) * sizeof(float);
+  r->out = (activation){
+      r->shape.n_heads * r->shape.head_dim,
+      o->alloc(&r->be, heads * d * sizeof(float)),
+      {o->alloc(&r->be, 2 * heads * d), o->alloc(&r->be, halves), o->alloc(&r->be, halves), o->alloc(&r->be, halves)}};
+  quantized *q = &r->out.q;
+  return r->q && r->k && r->angles && r->out.values && q->planes && q->scale && q->sum && q->product;
+}
+
+static void free_attention(attention_run *r) {
+  quantized *q = &r->out.q;
+  void *memory[] = {r->q, r->k, r->angles, r->out.values, q->planes, q->scale, q->sum, q->product};
+  for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
+    if (memory[i]) r->be.ops->release(&r->be, memory[i]);
+  if (r->state) r->be.ops->attention->destroy(&r->be, r->state);
+}
+
+/* A batch of n keys from `position` on into all layers. */
+static void begin(attention_run *r, const float *k, int32_t position, int32_t n) {
+  const ops *o = r->be.ops;
+  size_t width = (size_t)r->shape.n_kv_heads * (size_t)r->shape.head_dim;
+  o->write(&r->be, r->k, k + (size_t)position * width, (size_t)n * width * sizeof *k);
+  o->begin(&r->be, position, n);
+  o->attention->begin(&r->be, r->state, position, n, r->q);
+  r->position = position, r->n = n;
+  rope_store(r);
+}
+
+static int32_t time_attention(attention_run *r, const hook_time_shape *s, const float *q, const float *k,
+                              int32_t repeats, double *seconds, pyllm_layer_stats *stats, pyllm_error *err) {
+  const ops *o = r->be.ops;
+  size_t n_stages = sizeof attention_stages / sizeof *attention_stages;
+  o->write(&r->be, r->q, q, (size_t)s->n * (size_t)s->n_heads * (size_t)s->head_dim * sizeof *q);
+  for (int32_t t = 0; t < s->depth; t += r->shape.n_batch)
+    begin(r, k, t, s->depth - t < r->shape.n_batch ? s->depth - t : r->shape.n_batch);
+  begin(r, k, s->depth, s->n);
+  for (size_t i = 1; i < n_stages; i++) attention_stages[i](r);
+  o->attention->read_stats(&r->be, r->state, stats);
+  int32_t status = o->sync(&r->be, err);
+  for (size_t i = 0; i < n_stages && !status; i++)
+    status = time_stages(&r->be, attention_stages[i], r, repeats, seconds + i * (size_t)repeats, err);
+  return status;
+}
+
+int32_t hook_time_attention(const char *device, int32_t n_threads, const hook_time_shape *s,
+                            const pyllm_attention *attention, const float *q, const float *k, int32_t repeats,
+                            double *seconds, pyllm_layer_stats *stats, pyllm_error *err) {
+  policy_shape shape = {s->n_layers, s->n_heads, s->n_kv_heads, s->head_dim};
+  attention_policy policy;
+  int32_t status = policy_new(attention, &shape, &policy, err);
+  if (status) return status;
+  enum { BATCH = 512 };
+  pyllm_layer_stats *all = calloc((size_t)s->n_layers, sizeof *all);
+  attention_run r = {.shape = {s->n_layers, s->n > BATCH ? s->n : BATCH, s->depth + s->n, s->n_heads, s->n_kv_heads,
+                               s->head_dim, s->n_sink, s->scale, 0}};
+  status = backend_open(device, n_threads, NULL, &r.be, err);
+  if (!status) {
+    pool_begin(r.be.pool);
+    status = r.be.ops->attention->create(&r.be, &r.shape, &r.state, err);
+    if (!status) status = r.be.ops->attention->set_policy(&r.be, r.state, &policy, err);
+    if (!status && !(all && take_attention(&r))) status = fail(err, PYLLM_ERR_MEMORY, "memory refused");
+    if (!status) status = time_attention(&r, s, q, k, repeats, seconds, all, err);
+    if (!status) *stats = all[0];
+    free_attention(&r);
+    pool_end(r.be.pool);
+    backend_close(&r.be);
+  }
+  free(all);
+  policy_free(&policy);
+  return status;
+}

@@ -1,0 +1,138 @@
+"""How long the stages of an 8B model take on this machine's GPU: one row of JSON per line, as each is known.
+
+Products with matrices for decode (one token) and prefill (512), with the bandwidth and the multiply-adds that they
+reach; the attention of one token at several depths, dense, and with four fifths of the bulk skipped.
+    python tests/device_stages.py SECONDS
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+from gguf import GGML_QUANT_SIZES
+from gguf import GGMLQuantizationType as Type
+from numpy.typing import NDArray
+
+from emulated import check, ffi, lib
+from tiny_models import random_matrix
+
+TYPES = (
+    Type.Q8_0,
+    Type.Q4_K,
+    Type.Q6_K,
+    Type.Q4_0,
+    Type.Q4_1,
+    Type.Q5_K,
+    Type.Q5_0,
+    Type.Q3_K,
+    Type.Q2_K,
+    Type.IQ4_XS,
+)
+GATE, DOWN, KEYS = (14336, 4096), (4096, 14336), (1024, 4096)  # rows, columns of Llama 3 8B's matrices
+PREFILL = 512
+MATRICES_BYTES = 1 << 29  # more than any cache holds
+N_LAYERS, N_HEADS, N_KV_HEADS, HEAD_DIM, N_SINK, N_WINDOW = 32, 32, 8, 128, 4, 1024
+DEPTHS = (8_000, 32_000, 128_000)
+STAGES = ("rope_store", "attend_local", "select", "attend_bulk", "finish")
+READ = 0.2  # of the bulk's bytes, the sketch's included
+N_THREADS = 8
+
+
+def matrices(kind: Type, shape: tuple[int, int], n: int, repeats: int = 5) -> dict[str, Any]:
+    """A product of n tokens with one matrix, among so many that none is in a cache."""
+    rows, cols = shape
+    block, block_bytes = GGML_QUANT_SIZES[kind]
+    n_bytes = rows * cols // block * block_bytes
+    copies = -(-MATRICES_BYTES // n_bytes) if n == 1 else 4
+    one = random_matrix(np.random.default_rng(0), kind, 256, cols, 1.0)
+    weights = np.tile(np.ascontiguousarray(one).view(np.uint8).reshape(256, -1), (rows // 256, 1))
+    seconds = np.zeros(repeats)
+    err = ffi.new("pyllm_error *")
+    check(
+        lib.hook_time_linear(
+            b"cuda", N_THREADS, kind.value, ffi.from_buffer(weights), rows, cols, n, copies, repeats,
+            ffi.from_buffer("double[]", seconds), err,
+        ),
+        err,
+    )  # fmt: skip
+    taken = float(np.median(seconds)) / copies
+    row = {"stage": "linear", "type": kind.name, "rows": rows, "cols": cols, "tokens": n, "us": 1e6 * taken}
+    return row | {"gb_s": 1e-9 * n_bytes / taken, "tera_multiply_adds_s": 1e-12 * n * rows * cols / taken}
+
+
+def attention(
+    q: NDArray[np.float32], k: NDArray[np.float32], depth: int, n_layers: int, policy: str,
+    share: float = 0.0, local_heads: int = 0, repeats: int = 5,
+) -> dict[str, Any]:  # fmt: skip
+    """One token's stages at a depth. share: of the page tier, none at 0; local_heads: of each layer, which are local."""
+    thresholds = np.full((n_layers, N_HEADS), 1.1, np.float32)
+    thresholds[:, :local_heads] = 0.0
+    attention = ffi.new("pyllm_attention *")
+    attention.policy = {"dense": lib.PYLLM_DENSE, "adaptive": lib.PYLLM_ADAPTIVE}[policy]
+    attention.granularity, attention.n_window = lib.PYLLM_GROUP, N_WINDOW
+    attention.thresholds = ffi.from_buffer("float[]", thresholds)
+    if share:
+        attention.page_bits, attention.page_share, attention.page_drop = 3, share, 1.0
+    shape = ffi.new(
+        "hook_time_shape *",
+        (n_layers, N_HEADS, N_KV_HEADS, HEAD_DIM, N_SINK, depth, len(q), HEAD_DIM**-0.5),
+    )
+    seconds, stats, err = np.zeros((5, repeats)), ffi.new("pyllm_layer_stats *"), ffi.new("pyllm_error *")
+    check(
+        lib.hook_time_attention(
+            b"cuda", N_THREADS, shape, attention, ffi.from_buffer("float[]", q), ffi.from_buffer("float[]", k),
+            repeats, ffi.from_buffer("double[]", seconds), stats, err,
+        ),
+        err,
+    )  # fmt: skip
+    us = 1e6 * np.median(seconds, 1) / n_layers
+    return {
+        "stage": "attention", "depth": depth, "tokens": len(q), "attention": policy, "page_share": share,
+        "local_heads": local_heads, "bulk_bytes_read": stats.bytes_read / max(stats.bytes, 1),
+        "us_per_layer": dict(zip(STAGES, us.round(2).tolist(), strict=True)),
+    }  # fmt: skip
+
+
+def share_that_reads(q: NDArray[np.float32], k: NDArray[np.float32], depth: int, read: float) -> float:
+    """The page share at which about so much of the bulk's bytes is read, by bisection on one layer."""
+    low, high = 1e-8, 1e-1
+    for _ in range(10):
+        share = (low * high) ** 0.5
+        more = attention(q, k, depth, 1, "dense", share, repeats=1)["bulk_bytes_read"] > read
+        low, high = (share, high) if more else (low, share)
+    return high
+
+
+def depth_rows(depth: int) -> Iterator[dict[str, Any]]:
+    rng = np.random.default_rng(depth)
+    k = rng.standard_normal((depth + 1, N_KV_HEADS, HEAD_DIM), np.float32)
+    q = 2 * rng.standard_normal((1, N_HEADS, HEAD_DIM), np.float32)  # scores of 2 nats' deviation
+    n_layers = min(N_LAYERS, 2**20 // depth)
+    yield attention(q, k, depth, n_layers, "dense")
+    yield attention(q, k, depth, n_layers, "dense", share_that_reads(q, k, depth, READ))
+    yield attention(q, k, depth, n_layers, "adaptive", local_heads=N_HEADS * 3 // 4)
+    yield attention(q, k, depth, n_layers, "adaptive", local_heads=N_HEADS)
+
+
+def rows(seconds: float) -> Iterator[dict[str, Any]]:
+    end = time.monotonic() + seconds
+    for kind in TYPES:
+        for shape in (GATE, DOWN, KEYS) if kind in (Type.Q4_K, Type.Q8_0) else (GATE,):
+            yield matrices(kind, shape, 1)
+        yield matrices(kind, GATE, PREFILL)
+        if time.monotonic() > end:
+            return
+    for depth in DEPTHS:
+        if time.monotonic() > end - 10:
+            return
+        yield from depth_rows(depth)
+
+
+if __name__ == "__main__":
+    for row in rows(float(sys.argv[1])):
+        print(json.dumps(row), flush=True)
