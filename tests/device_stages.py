@@ -1,7 +1,7 @@
 """How long the stages of an 8B model take on this machine's GPU: one row of JSON per line, as each is known.
 
-Products with matrices for decode (one token) and prefill (512), with the bandwidth and the multiply-adds that they
-reach; the attention of one token at several depths, dense, and with four fifths of the bulk skipped.
+Products with matrices for decode (one token) and prefill (512), with the bandwidth and the multiply-adds that
+they reach; the attention of one token at several depths, dense, and with four fifths of the bulk skipped.
     python tests/device_stages.py SECONDS
 """
 
@@ -69,7 +69,7 @@ def attention(
     q: NDArray[np.float32], k: NDArray[np.float32], depth: int, n_layers: int, policy: str,
     share: float = 0.0, local_heads: int = 0, repeats: int = 5,
 ) -> dict[str, Any]:  # fmt: skip
-    """One token's stages at a depth. share: of the page tier, none at 0; local_heads: of each layer, which are local."""
+    """One token's stages. share: of the page tier, 0 for none; local_heads: so many of a layer are local."""
     thresholds = np.full((n_layers, N_HEADS), 1.1, np.float32)
     thresholds[:, :local_heads] = 0.0
     attention = ffi.new("pyllm_attention *")
@@ -85,8 +85,8 @@ def attention(
     seconds, stats, err = np.zeros((5, repeats)), ffi.new("pyllm_layer_stats *"), ffi.new("pyllm_error *")
     check(
         lib.hook_time_attention(
-            b"cuda", N_THREADS, shape, attention, ffi.from_buffer("float[]", q), ffi.from_buffer("float[]", k),
-            repeats, ffi.from_buffer("double[]", seconds), stats, err,
+            b"cuda", N_THREADS, shape, attention, ffi.from_buffer("float[]", q),
+            ffi.from_buffer("float[]", k), repeats, ffi.from_buffer("double[]", seconds), stats, err,
         ),
         err,
     )  # fmt: skip

@@ -68,7 +68,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def evaluate(path: Path, device: str, policy: Policy) -> tuple[Session, NDArray[np.float32]]:
-    """A prompt in two batches, and six tokens one by one. On the CPU by kernels whose sums hold no bfloat16."""
+    """A prompt in two batches, and six tokens one by one. isa: not one that sums in bfloat16."""
     llm = LLM(path, device=device, isa="generic", attention=policy, n_batch=100, n_ctx=256)
     session = llm.session()
     logits = [session.eval(TOKENS[:-6], all_logits=True)]
