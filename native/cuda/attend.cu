@@ -399,23 +399,20 @@ struct attend_launch {
   }
 };
 
-enum { FINISH_THREADS = 256 };
-
 struct finish_shared {
   float partial[WARP];
 };
 
-/* Grid (tokens): reads and writes 4 head_dim bytes per row. */
+/* Grid: row_grid. Reads and writes 4 head_dim bytes per row of the attention. */
 __global__ void finish_kernel(device_attention a, int32_t n, bool rounded, activation out) {
   int64_t token = blockIdx.x, first = token * out.cols;
-  for (int32_t i = threadIdx.x; i < out.cols; i += FINISH_THREADS)
-    out.values[first + i] = a.out[first + i] * (1.0f / a.state[token * a.n_heads + i / a.head_dim].y);
-  round_row(out, token, n, rounded, block_shared<finish_shared>().partial);
+  write_row(out, n, rounded, block_shared<finish_shared>().partial,
+            [=](int32_t i) { return a.out[first + i] * (1.0f / a.state[token * a.n_heads + i / a.head_dim].y); });
 }
 
 /* Grid: enough threads for (n, n_heads). */
 __global__ void mass_kernel(device_attention a, int32_t n, float *mass) {
-  int32_t row = blockIdx.x * FINISH_THREADS + threadIdx.x;
+  int32_t row = blockIdx.x * ROW_THREADS + threadIdx.x;
   if (row < n * a.n_heads) mass[row] = mass_of(a.state[row]);
 }
 } // namespace
@@ -433,10 +430,10 @@ void cuda_true_bulk_mass(queue *to, const device_attention &a, const device_laye
 }
 
 void cuda_read_mass(queue *to, const device_attention &a, int32_t n, float *mass) {
-  unsigned blocks = (unsigned)(n * a.n_heads + FINISH_THREADS - 1) / FINISH_THREADS;
-  launch(to, mass_kernel, dim3(blocks), dim3(FINISH_THREADS), 0, a, n, mass);
+  unsigned blocks = (unsigned)(n * a.n_heads + ROW_THREADS - 1) / ROW_THREADS;
+  launch(to, mass_kernel, dim3(blocks), dim3(ROW_THREADS), 0, a, n, mass);
 }
 
 void cuda_finish(queue *to, const device_attention &a, int32_t n, bool rounded, const activation &out) {
-  launch(to, finish_kernel, dim3((unsigned)n), dim3(FINISH_THREADS), sizeof(finish_shared), a, n, rounded, out);
+  launch(to, finish_kernel, row_grid(n, out.cols), dim3(ROW_THREADS), sizeof(finish_shared), a, n, rounded, out);
 }

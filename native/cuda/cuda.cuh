@@ -29,7 +29,7 @@ struct device {
  * power of two per token, so that nothing overflows. Halves round at 11 bits, which costs no more than the 0.0001 nats
  * that docs/performance.md gives for them. All stages of a batch see the same n. */
 enum { FEW_TOKENS = 4 };
-inline bool few_tokens(int32_t n) { return n <= FEW_TOKENS; }
+ANYWHERE bool few_tokens(int32_t n) { return n <= FEW_TOKENS; }
 
 extern const attention_ops cuda_attention_ops; /* attention.cu */
 

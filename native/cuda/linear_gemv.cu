@@ -1,10 +1,11 @@
-/* A few tokens against a matrix. Reads every weight once; a block of warps shares one tile of 16 rows and splits its
- * columns, so that also small matrices fill the GPU. Lane l of a warp holds rows 4 (l % 4) to 4 (l % 4) + 3. */
+/* A few tokens against matrices. Reads every weight once. A block of warps shares one tile of 16 rows and splits its columns,
+ * so that also small matrices fill the GPU: a warp takes 256 columns at once, a lane 4 rows of 32 of them, so that it has
+ * 64 bytes or more under way and needs their scales once. Lane l has rows 4 (l % 4) to 4 (l % 4) + 3. */
 #include "linear.cuh"
 #include "weights.cuh"
 
 namespace {
-enum { WARPS = 8, LANE_ROWS = 4 };
+enum { WARPS = 8, LANE_ROWS = 4, WARP_GROUPS = 8 };
 
 template <int TOKENS> struct gemv_shared {
   float partial[WARPS][TOKENS][TILE_ROWS];
@@ -25,10 +26,10 @@ __device__ inline int dot_bytes(uint32_t a, uint32_t b, int sum) {
 
 __device__ inline uint32_t component(const uint4 &x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
-/* The block's warps and lanes have summed their columns: adds them up and writes the tile's rows. */
+/* The block's warps and lanes have summed their columns: adds them up and writes the rows of tile `tile`. */
 template <int TOKENS>
-__device__ void finish_tile(const matrix &w, const float *bias, bool add, float *out, int32_t token, int32_t n,
-                            const sums<TOKENS> &sum) {
+__device__ void finish_tile(const matrix &w, const float *bias, bool add, float *out, int32_t tile, int32_t token,
+                            int32_t n, const sums<TOKENS> &sum) {
   auto &s = block_shared<gemv_shared<TOKENS>>();
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 #pragma unroll
@@ -40,69 +41,118 @@ __device__ void finish_tile(const matrix &w, const float *bias, bool add, float 
       if (lane < 4) s.partial[warp][t][4 * lane + r] = x;
     }
   __syncthreads();
-  int32_t t = threadIdx.x / TILE_ROWS, row = blockIdx.x * TILE_ROWS + threadIdx.x % TILE_ROWS;
+  int32_t t = threadIdx.x / TILE_ROWS, row = tile * TILE_ROWS + threadIdx.x % TILE_ROWS;
   if (t >= n || row >= w.rows) return;
   float x = 0;
   for (int i = 0; i < WARPS; i++) x += s.partial[i][t][threadIdx.x % TILE_ROWS];
   put(w, bias, add, out, token + t, row, x);
 }
 
-/* Adds one lane's share of a group of 32 columns: fours `first` (and, of nibbles, 4 + first) of its four rows. */
-template <class Q, int TOKENS>
-__device__ inline void add_group(const matrix &w, const unsigned char *scales, const unsigned char *quants_at,
-                                 int32_t group, int first, int row, const quantized &x, int32_t n, sums<TOKENS> &sum) {
-  constexpr int FOURS = Q::NIBBLES ? 2 : 1, HALVES = Q::GROUP == 16 && FOURS == 2 ? 2 : 1;
-  const unsigned char *group_at = quants_at + (int64_t)group * Q::GROUP_BYTES;
-  uint4 bytes = __ldg((const uint4 *)group_at + first * 4 + row / 4);
-  row_scales<LANE_ROWS> s[HALVES];
-  for (int h = 0; h < HALVES; h++) s[h] = load_scales<Q, LANE_ROWS>(scales, group, HALVES == 2 ? h : first / 4, row);
+/* A lane's weights of a group of 32 columns: 4 neighbouring rows of every word of it. */
+template <class Q> struct group_words {
+  static constexpr int LOW = Q::NIBBLES ? 4 : 8, HIGH = Q::HIGH_WORDS;
+  uint4 low[LOW], high[HIGH ? HIGH : 1]; /* low: by fours of columns; high: what is above the nibbles */
+};
+
+template <class Q> __device__ inline group_words<Q> load_words(const unsigned char *group, int row) {
+  group_words<Q> out;
+  const uint4 *at = (const uint4 *)group + row / 4;
 #pragma unroll
-  for (int t = 0; t < TOKENS; t++) {
-    if (t >= n) break;
-    int64_t at = (int64_t)t * (w.cols / ACT_GROUP) + group;
-    float scale = x.scale[at];
+  for (int i = 0; i < out.LOW; i++) out.low[i] = __ldg(at + i * TILE_ROWS / 4);
 #pragma unroll
-    for (int f = 0; f < FOURS; f++) {
-      uint2 planes = __ldg((const uint2 *)(x.planes + (at * 8 + first + 4 * f) * 8));
+  for (int i = 0; i < out.HIGH; i++) out.high[i] = __ldg(at + (out.LOW + i) * TILE_ROWS / 4);
+  return out;
+}
+
+/* The bytes of the i-th four of columns, i < 8, of row r of the lane's. */
+template <class Q> __device__ inline uint32_t four_bytes(const group_words<Q> &words, int i, int r) {
+  if (!Q::NIBBLES) return component(words.low[i], r);
+  uint32_t low = component(words.low[i % 4], r) >> i / 4 * 4 & 0x0f0f0f0f;
+  if (Q::HIGH_WORDS == 0) return low;
+  return low | above_nibble<Q>(component(words.high[i / Q::FOURS_PER_HIGH], r), i);
+}
+
+/* A token's activations of a group; 16-bit values as two planes of 8. */
+struct group_input {
+  uint4 planes[4]; /* of two fours of columns each: their high bytes and their low ones, twice */
+  float scale, product[2];
+  int32_t sum[2];
+};
+
+template <class Q> __device__ inline group_input load_input(const quantized &x, int64_t group) {
+  group_input in;
 #pragma unroll
-      for (int r = 0; r < LANE_ROWS; r++) {
-        uint32_t q = component(bytes, r);
-        if (Q::NIBBLES) q = (q >> 4 * f & 0x0f0f0f0f) | above_nibble<Q>(group_at, first + 4 * f, row + r);
-        int dot = 256 * dot_bytes(q, planes.x, 0) + dot_bytes(q, planes.y, 0);
-        sum[t][r] += scale * s[f % HALVES].scale[r] * (float)dot;
-      }
+  for (int i = 0; i < 4; i++) in.planes[i] = __ldg((const uint4 *)x.planes + group * 4 + i);
+  int2 sum = __ldg((const int2 *)x.sum + group);
+  float2 product = Q::HAS_MIN ? __ldg((const float2 *)x.product + group) : make_float2(0, 0);
+  in.sum[0] = sum.x, in.sum[1] = sum.y, in.product[0] = product.x, in.product[1] = product.y;
+  in.scale = __ldg(x.scale + group);
+  return in;
+}
+
+/* Adds the half `half` of a group of 32 columns, or all of it where its scales are one, to a token's sums. */
+template <class Q>
+__device__ inline void add_columns(const group_words<Q> &words, const group_input &in, const row_scales<LANE_ROWS> &s,
+                                   int offset, int half, float (&sum)[LANE_ROWS]) {
+  constexpr int FOURS = Q::GROUP == 16 ? 4 : 8;
+  int shift = offset * (FOURS == 8 ? in.sum[0] + in.sum[1] : in.sum[half]);
+  float product = FOURS == 8 ? in.product[0] + in.product[1] : in.product[half];
+#pragma unroll
+  for (int r = 0; r < LANE_ROWS; r++) {
+    int high = 0, low = 0;
+#pragma unroll
+    for (int j = 0; j < FOURS; j++) {
+      int i = FOURS * half + j;
+      uint32_t bytes = four_bytes<Q>(words, i, r);
+      high = dot_bytes(bytes, component(in.planes[i / 2], i % 2 * 2), high);
+      low = dot_bytes(bytes, component(in.planes[i / 2], i % 2 * 2 + 1), low);
     }
-    /* Offset and minimum enter once per half of the group, by the lane that holds its first four. */
-#pragma unroll
-    for (int f = 0; f < FOURS; f++) {
-      if (first % 4) continue;
-      int half = FOURS == 2 ? f : first / 4;
-      int offset = w.format.offset * x.sum[2 * at + half];
-#pragma unroll
-      for (int r = 0; r < LANE_ROWS; r++)
-        sum[t][r] += s[f % HALVES].min[r] * x.product[2 * at + half] - scale * s[f % HALVES].scale[r] * (float)offset;
-    }
+    sum[r] += in.scale * s.scale[r] * (float)(256 * high + low - shift);
+    if (Q::HAS_MIN) sum[r] += s.min[r] * product;
   }
 }
 
 template <class Q, int TOKENS>
-__device__ void multiply_tile(const matrix &w, const quantized &x, int32_t n, sums<TOKENS> &sum) {
-  constexpr int LANES = (Q::NIBBLES ? 4 : 8) * 4 * TILE_ROWS / 16,
-                AT_ONCE = WARP / LANES; /* lanes per group, groups per warp */
-  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  const unsigned char *tile = w.data + (int64_t)blockIdx.x * w.tile_bytes, *quants_at = tile + scale_bytes<Q>(w.cols);
+__device__ void multiply_tile(const matrix &w, int32_t tile_index, const quantized &x, int32_t n, sums<TOKENS> &sum) {
+  constexpr int HALVES = 32 / Q::GROUP;
+  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = lane % 4 * LANE_ROWS;
+  const unsigned char *tile = w.data + (int64_t)tile_index * w.tile_bytes, *words_at = tile + scale_bytes<Q>(w.cols);
   int32_t groups = w.cols / ACT_GROUP;
-  for (int32_t g = warp * AT_ONCE + lane / LANES; g < groups; g += WARPS * AT_ONCE)
-    add_group<Q, TOKENS>(w, tile, quants_at, g, lane % LANES / 4, 4 * (lane % 4), x, n, sum);
+  for (int32_t g = warp * WARP_GROUPS + lane / 4; g < groups; g += WARPS * WARP_GROUPS) {
+    group_words<Q> words = load_words<Q>(words_at + (int64_t)g * Q::GROUP_BYTES, row);
+    row_scales<LANE_ROWS> s[HALVES];
+#pragma unroll
+    for (int half = 0; half < HALVES; half++) s[half] = load_four_scales<Q>(tile, g, half, row);
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+      if (t >= n) break;
+      group_input in = load_input<Q>(x, (int64_t)t * groups + g);
+#pragma unroll
+      for (int half = 0; half < HALVES; half++) add_columns<Q>(words, in, s[half], w.format.offset, half, sum[t]);
+    }
+  }
 }
 
-/* Grid: (tiles). n <= TOKENS. */
+/* Matrices on one input, in one launch: they are not large enough to fill the GPU one by one. */
+enum { JOBS = 3 };
+struct gemv_jobs {
+  matrix w[JOBS];
+  const float *bias[JOBS];
+  float *out[JOBS];
+  bool add[JOBS];
+  int32_t end[JOBS]; /* of the matrix's tiles among all */
+};
+
+/* Grid: (tiles of all matrices). n <= TOKENS. */
 template <int TOKENS>
-__global__ void __launch_bounds__(WARPS *WARP)
-    gemv_kernel(matrix w, quantized x, int32_t n, const float *bias, bool add, float *out) {
+__global__ void __launch_bounds__(WARPS *WARP) gemv_kernel(gemv_jobs jobs, quantized x, int32_t n) {
+  int32_t job = 0, tile = blockIdx.x;
+  while (tile >= jobs.end[job]) job++;
+  tile -= job ? jobs.end[job - 1] : 0;
   sums<TOKENS> sum = {};
-  with_format(w.format, [&](auto format) { multiply_tile<decltype(format), TOKENS>(w, x, n, sum); });
-  finish_tile<TOKENS>(w, bias, add, out, 0, n, sum);
+  const matrix &w = jobs.w[job];
+  with_format(w.format, [&](auto format) { multiply_tile<decltype(format), TOKENS>(w, tile, x, n, sum); });
+  finish_tile<TOKENS>(w, jobs.bias[job], jobs.add[job], jobs.out[job], tile, 0, n, sum);
 }
 
 /* Grid: (strips of 16 rows, fours of tokens). Columns go in pairs: a warp takes 8 pairs at once. */
@@ -124,15 +174,23 @@ __global__ void __launch_bounds__(WARPS *WARP)
         sum[t][r] += strip_value<TYPE>(strip, at) * v.x + strip_value<TYPE>(strip, at + 1) * v.y;
       }
     }
-  finish_tile<FEW_TOKENS>(w, bias, add, out, token, n, sum);
+  finish_tile<FEW_TOKENS>(w, bias, add, out, blockIdx.x, token, n, sum);
 }
 } // namespace
 
-void gemv_quantized(const backend *be, const activation *x, int32_t n, const linear_job *job) {
+int32_t gemv_quantized(const backend *be, const activation *x, int32_t n, const linear_job *list, int32_t n_jobs) {
+  gemv_jobs jobs = {};
+  int32_t taken = 0, tiles = 0;
+  for (; taken < n_jobs && taken < JOBS && list[taken].w->quantized; taken++) {
+    const linear_job &job = list[taken];
+    tiles += tiles_of_rows(job.w->rows);
+    jobs.w[taken] = *job.w, jobs.bias[taken] = job.bias, jobs.out[taken] = job.out, jobs.add[taken] = job.add;
+    jobs.end[taken] = tiles;
+  }
   auto *kernel = n == 1 ? gemv_kernel<1> : gemv_kernel<FEW_TOKENS>;
   size_t shared = n == 1 ? sizeof(gemv_shared<1>) : sizeof(gemv_shared<FEW_TOKENS>);
-  launch(queue_of(be), kernel, dim3((unsigned)tiles_of_rows(job->w->rows)), dim3(WARPS * WARP), shared, *job->w, x->q,
-         n, job->bias, job->add, job->out);
+  launch(queue_of(be), kernel, dim3((unsigned)tiles), dim3(WARPS * WARP), shared, jobs, x->q, n);
+  return taken;
 }
 
 void gemv_floats(const backend *be, const activation *x, int32_t n, const linear_job *job) {

@@ -1,10 +1,8 @@
-/* Stages that work on one token at a time: a block of threads per token. */
+/* Stages that work on one token at a time. */
 #include "cuda.cuh"
 #include "rows.cuh"
 
 namespace {
-enum { THREADS = 256 };
-
 struct row_shared {
   float partial[WARP];
 };
@@ -19,41 +17,40 @@ __global__ void angles_kernel(const double *frequency, int32_t half, float mscal
   sine[i] = (float)sin(angle) * mscale;
 }
 
-/* Grid: (n). */
+/* Grid: row_grid; every block of a row sums up all its squares. */
 __global__ void norm_kernel(const float *x, const float *w, float eps, int32_t n, bool rounded, activation out) {
   row_shared &s = block_shared<row_shared>();
-  int64_t row = blockIdx.x;
   int32_t cols = out.cols;
-  x += row * cols;
+  x += (int64_t)blockIdx.x * cols;
   float squares = 0;
-  for (int32_t i = threadIdx.x; i < cols; i += THREADS) squares += x[i] * x[i];
+#pragma unroll 8
+  for (int32_t i = threadIdx.x; i < cols; i += ROW_THREADS) squares += x[i] * x[i];
   float scale = 1.0f / sqrtf(block_sum(squares, s.partial) / (float)cols + eps);
-  for (int32_t i = threadIdx.x; i < cols; i += THREADS) out.values[row * cols + i] = x[i] * scale * w[i];
-  round_row(out, row, n, rounded, s.partial);
+  write_row(out, n, rounded, s.partial, [=](int32_t i) { return x[i] * scale * w[i]; });
 }
 
-/* Grid: (n). */
+/* Grid: row_grid. */
 __global__ void swiglu_kernel(const float *gate, const float *up, int32_t n, bool rounded, activation out) {
-  row_shared &s = block_shared<row_shared>();
-  int64_t row = blockIdx.x, first = row * out.cols;
-  for (int32_t i = threadIdx.x; i < out.cols; i += THREADS) {
+  int64_t first = (int64_t)blockIdx.x * out.cols;
+  write_row(out, n, rounded, block_shared<row_shared>().partial, [=](int32_t i) {
     float g = gate[first + i], e = expf(-fabsf(g)), sigmoid = (g < 0 ? e : 1.0f) / (1.0f + e);
-    out.values[first + i] = g * sigmoid * up[first + i];
-  }
-  round_row(out, row, n, rounded, s.partial);
+    return g * sigmoid * up[first + i];
+  });
 }
 } // namespace
 
 void cuda_angles(const backend *be, const double *frequency, int32_t half, float mscale, int32_t, int32_t n,
                  float *cosine, float *sine) {
-  dim3 grid((unsigned)(n * half + THREADS - 1) / THREADS);
-  launch(queue_of(be), angles_kernel, grid, dim3(THREADS), 0, frequency, half, mscale, step_of(be), cosine, sine);
+  dim3 grid((unsigned)(n * half + ROW_THREADS - 1) / ROW_THREADS);
+  launch(queue_of(be), angles_kernel, grid, dim3(ROW_THREADS), 0, frequency, half, mscale, step_of(be), cosine, sine);
 }
 
 void cuda_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out) {
-  launch(queue_of(be), norm_kernel, dim3((unsigned)n), dim3(THREADS), sizeof(row_shared), x, w, eps, n, rounded, *out);
+  launch(queue_of(be), norm_kernel, row_grid(n, out->cols), dim3(ROW_THREADS), sizeof(row_shared), x, w, eps, n,
+         rounded, *out);
 }
 
 void cuda_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out) {
-  launch(queue_of(be), swiglu_kernel, dim3((unsigned)n), dim3(THREADS), sizeof(row_shared), gate, up, n, rounded, *out);
+  launch(queue_of(be), swiglu_kernel, row_grid(n, out->cols), dim3(ROW_THREADS), sizeof(row_shared), gate, up, n,
+         rounded, *out);
 }

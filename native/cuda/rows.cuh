@@ -3,11 +3,10 @@
 #define PYLLM_CUDA_ROWS_CUH
 #include "cuda.cuh"
 
-/* One warp: group `g` of 32 columns of a row whose values are written, one column per lane, to 16 bits in two planes as on
- * the CPU (kernels.h). */
-__device__ inline void round_group(const activation &a, int64_t row, int32_t g) {
+/* One warp: group `g` of 32 columns of a row, of which each lane has one value x, to 16 bits in two planes as on the CPU
+ * (kernels.h). */
+__device__ inline void round_group(const activation &a, int64_t row, int32_t g, float x) {
   int lane = threadIdx.x % WARP;
-  float x = a.values[row * a.cols + g * ACT_GROUP + lane];
   /* 0, or NaN where x holds NaN or infinity: rounding must not hide it */
   float scale = warp_max(fabsf(x)) / (float)ACT_MAX + warp_sum(x * 0.0f);
   if (scale < FLT_MIN) scale = 0; /* its inverse would overflow */
@@ -33,24 +32,39 @@ __device__ inline float power_of_two(float x) {
   return __uint_as_float(exponent);
 }
 
-/* The whole block: row `row`, whose values the block has written, in the form for n tokens; nothing unless `rounded`.
- * partial: (32) shared floats. cols % 32 == 0. Contains barriers. */
-__device__ inline void round_row(const activation &a, int64_t row, int32_t n, bool rounded, float *partial) {
-  if (!rounded) return;
-  __syncthreads();
-  if (n <= FEW_TOKENS) {
-    for (int32_t g = threadIdx.x / WARP; g < a.cols / ACT_GROUP; g += blockDim.x / WARP) round_group(a, row, g);
+enum { ROW_THREADS = 256 };
+
+/* The grid of a kernel that writes rows. A few tokens' rounding needs no more than 32 columns at once, so their rows are cut
+ * up: a block has so many columns as threads. */
+inline dim3 row_grid(int32_t n, int32_t cols) {
+  return dim3((unsigned)n, few_tokens(n) ? (unsigned)(cols + ROW_THREADS - 1) / ROW_THREADS : 1u);
+}
+
+/* A block of row_grid's: column i of row blockIdx.x = value(i), and in the form for n tokens where `rounded`; cols % 32 == 0
+ * then. partial: (32) shared floats. Contains barriers. */
+template <class F>
+__device__ inline void write_row(const activation &a, int32_t n, bool rounded, float *partial, F value) {
+  int64_t row = blockIdx.x;
+  float *values = a.values + row * a.cols;
+  if (few_tokens(n)) {
+    int32_t i = blockIdx.y * ROW_THREADS + threadIdx.x;
+    if (i >= a.cols) return; /* whole warps where they are rounded */
+    float x = value(i);
+    values[i] = x;
+    if (rounded) round_group(a, row, i / ACT_GROUP, x);
     return;
   }
-  const float *values = a.values + row * a.cols;
-  uint16_t *halves = (uint16_t *)a.q.planes + row * a.cols;
   float top = 0, poison = 0;
-  for (int32_t i = threadIdx.x; i < a.cols; i += blockDim.x) {
-    top = fmaxf(top, fabsf(values[i]));
-    poison += values[i] * 0.0f;
+  for (int32_t i = threadIdx.x; i < a.cols; i += ROW_THREADS) {
+    float x = value(i);
+    values[i] = x;
+    top = fmaxf(top, fabsf(x));
+    poison += x * 0.0f;
   }
+  if (!rounded) return;
+  uint16_t *halves = (uint16_t *)a.q.planes + row * a.cols;
   float scale = power_of_two(block_max(top, partial) + block_sum(poison, partial));
-  for (int32_t i = threadIdx.x; i < a.cols; i += blockDim.x) halves[i] = float_to_half(values[i] / scale);
+  for (int32_t i = threadIdx.x; i < a.cols; i += ROW_THREADS) halves[i] = float_to_half(values[i] / scale);
   if (threadIdx.x == 0) a.q.scale[row] = scale;
 }
 #endif

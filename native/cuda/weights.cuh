@@ -11,6 +11,8 @@ template <int BITS_, int GROUP_, bool SCALED_, bool HAS_MIN_> struct quants {
   static constexpr bool SCALED = SCALED_, HAS_MIN = HAS_MIN_;
   static constexpr int GROUP_BYTES = ACT_GROUP * TILE_ROWS * BITS / 8; /* of 32 columns of a tile */
   static constexpr bool NIBBLES = BITS < 8;                            /* two fours of columns share bytes */
+  static constexpr int HIGH_WORDS = NIBBLES ? BITS - 4 : 0; /* of a row's 32 columns: what is above their nibbles */
+  static constexpr int FOURS_PER_HIGH = HIGH_WORDS ? 8 / HIGH_WORDS : 8;
 };
 
 /* Calls f(quants<...>()) with the format's type; false where no such format exists. */
@@ -30,13 +32,17 @@ template <class F> __device__ inline bool with_format(const tile_format &f, F ca
   return true;
 }
 
-/* What the bytes of four columns of a row have above 4 bits, in place; group: of 32 columns, i < 8 counts its fours. */
+/* What the bytes of the i-th four of a row's 32 columns, i < 8, have above 4 bits, in place; word: the high one it is in. */
+template <class Q> __device__ inline uint32_t above_nibble(uint32_t word, int i) {
+  int at = i % Q::FOURS_PER_HIGH * Q::HIGH_WORDS;
+  return (at > 4 ? word >> (at - 4) : word << (4 - at)) & (Q::HIGH_WORDS == 1 ? 0x10101010u : 0x30303030u);
+}
+
+/* The same, of the group that begins at `group`. */
 template <class Q> __device__ inline uint32_t above_nibble(const unsigned char *group, int i, int row) {
-  if (Q::BITS == 4 || Q::BITS == 8) return 0;
-  constexpr int bits = Q::BITS - 4, per_byte = 8 / (bits > 0 ? bits : 1);
-  uint32_t word = __ldg((const uint32_t *)(group + 4 * 4 * TILE_ROWS) + i / per_byte * TILE_ROWS + row);
-  int at = i % per_byte * bits;
-  return (at > 4 ? word >> (at - 4) : word << (4 - at)) & (bits == 1 ? 0x10101010u : 0x30303030u);
+  if (Q::HIGH_WORDS == 0) return 0;
+  const uint32_t *high = (const uint32_t *)(group + 4 * 4 * TILE_ROWS);
+  return above_nibble<Q>(__ldg(high + i / Q::FOURS_PER_HIGH * TILE_ROWS + row), i);
 }
 
 /* As tile_scale_bytes in cpu/isa.c. */
@@ -66,6 +72,31 @@ __device__ inline row_scales<ROWS> load_scales(const unsigned char *scales, int3
   for (int r = 0; r < ROWS; r++) {
     out.scale[r] = half_to_float(d[r]) * (Q::SCALED ? (float)scale[r] : 1.0f);
     out.min[r] = Q::HAS_MIN ? half_to_float(d[TILE_ROWS + r]) * (Q::SCALED ? (float)min[r] : 1.0f) : 0.0f;
+  }
+  return out;
+}
+
+/* Of four rows from `row`, a multiple of 4, on: as few loads as their bytes allow. */
+__device__ inline void load_four(const uint16_t *at, float (&out)[4]) {
+  uint2 x = __ldg((const uint2 *)at);
+  for (int r = 0; r < 4; r++) out[r] = half_to_float((uint16_t)((r < 2 ? x.x : x.y) >> 16 * (r % 2)));
+}
+template <class Q>
+__device__ inline row_scales<4> load_four_scales(const unsigned char *scales, int group, int half, int row) {
+  constexpr int minimum = Q::HAS_MIN ? 2 : 1, halves = Q::GROUP == 16 ? 2 : 1, n = 256 / Q::GROUP;
+  const unsigned char *block =
+      scales + (Q::SCALED ? group / 8 * (2 + n) * TILE_ROWS * minimum : group * 2 * TILE_ROWS * minimum);
+  const uint16_t *d = (const uint16_t *)block + row;
+  row_scales<4> out = {};
+  load_four(d, out.scale);
+  if (Q::HAS_MIN) load_four(d + TILE_ROWS, out.min);
+  if (!Q::SCALED) return out;
+  const unsigned char *small = block + 2 * TILE_ROWS * minimum + (group % 8 * halves + half) * TILE_ROWS + row;
+  uint32_t scale = __ldg((const uint32_t *)small);
+  uint32_t min = Q::HAS_MIN ? __ldg((const uint32_t *)(small + n * TILE_ROWS)) : 0;
+  for (int r = 0; r < 4; r++) {
+    out.scale[r] *= (float)(int8_t)(scale >> 8 * r);
+    if (Q::HAS_MIN) out.min[r] *= (float)(min >> 8 * r & 255);
   }
   return out;
 }
