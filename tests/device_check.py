@@ -31,6 +31,7 @@ NATIVE = ROOT / "native"
 # The library of the tests with the CUDA library beside it, and no emulated one.
 GPU_BUILD = NATIVE / "build" / "gpu"
 SUITE = tuple(f"tests/test_cuda_{name}.py" for name in ("rows", "linear", "attention", "forward"))
+GOLDEN = "tests/test_golden.py"  # with the default model, where that has been downloaded
 TOOLS = ("memcheck", "racecheck", "synccheck")
 HEAD_DIMS = (128, 80, 256)
 
@@ -86,11 +87,15 @@ def device(seconds: float) -> Iterator[dict[str, str]]:
 def build(seconds: float) -> Iterator[dict[str, str]]:
     architecture = next(device(seconds))["compute_cap"].replace(".", "")
     make = ["make", "-s", "-C", str(NATIVE), f"-j{os.cpu_count()}", f"ARCHS={architecture}"]
-    run([*make, "cpu", "hooks", "cuda"], seconds)
+    run([*make, "cpu", "hooks", "cuda", "bench_cuda"], seconds)
     GPU_BUILD.mkdir(parents=True, exist_ok=True)
     shutil.copy(NATIVE / "build" / "libpyllm_hooks.so", GPU_BUILD)
     shutil.copy(ROOT / "pyllm" / "_lib" / "libpyllm_cuda.so", GPU_BUILD)
     yield {"architecture": f"sm_{architecture}"}
+
+
+def ceilings(seconds: float) -> Iterator[dict[str, Any]]:
+    yield json.loads(run([str(NATIVE / "build" / "bench" / "bench_cuda")], seconds))
 
 
 def suite(seconds: float) -> Iterator[dict[str, str]]:
@@ -98,8 +103,9 @@ def suite(seconds: float) -> Iterator[dict[str, str]]:
     every launch waited for, which names the kernel."""
     end = time.monotonic() + seconds
     library = {"PYLLM_LIBRARY": str(GPU_BUILD / "libpyllm_hooks.so")}
-    for file in SUITE:
-        tests = [sys.executable, "-m", "pytest", "-q", file]
+    with_model = [GOLDEN] if any((ROOT / "models").glob("SmolLM2*.gguf")) else []
+    for file in [*SUITE, *with_model]:
+        tests = [sys.executable, "-m", "pytest", "-q", file, *(["-k", "cuda"] if file == GOLDEN else [])]
         row = last_line(tests, end - time.monotonic(), **library)
         yield {"file": file} | row
         if "failed" in row:
@@ -138,18 +144,28 @@ def sanitizer(seconds: float) -> Iterator[dict[str, Any]]:
                 yield {"tool": tool, "head_dim": head_dim} | row
 
 
-def speed(seconds: float) -> Iterator[dict[str, Any]]:
+def rows_of(program: str, seconds: float, **environment: str) -> Iterator[dict[str, Any]]:
     """Ends by itself in time, but for what a last row may take longer than was foreseen."""
-    program = [sys.executable, "tests/device_speed.py", str(seconds - 20)]
-    yield from (json.loads(line) for line in lines(program, seconds) if line.startswith("{"))
+    command = [sys.executable, program, str(seconds - 20)]
+    yield from (json.loads(line) for line in lines(command, seconds, **environment) if line.startswith("{"))
+
+
+def stages(seconds: float) -> Iterator[dict[str, Any]]:
+    yield from rows_of("tests/device_stages.py", seconds, PYLLM_LIBRARY=str(GPU_BUILD / "libpyllm_hooks.so"))
+
+
+def speed(seconds: float) -> Iterator[dict[str, Any]]:
+    yield from rows_of("tests/device_speed.py", seconds)
 
 
 STEPS: dict[str, tuple[Callable[[float], Iterator[dict[str, Any]]], float]] = {
     "device": (device, 20),
     "build": (build, 120),
-    "suite": (suite, 60),
-    "sanitizer": (sanitizer, 90),
-    "speed": (speed, 200),
+    "ceilings": (ceilings, 20),
+    "suite": (suite, 70),
+    "sanitizer": (sanitizer, 80),
+    "stages": (stages, 60),
+    "speed": (speed, 150),
 }
 
 

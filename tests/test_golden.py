@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from pyllm import LLM, Dense
+from pyllm import LLM, Dense, DeviceError, _native
 from test_linear import ISAS
 
 GOLDEN: dict[str, Any] = json.loads((Path(__file__).parent / "data" / "smollm2-135m.json").read_text("utf-8"))
@@ -36,9 +36,24 @@ def divergence(listed: list[tuple[int, float]], logits: NDArray[np.float32]) -> 
     return float((p * np.log(p / q)).sum())
 
 
-@pytest.mark.parametrize("isa", [pytest.param(isa, marks=pytest.mark.slow) for isa in ISAS[:-1]] + [ISAS[-1]])
-def test_greedy(default_model: Path, isa: str) -> None:
-    llm = LLM(default_model, attention=Dense(), isa=isa)
+def why_no_gpu() -> str:
+    """Empty where there is one."""
+    try:
+        _native.device_info("cuda")
+    except DeviceError as error:
+        return str(error)
+    return ""
+
+
+GPU = pytest.param("cuda", marks=pytest.mark.skipif(bool(why_no_gpu()), reason=why_no_gpu()))
+PATHS = [*(pytest.param(isa, marks=pytest.mark.slow) for isa in ISAS[:-1]), ISAS[-1], GPU]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_greedy(default_model: Path, path: str) -> None:
+    """On the CPU with every instruction set, and on a GPU where there is one."""
+    device, isa = ("cuda", None) if path == "cuda" else ("cpu", path)
+    llm = LLM(default_model, attention=Dense(), device=device, isa=isa)
     agreed = total = 0
     for case in GOLDEN["greedy"]:
         session = llm.session()
