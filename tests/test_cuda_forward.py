@@ -230,7 +230,8 @@ def test_a_session_moves_between_devices(path: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def long_path(tmp_path: Path) -> Path:
-    return write_tiny(tmp_path / "long.gguf", types=Type.Q8_0, tokenizer=True, sharp=4.0, n_ctx_train=32768)
+    path = tmp_path / "long.gguf"
+    return write_tiny(path, n_layers=6, types=Type.Q8_0, tokenizer=True, sharp=4.0, n_ctx_train=32768)
 
 
 @pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[4], POLICIES[6]], ids=str)
@@ -261,19 +262,21 @@ def test_a_split_cache(path: Path, policy: Policy, tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not is_emulated, reason="the memory of a real GPU cannot be capped")
 def test_a_context_that_only_a_split_cache_fits(long_path: Path) -> None:
-    """Memory is what the arithmetic says: of the GPU's no more than sinks, window and a batch need."""
+    """Memory is what the arithmetic says: of the GPU's no more than sinks, window and a batch need, and room
+    for one layer's bulk while a prompt is read."""
     policy = Adaptive(sinks=4, window=64, threshold=0.6, page_bits=2)
     llm = LLM(long_path, device="cuda", kv="split", attention=policy, n_batch=64)
     memory = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 64), 2)
-    token_bytes = 2 * 2 * 2 * 32 * 2  # layers, key/value heads, keys and values, dimensions, f16
+    token_bytes = 6 * 2 * 2 * 32 * 2  # layers, key/value heads, keys and values, dimensions, f16
     blocks = 1 + (64 + 64) // 64 + 3
     assert memory.kv_bytes == blocks * 64 * token_bytes
     assert memory.host_bytes == (1 + 512) * 64 * token_bytes
     # Of every page 32 minima and maxima as f16, and 2 bits for each of 64 keys' dimensions.
-    pages = 2 * 2 * (1 + 512)
-    assert memory.sketch_bytes - pages * 32 * (2 * 2 + 64 // 4) in range(2 * 2 * 64)
+    pages = 6 * 2 * (1 + 512)
+    assert memory.sketch_bytes - pages * 32 * (2 * 2 + 64 // 4) in range(6 * 2 * 64)
     whole = _native.session_memory(llm._model, _native.SessionParams(32768, 64, 4, 0), 2)
     assert (whole.kv_bytes, whole.host_bytes) == (memory.host_bytes, 0)
+    assert memory.scratch_bytes - whole.scratch_bytes == memory.host_bytes // 6
     info = _native.device_info("cuda")
     set_memory(info.total_bytes - info.free_bytes + RESERVE + memory.total + whole.kv_bytes // 2)
     with pytest.raises(InsufficientMemoryError, match=r"a context of 32768 tokens needs .* enough for"):

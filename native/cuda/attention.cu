@@ -16,6 +16,7 @@ struct attention_state {
   int32_t sketch_bits;       /* page_bits of the layers' sketches; 0 while there are none */
   uint16_t *sketch_channels; /* (n_layers, n_kv_heads, head_dim) what they are made with; NULL unless they are graded */
   int32_t position, n;       /* of the batch */
+  int32_t staged;            /* the layer whose bulk a.staged holds for the batch; -1: none */
 };
 
 namespace {
@@ -262,6 +263,26 @@ void begin(const backend *, attention_state *s, int32_t position, int32_t n, con
   s->a.q = q;
   s->position = position;
   s->n = n;
+  s->staged = -1;
+}
+
+/* A layer of a split cache whose bulk many queries read: every panel of them would fetch it over the bus, so it is copied,
+ * once. A few queries, of which one panel reads it, take what they need of it from where it is. */
+device_layer staged_layer(const backend *be, attention_state *s, int32_t layer) {
+  device_layer l = s->layers[layer];
+  if (!s->a.n_recent || few_tokens(s->n) || s->policy.policy == PYLLM_WINDOW) return l;
+  queue *q = queue_of(be);
+  int64_t halves = kv_block_halves(s->shape.head_dim), head = s->a.n_blocks * halves;
+  int64_t pages = bulk_pages(s->shape.n_sink, s->policy.n_window, s->position + s->n - 1);
+  for (int32_t g = 0; g < s->shape.n_kv_heads && s->staged != layer && pages > 0; g++) {
+    int64_t first = g * head + halves; /* behind the sinks */
+    if (q->error) break;
+    check(q, cudaMemcpyAsync(s->a.staged + first, l.kv + first, (size_t)(pages * halves) * sizeof *l.kv,
+                             cudaMemcpyDefault, q->stream));
+  }
+  s->staged = layer;
+  l.kv = s->a.staged;
+  return l;
 }
 
 void rope_store(const backend *be, const rope_job *job, int32_t n, attention_state *s, int32_t layer) {
@@ -273,12 +294,12 @@ void attend_local(const backend *be, attention_state *s, int32_t layer) {
 }
 
 uint64_t select_heads(const backend *be, attention_state *s, int32_t layer) {
-  cuda_select_long(queue_of(be), s->a, s->layers[layer], policy_of(s, layer), s->n);
+  cuda_select_long(queue_of(be), s->a, staged_layer(be, s, layer), policy_of(s, layer), s->n);
   return 0;
 }
 
 void attend_bulk(const backend *be, attention_state *s, int32_t layer) {
-  cuda_attend_bulk(queue_of(be), s->a, s->layers[layer], s->n);
+  cuda_attend_bulk(queue_of(be), s->a, staged_layer(be, s, layer), s->n);
 }
 
 void finish(const backend *be, attention_state *s, bool rounded, activation *out) {
@@ -314,7 +335,7 @@ void record(const backend *be, attention_state *s, int32_t layer, const pyllm_re
   bool any = out->audit && memchr(out->audit, 1, (size_t)s->n);
   if (any) {
     o->write(be, s->a.audited, out->audit, (size_t)s->n);
-    cuda_true_bulk_mass(queue_of(be), s->a, s->layers[layer], s->n, true);
+    cuda_true_bulk_mass(queue_of(be), s->a, staged_layer(be, s, layer), s->n, true);
   }
   read_rows(be, s, out->true_mass, s->a.bulk_mass, [=](int32_t query) { return any && out->audit[query]; });
 }

@@ -54,6 +54,7 @@ typedef struct device_attention {
   uint8_t *is_long;   /* (n, n_heads) */
   uint8_t *audited;   /* (n) 1 where a record wants the true bulk mass */
   float2 *mass_state; /* (n, n_heads) scratch of the oracle */
+  uint16_t *staged;   /* (n_kv_heads, n_blocks) blocks of one layer of a split cache, for a prompt; NULL of others */
 
   /* The bulk's work list. Of a list with several heads, the room of all is its first one's. */
   list_counts *counts; /* (tiles, n_heads) */

@@ -15,6 +15,7 @@ template <class F> void each_array(device_attention &a, int32_t n_batch, F f) {
   f(a.is_long, rows);
   f(a.audited, (size_t)n_batch);
   f(a.mass_state, rows);
+  if (a.n_recent) f(a.staged, kv_heads * (size_t)a.n_blocks * (size_t)kv_block_halves(a.head_dim));
   f(a.counts, tiles * heads);
   f(a.rows, tiles * heads * PYLLM_PAGE);
   f(a.strips, tiles * heads * strips);
