@@ -13,6 +13,7 @@ enum {
   CHUNK = 8,           /* halves of a copy */
   ROW_CHUNKS = ACT_GROUP / CHUNK,
   BATCH = STAGE_HALVES / CHUNK / (WARPS * WARP), /* copies of a thread per stage */
+  BATCH_TOKENS = WARPS * WARP / ROW_CHUNKS,      /* that the block copies at once */
 };
 
 /* What a block multiplies: 16 ROW_TILES rows per warp, TOKENS tokens, GROUPS groups of 32 columns per step. Small matrices
@@ -37,19 +38,17 @@ struct gemm_shared {
  * that read at once, 4 tokens by 4 times 8 bytes, find all 32 banks. */
 __device__ inline int chunk_at(int token, int chunk) { return (token * ROW_CHUNKS + (chunk ^ (token & 2))) * CHUNK; }
 
-/* Columns from `group` on of the block's tokens. Tokens past n are zeros, columns past the last are not copied. */
+/* Columns from `group` on of the block's n tokens, at x. Tokens past n are zeros, columns past the last are not copied. */
 template <class T>
-__device__ inline void copy_tokens(const uint16_t *x, int32_t cols, int32_t first, int32_t n, int32_t group,
-                                   uint16_t *stage) {
+__device__ inline void copy_tokens(const uint16_t *x, int32_t cols, int32_t n, int32_t group, uint16_t *stage) {
+  int chunk = threadIdx.x % ROW_CHUNKS, first = threadIdx.x / ROW_CHUNKS;
+  uint16_t *to = stage + chunk_at(first, chunk);
 #pragma unroll
   for (int i = 0; i < BATCH; i++) {
-    int at = threadIdx.x + i * WARPS * WARP, chunk = at % ROW_CHUNKS, token = at / ROW_CHUNKS % T::TOKENS,
-        ahead = at / (ROW_CHUNKS * T::TOKENS);
+    int next = i * BATCH_TOKENS, ahead = next / T::TOKENS, token = first + next % T::TOKENS;
     if (group + ahead >= cols / ACT_GROUP) break;
-    bool there = first + token < n;
-    const uint16_t *from =
-        x + (int64_t)(there ? first + token : 0) * cols + (group + ahead) * ACT_GROUP + chunk * CHUNK;
-    copy_later(stage + ahead * T::TOKENS * ACT_GROUP + chunk_at(token, chunk), from, there);
+    uint32_t from = (uint32_t)(token < n ? token : 0) * cols + chunk * CHUNK;
+    copy_later(to + next * ACT_GROUP, x + (group + ahead) * ACT_GROUP + from, token < n);
   }
   end_copies();
 }
@@ -97,39 +96,41 @@ template <class Q, class T>
 __device__ inline void gemm_block(const matrix &w, const quantized &x, int32_t n, const float *bias, bool add,
                                   float *out) {
   gemm_shared &s = block_shared<gemm_shared>();
-  const uint16_t *halves = (const uint16_t *)x.planes;
-  int32_t groups = w.cols / ACT_GROUP, first_token = blockIdx.x * T::TOKENS;
-  int32_t first_row = blockIdx.y * T::ROWS + threadIdx.x / WARP * (T::ROW_TILES * TILE_ROWS);
-  const unsigned char *tiles[T::ROW_TILES];
+  int32_t groups = w.cols / ACT_GROUP, first_token = blockIdx.x * T::TOKENS, block_row = blockIdx.y * T::ROWS;
+  int32_t first_row = block_row + threadIdx.x / WARP * (T::ROW_TILES * TILE_ROWS);
+  const uint16_t *halves = (const uint16_t *)x.planes + (int64_t)first_token * w.cols;
+  const unsigned char *tiles = w.data + (int64_t)(block_row / TILE_ROWS) * w.tile_bytes;
+  uint32_t offsets = two_of(w.format.offset);
+  packed_tile<Q> mine[T::ROW_TILES];
   packed_group<Q> packed[T::GROUPS][T::ROW_TILES];
 #pragma unroll
   for (int i = 0; i < T::ROW_TILES; i++) {
-    int32_t number = min(first_row / TILE_ROWS + i, (w.rows - 1) / TILE_ROWS); /* past the last: not written */
-    tiles[i] = w.data + (int64_t)number * w.tile_bytes;
+    int32_t row = min(first_row + i * TILE_ROWS, w.rows - 1); /* past the last: not written */
+    mine[i] = packed_tile<Q>::at((uint32_t)((row - block_row) / TILE_ROWS) * (uint32_t)w.tile_bytes, w.cols);
 #pragma unroll
-    for (int g = 0; g < T::GROUPS; g++) packed[g][i] = load_group<Q>(tiles[i], w.cols, min(g, groups - 1));
+    for (int g = 0; g < T::GROUPS; g++) packed[g][i] = mine[i].load(tiles, min(g, groups - 1));
   }
-  for (int i = 0; i < STAGES - 1; i++) copy_tokens<T>(halves, w.cols, first_token, n, i * T::GROUPS, s.x[i]);
+  for (int i = 0; i < STAGES - 1; i++) copy_tokens<T>(halves, w.cols, n - first_token, i * T::GROUPS, s.x[i]);
   typename T::sums sum = {};
   int stage = 0;
   for (int32_t group = 0; group < groups; group += T::GROUPS) {
     wait_for_copies<STAGES - 2>();
     __syncthreads(); /* this stage is there, and the one before it is free */
-    copy_tokens<T>(halves, w.cols, first_token, n, group + (STAGES - 1) * T::GROUPS,
-                   s.x[(stage + STAGES - 1) % STAGES]);
+    copy_tokens<T>(halves, w.cols, n - first_token, group + (STAGES - 1) * T::GROUPS,
+                   s.x[stage ? stage - 1 : STAGES - 1]);
 #pragma unroll
     for (int g = 0; g < T::GROUPS; g++) {
-      if (group + g >= groups) break;
+      if (g && group + g >= groups) break;
       uint32_t a[2][T::ROW_TILES][4];
 #pragma unroll
       for (int i = 0; i < T::ROW_TILES; i++) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) load_fragment(packed[g][i], half, w.format.offset, a[half][i]);
-        packed[g][i] = load_group<Q>(tiles[i], w.cols, min(group + g + T::GROUPS, groups - 1));
+        for (int half = 0; half < 2; half++) load_fragment(packed[g][i], half, offsets, a[half][i]);
+        packed[g][i] = mine[i].load(tiles, min(group + g + T::GROUPS, groups - 1));
       }
       multiply<T>(s.x[stage] + g * T::TOKENS * ACT_GROUP, a, sum);
     }
-    stage = (stage + 1) % STAGES;
+    stage = stage + 1 < STAGES ? stage + 1 : 0;
   }
   write<T>(w, x, n, bias, add, out, first_row, first_token, sum);
 }
