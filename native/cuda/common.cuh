@@ -75,6 +75,79 @@ __device__ inline float bfloat_to_float(uint16_t bits) { return __uint_as_float(
 
 __device__ inline uint32_t pack_halves(uint16_t low, uint16_t high) { return low | (uint32_t)high << 16; }
 
+/* ---- two halves in a register ---- */
+
+#ifndef __CUDACC__
+namespace emu {
+template <class F> uint32_t each_half(uint32_t x, uint32_t y, uint32_t z, F f) {
+  auto of = [&](int i) {
+    return f32_to_f16(
+        f(f16_to_f32((uint16_t)(x >> i)), f16_to_f32((uint16_t)(y >> i)), f16_to_f32((uint16_t)(z >> i))));
+  };
+  return pack_halves(of(0), of(16));
+}
+} // namespace emu
+#endif
+
+__device__ inline uint32_t subtract_halves(uint32_t x, uint32_t y) {
+#ifdef __CUDACC__
+  uint32_t out;
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(x), "r"(y));
+  return out;
+#else
+  return emu::each_half(x, y, 0, [](float a, float b, float) { return a - b; });
+#endif
+}
+
+__device__ inline uint32_t multiply_halves(uint32_t x, uint32_t y) {
+#ifdef __CUDACC__
+  uint32_t out;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(x), "r"(y));
+  return out;
+#else
+  return emu::each_half(x, y, 0, [](float a, float b, float) { return a * b; });
+#endif
+}
+
+/* x y + z, rounded once. */
+__device__ inline uint32_t fma_halves(uint32_t x, uint32_t y, uint32_t z) {
+#ifdef __CUDACC__
+  uint32_t out;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(x), "r"(y), "r"(z));
+  return out;
+#else
+  return emu::each_half(x, y, z, [](float a, float b, float c) { return fmaf(a, b, c); });
+#endif
+}
+
+/* ---- copies into shared memory that pass by the registers ---- */
+
+/* 16 bytes, or 16 zeros where there is nothing to copy. Neither GPUs without such copies nor the emulator delay them. */
+__device__ inline void copy_later(void *shared, const void *from, bool there) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+               :
+               : "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(from), "r"(there ? 16 : 0)
+               : "memory");
+#else
+  *(uint4 *)shared = there ? __ldg((const uint4 *)from) : make_uint4(0, 0, 0, 0);
+#endif
+}
+
+/* Ends a batch of this thread's copies, which may be empty. */
+__device__ inline void end_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+/* Until at most the last PENDING of this thread's batches are on their way; others see the rest after a barrier. */
+template <int PENDING> __device__ inline void wait_for_copies() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
 /* ---- sums over a warp and over a block ---- */
 
 __device__ inline float warp_sum(float x) {

@@ -1,121 +1,168 @@
-/* Many tokens against a quantized matrix, on the matrix units: a block dequantizes 128 weight rows to halves, 32 columns
- * at a time, and multiplies them with 128 tokens' halves. */
+/* Many tokens against a quantized matrix, on the matrix units. A warp has rows of its own and dequantizes them into its
+ * registers, so a weight becomes a half once per tile of tokens and never passes through shared memory; the block's warps
+ * share their tokens' halves there. What comes next is on its way while the present multiplies: tokens by copies two steps
+ * ahead, packed weights in registers one step ahead. */
 #include "linear.cuh"
-#include "weights.cuh"
+#include "fragments.cuh"
 
 namespace {
 enum {
-  ROWS = 128,   /* of a block: a tile of 16 per warp to dequantize */
-  TOKENS = 128, /* of a block */
-  WARPS = 8,
-  WARP_ROWS = 32, /* a warp multiplies 32 rows with 64 tokens */
-  WARP_TOKENS = 64,
-  ROW_TILES = WARP_ROWS / 16,
-  TOKEN_TILES = WARP_TOKENS / 8,
-  PITCH = ACT_GROUP + 8, /* halves; the rows of a fragment then lie in different banks */
+  WARPS = 4,
+  STAGES = 3,          /* of tokens in shared memory: one that multiplies, two on their way */
+  STAGE_HALVES = 4096, /* whatever the tile: fewer tokens go with more columns */
+  CHUNK = 8,           /* halves of a copy */
+  ROW_CHUNKS = ACT_GROUP / CHUNK,
+  BATCH = STAGE_HALVES / CHUNK / (WARPS * WARP), /* copies of a thread per stage */
+  BATCH_TOKENS = WARPS * WARP / ROW_CHUNKS,      /* that the block copies at once */
 };
 
+/* What a block multiplies: 16 ROW_TILES rows per warp, TOKENS tokens, GROUPS groups of 32 columns per step. Small matrices
+ * and few tokens want small blocks to fill the GPU; these have less to multiply per step, so their steps are deeper, or the
+ * packed weights of the next step would come too late. BLOCKS: of a multiprocessor, which bounds the registers. */
+template <int ROW_TILES_, int TOKENS_, int BLOCKS_> struct tile {
+  static constexpr int ROW_TILES = ROW_TILES_, TOKENS = TOKENS_, BLOCKS = BLOCKS_;
+  static constexpr int ROWS = WARPS * ROW_TILES * TILE_ROWS, TOKEN_TILES = TOKENS / 8;
+  static constexpr int GROUPS = STAGE_HALVES / (TOKENS * ACT_GROUP);
+  typedef float sums[ROW_TILES][TOKEN_TILES][4];
+};
+typedef tile<2, 128, 2> large;
+typedef tile<2, 64, 3> medium;
+typedef tile<1, 32, 5> small;
+
+/* A stage is (GROUPS, TOKENS, 32) halves. */
 struct gemm_shared {
-  alignas(16) uint16_t w[ROWS][PITCH], x[TOKENS][PITCH];
+  alignas(16) uint16_t x[STAGES][STAGE_HALVES];
 };
 
-/* Columns [32 group + 16 half, + 16) of one row of a tile, as halves. */
-template <class Q>
-__device__ inline void dequantize(const matrix &w, const unsigned char *tile, int32_t group, int half, int row,
-                                  uint16_t *out) {
-  const unsigned char *group_at = tile + scale_bytes<Q>(w.cols) + (int64_t)group * Q::GROUP_BYTES;
-  const uint32_t *fours = (const uint32_t *)group_at + row;
-  row_scales<1> s = load_scales<Q, 1>(tile, group, half, row);
+/* Where a token's chunk of a group is: every other pair of tokens has its halves of 16 columns swapped, so that the 16 lanes
+ * that read at once, 4 tokens by 4 times 8 bytes, find all 32 banks. */
+__device__ inline int chunk_at(int token, int chunk) { return (token * ROW_CHUNKS + (chunk ^ (token & 2))) * CHUNK; }
+
+/* Columns from `group` on of the block's n tokens, at x. Tokens past n are zeros, columns past the last are not copied. */
+template <class T>
+__device__ inline void copy_tokens(const uint16_t *x, int32_t cols, int32_t n, int32_t group, uint16_t *stage) {
+  int chunk = threadIdx.x % ROW_CHUNKS, first = threadIdx.x / ROW_CHUNKS;
+  uint16_t *to = stage + chunk_at(first, chunk);
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    uint32_t q = __ldg(fours + (Q::NIBBLES ? i : 4 * half + i) * TILE_ROWS);
-    if (Q::NIBBLES) q = (q >> 4 * half & 0x0f0f0f0f) | above_nibble<Q>(group_at, 4 * half + i, row);
-#pragma unroll
-    for (int j = 0; j < 4; j++)
-      out[4 * i + j] = float_to_half(s.scale[0] * (float)((int)(q >> 8 * j & 255) - w.format.offset) + s.min[0]);
+  for (int i = 0; i < BATCH; i++) {
+    int next = i * BATCH_TOKENS, ahead = next / T::TOKENS, token = first + next % T::TOKENS;
+    if (group + ahead >= cols / ACT_GROUP) break;
+    uint32_t from = (uint32_t)(token < n ? token : 0) * cols + chunk * CHUNK;
+    copy_later(to + next * ACT_GROUP, x + (group + ahead) * ACT_GROUP + from, token < n);
   }
+  end_copies();
 }
 
-/* Every warp dequantizes one tile: a lane does half a row. Rows past the matrix stay as they are and are not written. */
-template <class Q>
-__device__ inline void load_weights(const matrix &w, int32_t first_row, int32_t group, gemm_shared &s) {
-  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int32_t tile = first_row / TILE_ROWS + warp;
-  if (tile * TILE_ROWS >= w.rows) return;
-  dequantize<Q>(w, w.data + (int64_t)tile * w.tile_bytes, group, lane % 2, lane / 2,
-                &s.w[warp * TILE_ROWS + lane / 2][lane % 2 * 16]);
-}
-
-__device__ inline void load_tokens(const uint16_t *x, int32_t cols, int32_t first, int32_t n, int32_t group,
-                                   gemm_shared &s) {
-  for (int i = threadIdx.x; i < TOKENS * 4; i += WARPS * WARP) {
-    int32_t token = first + i / 4, column = i % 4 * 8;
-    uint4 zero = make_uint4(0, 0, 0, 0);
-    const uint16_t *at = x + (int64_t)token * cols + group * ACT_GROUP + column;
-    *(uint4 *)&s.x[i / 4][column] = token < n ? __ldg((const uint4 *)at) : zero;
-  }
-}
-
-typedef float sums[ROW_TILES][TOKEN_TILES][4];
-
-__device__ inline uint32_t two_halves(const uint16_t *at) { return *(const uint32_t *)at; }
-
-/* One group of 32 columns: two matrix instructions deep. token_tiles: those that hold tokens. */
-__device__ inline void multiply(const gemm_shared &s, int row, int token, int token_tiles, sums &sum) {
-  int group = threadIdx.x % WARP / 4, pair = threadIdx.x % 4 * 2;
-  for (int k = 0; k < ACT_GROUP; k += 16) {
-    uint32_t a[ROW_TILES][4];
+/* One group of 32 columns: two matrix instructions deep. x: (TOKENS, 32) of the stage. */
+template <class T>
+__device__ inline void multiply(const uint16_t *x, const uint32_t (&a)[2][T::ROW_TILES][4], typename T::sums &sum) {
+  int token = threadIdx.x % WARP / 4, column = threadIdx.x % 4 * 4;
 #pragma unroll
-    for (int i = 0; i < ROW_TILES; i++)
+  for (int half = 0; half < 2; half++) {
+    const uint16_t *from = x + chunk_at(token, 2 * half + column / CHUNK) + column % CHUNK;
 #pragma unroll
-      for (int j = 0; j < 4; j++) a[i][j] = two_halves(&s.w[row + 16 * i + group + j % 2 * 8][k + j / 2 * 8 + pair]);
+    for (int t = 0; t < T::TOKEN_TILES; t++) {
+      uint2 four = *(const uint2 *)(from + t * 8 * ACT_GROUP);
+      uint32_t b[2] = {four.x, four.y};
 #pragma unroll
-    for (int t = 0; t < TOKEN_TILES; t++) {
-      if (t >= token_tiles) break;
-      const uint16_t *x = &s.x[token + 8 * t + group][k + pair];
-      uint32_t b[2] = {two_halves(x), two_halves(x + 8)};
-#pragma unroll
-      for (int i = 0; i < ROW_TILES; i++) mma_f16(sum[i][t], a[i], b);
+      for (int i = 0; i < T::ROW_TILES; i++) mma_f16(sum[i][t], a[half][i], b);
     }
   }
 }
 
-/* Grid: (rows / 128, tokens / 128). */
-template <class Q>
-__device__ void gemm_block(const matrix &w, const quantized &x, int32_t n, const float *bias, bool add, float *out) {
-  gemm_shared &s = block_shared<gemm_shared>();
-  int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
-  int32_t first_row = blockIdx.x * ROWS, first_token = blockIdx.y * TOKENS;
-  int row = warp % 4 * WARP_ROWS, token = warp / 4 * WARP_TOKENS;
-  int token_tiles = max(0, min((int)TOKEN_TILES, (n - first_token - token + 7) / 8));
-  sums sum = {};
-  for (int32_t group = 0; group < w.cols / ACT_GROUP; group++) {
-    load_weights<Q>(w, first_row, group, s);
-    load_tokens((const uint16_t *)x.planes, w.cols, first_token, n, group, s);
-    __syncthreads();
-    multiply(s, row, token, token_tiles, sum);
-    __syncthreads();
-  }
+template <class T>
+__device__ inline void write(const matrix &w, const quantized &x, int32_t n, const float *bias, bool add, float *out,
+                             int32_t row, int32_t token, const typename T::sums &sum) {
 #pragma unroll
-  for (int i = 0; i < ROW_TILES; i++)
+  for (int t = 0; t < T::TOKEN_TILES; t++)
 #pragma unroll
-    for (int t = 0; t < TOKEN_TILES; t++)
+    for (int j = 0; j < 2; j++) {
+      int32_t to = token + 8 * t + threadIdx.x % 4 * 2 + j;
+      if (to >= n) continue;
+      float scale = x.scale[to];
 #pragma unroll
-      for (int j = 0; j < 4; j++) {
-        int32_t r = first_row + row + 16 * i + lane / 4 + j / 2 * 8,
-                to = first_token + token + 8 * t + lane % 4 * 2 + j % 2;
-        if (r < w.rows && to < n) put(w, bias, add, out, to, r, sum[i][t][j] * x.scale[to]);
-      }
+      for (int i = 0; i < T::ROW_TILES; i++)
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          int32_t r = row + TILE_ROWS * i + threadIdx.x % WARP / 4 * 2 + k;
+          if (r < w.rows) put(w, bias, add, out, to, r, sum[i][t][j + 2 * k] * scale);
+        }
+    }
 }
 
-__global__ void __launch_bounds__(WARPS *WARP)
+/* The sum of an element takes its columns in order, one instruction after another, in every tile: it does not depend on the
+ * tokens around. */
+template <class Q, class T>
+__device__ inline void gemm_block(const matrix &w, const quantized &x, int32_t n, const float *bias, bool add,
+                                  float *out) {
+  gemm_shared &s = block_shared<gemm_shared>();
+  int32_t groups = w.cols / ACT_GROUP, first_token = blockIdx.x * T::TOKENS, block_row = blockIdx.y * T::ROWS;
+  int32_t first_row = block_row + threadIdx.x / WARP * (T::ROW_TILES * TILE_ROWS);
+  const uint16_t *halves = (const uint16_t *)x.planes + (int64_t)first_token * w.cols;
+  const unsigned char *tiles = w.data + (int64_t)(block_row / TILE_ROWS) * w.tile_bytes;
+  uint32_t offsets = two_of(w.format.offset);
+  packed_tile<Q> mine[T::ROW_TILES];
+  packed_group<Q> packed[T::GROUPS][T::ROW_TILES];
+#pragma unroll
+  for (int i = 0; i < T::ROW_TILES; i++) {
+    int32_t row = min(first_row + i * TILE_ROWS, w.rows - 1); /* past the last: not written */
+    mine[i] = packed_tile<Q>::at((uint32_t)((row - block_row) / TILE_ROWS) * (uint32_t)w.tile_bytes, w.cols);
+#pragma unroll
+    for (int g = 0; g < T::GROUPS; g++) packed[g][i] = mine[i].load(tiles, min(g, groups - 1));
+  }
+  for (int i = 0; i < STAGES - 1; i++) copy_tokens<T>(halves, w.cols, n - first_token, i * T::GROUPS, s.x[i]);
+  typename T::sums sum = {};
+  int stage = 0;
+  for (int32_t group = 0; group < groups; group += T::GROUPS) {
+    wait_for_copies<STAGES - 2>();
+    __syncthreads(); /* this stage is there, and the one before it is free */
+    copy_tokens<T>(halves, w.cols, n - first_token, group + (STAGES - 1) * T::GROUPS,
+                   s.x[stage ? stage - 1 : STAGES - 1]);
+#pragma unroll
+    for (int g = 0; g < T::GROUPS; g++) {
+      if (g && group + g >= groups) break;
+      uint32_t a[2][T::ROW_TILES][4];
+#pragma unroll
+      for (int i = 0; i < T::ROW_TILES; i++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) load_fragment(packed[g][i], half, offsets, a[half][i]);
+        packed[g][i] = mine[i].load(tiles, min(group + g + T::GROUPS, groups - 1));
+      }
+      multiply<T>(s.x[stage] + g * T::TOKENS * ACT_GROUP, a, sum);
+    }
+    stage = stage + 1 < STAGES ? stage + 1 : 0;
+  }
+  write<T>(w, x, n, bias, add, out, first_row, first_token, sum);
+}
+
+/* Grid: (tokens / TOKENS, rows / ROWS), so that neighbours in time read the same weights. */
+template <class T>
+__global__ void __launch_bounds__(WARPS *WARP, T::BLOCKS)
     gemm_kernel(matrix w, quantized x, int32_t n, const float *bias, bool add, float *out) {
-  with_format(w.format, [&](auto format) { gemm_block<decltype(format)>(w, x, n, bias, add, out); });
+  with_format(w.format, [&](auto format) { gemm_block<decltype(format), T>(w, x, n, bias, add, out); });
+}
+
+template <class T> dim3 grid_of(int32_t rows, int32_t n) {
+  return dim3((unsigned)(n + T::TOKENS - 1) / T::TOKENS, (unsigned)(rows + T::ROWS - 1) / T::ROWS);
+}
+
+/* Whether blocks of this tile have tokens enough and are three for every two multiprocessors, or more. */
+template <class T> bool fills(int32_t rows, int32_t n, int processors) {
+  dim3 grid = grid_of<T>(rows, n);
+  return n > T::TOKENS / 2 && (int64_t)grid.x * grid.y * 2 >= (int64_t)processors * 3;
+}
+
+template <class T> void gemm_with(const backend *be, const activation *x, int32_t n, const linear_job *job) {
+  launch(queue_of(be), gemm_kernel<T>, grid_of<T>(job->w->rows, n), dim3(WARPS * WARP), sizeof(gemm_shared), *job->w,
+         x->q, n, job->bias, job->add, job->out);
 }
 } // namespace
 
 void gemm(const backend *be, const activation *x, int32_t n, const linear_job *job) {
-  dim3 grid((unsigned)(job->w->rows + ROWS - 1) / ROWS, (unsigned)(n + TOKENS - 1) / TOKENS);
-  launch(queue_of(be), gemm_kernel, grid, dim3(WARPS * WARP), sizeof(gemm_shared), *job->w, x->q, n, job->bias,
-         job->add, job->out);
+  int processors = 0;
+  check(queue_of(be),
+        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ((device *)be->device)->number));
+  if (fills<large>(job->w->rows, n, processors)) gemm_with<large>(be, x, n, job);
+  else if (fills<medium>(job->w->rows, n, processors)) gemm_with<medium>(be, x, n, job);
+  else gemm_with<small>(be, x, n, job);
 }

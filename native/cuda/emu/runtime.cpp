@@ -83,6 +83,12 @@ cudaError_t cudaGetDeviceProperties(cudaDeviceProp *out, int device) {
   *out = {"emulated on the processor", 9, 0, 2, memory_bytes, 227 << 10};
   return cudaSuccess;
 }
+cudaError_t cudaDeviceGetAttribute(int *out, cudaDeviceAttr, int device) {
+  cudaDeviceProp properties = {};
+  cudaError_t error = cudaGetDeviceProperties(&properties, device);
+  *out = properties.multiProcessorCount;
+  return error;
+}
 cudaError_t cudaMemGetInfo(size_t *free, size_t *total) {
   *free = memory_used < memory_bytes ? memory_bytes - memory_used : 0;
   *total = memory_bytes;
