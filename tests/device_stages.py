@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
 
@@ -43,11 +42,21 @@ READ = 0.2  # of the bulk's bytes, the sketch's included
 N_THREADS = 8
 
 
+def tile_bytes(kind: Type, cols: int) -> int:
+    """Of 16 rows as the library packs them, by the traits of their type."""
+    traits = ffi.new("hook_quant_traits *")
+    check(lib.hook_quant_type(kind.value, traits))
+    kinds = 1 + traits.has_min
+    scales = (
+        (32 + 256 // traits.group * 16) * kinds * cols // 256 if traits.scaled else 32 * kinds * cols // 32
+    )
+    return -(-scales // 64) * 64 + cols * 16 * traits.bits // 8
+
+
 def matrices(kind: Type, shape: tuple[int, int], n: int, repeats: int = 5) -> dict[str, Any]:
     """A product of n tokens with one matrix, among so many that none is in a cache."""
     rows, cols = shape
-    block, block_bytes = GGML_QUANT_SIZES[kind]
-    n_bytes = rows * cols // block * block_bytes
+    n_bytes = rows // 16 * tile_bytes(kind, cols)
     copies = -(-MATRICES_BYTES // n_bytes) if n == 1 else 4
     one = random_matrix(np.random.default_rng(0), kind, 256, cols, 1.0)
     weights = np.tile(np.ascontiguousarray(one).view(np.uint8).reshape(256, -1), (rows // 256, 1))

@@ -220,7 +220,7 @@ def test_a_session_moves_between_devices(path: Path, tmp_path: Path) -> None:
     session.save(tmp_path / "state")
     state = (tmp_path / "state").read_bytes()
     for device in ("cuda", "cpu"):
-        other = LLM(path, device=device, attention=policy, n_ctx=256).session()
+        other = LLM(path, device=device, isa="generic", attention=policy, n_ctx=256).session()
         other.load(tmp_path / "state")
         other.save(tmp_path / "again")
         assert (tmp_path / "again").read_bytes() == state

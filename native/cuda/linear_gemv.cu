@@ -5,10 +5,13 @@
 #include "weights.cuh"
 
 namespace {
-enum { WARPS = 8, LANE_ROWS = 4, WARP_GROUPS = 8 };
+enum { LANE_ROWS = 4, WARP_GROUPS = 8 };
 
-template <int TOKENS> struct gemv_shared {
-  float partial[WARPS][TOKENS][TILE_ROWS];
+/* Warps of a block. Fewer where there are tiles enough for all processors: less is spent on beginning and adding up. */
+enum { WARPS = 8, FEW_WARPS = 4, MANY_TILES = 512 };
+
+template <int TOKENS, int N_WARPS> struct gemv_shared {
+  float partial[N_WARPS][TOKENS][TILE_ROWS];
 };
 
 /* One lane's results. Every loop over them is unrolled: they live in registers. */
@@ -27,10 +30,10 @@ __device__ inline int dot_bytes(uint32_t a, uint32_t b, int sum) {
 __device__ inline uint32_t component(const uint4 &x, int i) { return i == 0 ? x.x : i == 1 ? x.y : i == 2 ? x.z : x.w; }
 
 /* The block's warps and lanes have summed their columns: adds them up and writes the rows of tile `tile`. */
-template <int TOKENS>
+template <int TOKENS, int N_WARPS>
 __device__ void finish_tile(const matrix &w, const float *bias, bool add, float *out, int32_t tile, int32_t token,
                             int32_t n, const sums<TOKENS> &sum) {
-  auto &s = block_shared<gemv_shared<TOKENS>>();
+  auto &s = block_shared<gemv_shared<TOKENS, N_WARPS>>();
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP;
 #pragma unroll
   for (int t = 0; t < TOKENS; t++)
@@ -44,32 +47,35 @@ __device__ void finish_tile(const matrix &w, const float *bias, bool add, float 
   int32_t t = threadIdx.x / TILE_ROWS, row = tile * TILE_ROWS + threadIdx.x % TILE_ROWS;
   if (t >= n || row >= w.rows) return;
   float x = 0;
-  for (int i = 0; i < WARPS; i++) x += s.partial[i][t][threadIdx.x % TILE_ROWS];
+  for (int i = 0; i < N_WARPS; i++) x += s.partial[i][t][threadIdx.x % TILE_ROWS];
   put(w, bias, add, out, token + t, row, x);
 }
 
 /* A lane's weights of a group of 32 columns: 4 neighbouring rows of every word of it. */
-template <class Q> struct group_words {
+template <class Q> struct group_weights {
   static constexpr int LOW = Q::NIBBLES ? 4 : 8, HIGH = Q::HIGH_WORDS;
   uint4 low[LOW], high[HIGH ? HIGH : 1]; /* low: by fours of columns; high: what is above the nibbles */
+  packed_scales<Q> scales;
+
+  /* Of group g of a tile whose words begin at `words`. */
+  __device__ static group_weights load(const unsigned char *tile, const unsigned char *words, int32_t g, int row) {
+    group_weights out;
+    const uint4 *at = (const uint4 *)(words + (int64_t)g * Q::GROUP_BYTES) + row / 4;
+#pragma unroll
+    for (int i = 0; i < LOW; i++) out.low[i] = __ldg(at + i * TILE_ROWS / 4);
+#pragma unroll
+    for (int i = 0; i < HIGH; i++) out.high[i] = __ldg(at + (LOW + i) * TILE_ROWS / 4);
+    out.scales = packed_scales<Q>::load(tile, g, row);
+    return out;
+  }
 };
 
-template <class Q> __device__ inline group_words<Q> load_words(const unsigned char *group, int row) {
-  group_words<Q> out;
-  const uint4 *at = (const uint4 *)group + row / 4;
-#pragma unroll
-  for (int i = 0; i < out.LOW; i++) out.low[i] = __ldg(at + i * TILE_ROWS / 4);
-#pragma unroll
-  for (int i = 0; i < out.HIGH; i++) out.high[i] = __ldg(at + (out.LOW + i) * TILE_ROWS / 4);
-  return out;
-}
-
 /* The bytes of the i-th four of columns, i < 8, of row r of the lane's. */
-template <class Q> __device__ inline uint32_t four_bytes(const group_words<Q> &words, int i, int r) {
-  if (!Q::NIBBLES) return component(words.low[i], r);
-  uint32_t low = component(words.low[i % 4], r) >> i / 4 * 4 & 0x0f0f0f0f;
+template <class Q> __device__ inline uint32_t four_bytes(const group_weights<Q> &w, int i, int r) {
+  if (!Q::NIBBLES) return component(w.low[i], r);
+  uint32_t low = component(w.low[i % 4], r) >> i / 4 * 4 & 0x0f0f0f0f;
   if (Q::HIGH_WORDS == 0) return low;
-  return low | above_nibble<Q>(component(words.high[i / Q::FOURS_PER_HIGH], r), i);
+  return low | above_nibble<Q>(component(w.high[i / Q::FOURS_PER_HIGH], r), i);
 }
 
 /* A token's activations of a group; 16-bit values as two planes of 8. */
@@ -92,9 +98,10 @@ template <class Q> __device__ inline group_input load_input(const quantized &x, 
 
 /* Adds the half `half` of a group of 32 columns, or all of it where its scales are one, to a token's sums. */
 template <class Q>
-__device__ inline void add_columns(const group_words<Q> &words, const group_input &in, const row_scales<LANE_ROWS> &s,
-                                   int offset, int half, float (&sum)[LANE_ROWS]) {
+__device__ inline void add_columns(const group_weights<Q> &w, const group_input &in, int offset, int half,
+                                   float (&sum)[LANE_ROWS]) {
   constexpr int FOURS = Q::GROUP == 16 ? 4 : 8;
+  row_scales s = w.scales.of(half);
   int shift = offset * (FOURS == 8 ? in.sum[0] + in.sum[1] : in.sum[half]);
   float product = FOURS == 8 ? in.product[0] + in.product[1] : in.product[half];
 #pragma unroll
@@ -103,7 +110,7 @@ __device__ inline void add_columns(const group_words<Q> &words, const group_inpu
 #pragma unroll
     for (int j = 0; j < FOURS; j++) {
       int i = FOURS * half + j;
-      uint32_t bytes = four_bytes<Q>(words, i, r);
+      uint32_t bytes = four_bytes<Q>(w, i, r);
       high = dot_bytes(bytes, component(in.planes[i / 2], i % 2 * 2), high);
       low = dot_bytes(bytes, component(in.planes[i / 2], i % 2 * 2 + 1), low);
     }
@@ -112,23 +119,24 @@ __device__ inline void add_columns(const group_words<Q> &words, const group_inpu
   }
 }
 
-template <class Q, int TOKENS>
+/* While a lane multiplies with its weights, the next ones are on their way. */
+template <class Q, int TOKENS, int N_WARPS>
 __device__ void multiply_tile(const matrix &w, int32_t tile_index, const quantized &x, int32_t n, sums<TOKENS> &sum) {
-  constexpr int HALVES = 32 / Q::GROUP;
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = lane % 4 * LANE_ROWS;
-  const unsigned char *tile = w.data + (int64_t)tile_index * w.tile_bytes, *words_at = tile + scale_bytes<Q>(w.cols);
-  int32_t groups = w.cols / ACT_GROUP;
-  for (int32_t g = warp * WARP_GROUPS + lane / 4; g < groups; g += WARPS * WARP_GROUPS) {
-    group_words<Q> words = load_words<Q>(words_at + (int64_t)g * Q::GROUP_BYTES, row);
-    row_scales<LANE_ROWS> s[HALVES];
-#pragma unroll
-    for (int half = 0; half < HALVES; half++) s[half] = load_four_scales<Q>(tile, g, half, row);
+  const unsigned char *tile = w.data + (int64_t)tile_index * w.tile_bytes, *words = tile + scale_bytes<Q>(w.cols);
+  int32_t groups = w.cols / ACT_GROUP, offset = w.format.offset, g = warp * WARP_GROUPS + lane / 4;
+  if (g >= groups) return;
+  group_weights<Q> next = group_weights<Q>::load(tile, words, g, row);
+  for (; g < groups; g += N_WARPS * WARP_GROUPS) {
+    group_weights<Q> weights = next;
+    int32_t ahead = g + N_WARPS * WARP_GROUPS;
+    if (ahead < groups) next = group_weights<Q>::load(tile, words, ahead, row);
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
       if (t >= n) break;
       group_input in = load_input<Q>(x, (int64_t)t * groups + g);
 #pragma unroll
-      for (int half = 0; half < HALVES; half++) add_columns<Q>(words, in, s[half], w.format.offset, half, sum[t]);
+      for (int half = 0; half < packed_scales<Q>::HALVES; half++) add_columns<Q>(weights, in, offset, half, sum[t]);
     }
   }
 }
@@ -144,15 +152,15 @@ struct gemv_jobs {
 };
 
 /* Grid: (tiles of all matrices). n <= TOKENS. */
-template <int TOKENS>
-__global__ void __launch_bounds__(WARPS *WARP) gemv_kernel(gemv_jobs jobs, quantized x, int32_t n) {
+template <int TOKENS, int N_WARPS>
+__global__ void __launch_bounds__(N_WARPS *WARP) gemv_kernel(gemv_jobs jobs, quantized x, int32_t n) {
   int32_t job = 0, tile = blockIdx.x;
   while (tile >= jobs.end[job]) job++;
   tile -= job ? jobs.end[job - 1] : 0;
   sums<TOKENS> sum = {};
   const matrix &w = jobs.w[job];
-  with_format(w.format, [&](auto format) { multiply_tile<decltype(format), TOKENS>(w, tile, x, n, sum); });
-  finish_tile<TOKENS>(w, jobs.bias[job], jobs.add[job], jobs.out[job], tile, 0, n, sum);
+  with_format(w.format, [&](auto format) { multiply_tile<decltype(format), TOKENS, N_WARPS>(w, tile, x, n, sum); });
+  finish_tile<TOKENS, N_WARPS>(w, jobs.bias[job], jobs.add[job], jobs.out[job], tile, 0, n, sum);
 }
 
 /* Grid: (strips of 16 rows, fours of tokens). Columns go in pairs: a warp takes 8 pairs at once. */
@@ -174,9 +182,15 @@ __global__ void __launch_bounds__(WARPS *WARP)
         sum[t][r] += strip_value<TYPE>(strip, at) * v.x + strip_value<TYPE>(strip, at + 1) * v.y;
       }
     }
-  finish_tile<FEW_TOKENS>(w, bias, add, out, blockIdx.x, token, n, sum);
+  finish_tile<FEW_TOKENS, WARPS>(w, bias, add, out, blockIdx.x, token, n, sum);
 }
 } // namespace
+
+template <int TOKENS, int N_WARPS>
+static void launch_gemv(const backend *be, const gemv_jobs &jobs, int32_t tiles, const quantized &x, int32_t n) {
+  launch(queue_of(be), gemv_kernel<TOKENS, N_WARPS>, dim3((unsigned)tiles), dim3(N_WARPS * WARP),
+         sizeof(gemv_shared<TOKENS, N_WARPS>), jobs, x, n);
+}
 
 int32_t gemv_quantized(const backend *be, const activation *x, int32_t n, const linear_job *list, int32_t n_jobs) {
   gemv_jobs jobs = {};
@@ -187,9 +201,11 @@ int32_t gemv_quantized(const backend *be, const activation *x, int32_t n, const 
     jobs.w[taken] = *job.w, jobs.bias[taken] = job.bias, jobs.out[taken] = job.out, jobs.add[taken] = job.add;
     jobs.end[taken] = tiles;
   }
-  auto *kernel = n == 1 ? gemv_kernel<1> : gemv_kernel<FEW_TOKENS>;
-  size_t shared = n == 1 ? sizeof(gemv_shared<1>) : sizeof(gemv_shared<FEW_TOKENS>);
-  launch(queue_of(be), kernel, dim3((unsigned)tiles), dim3(WARPS * WARP), shared, jobs, x->q, n);
+  /* By the matrices alone: how many share a block is part of the result's definition. */
+  auto *launcher = tiles < MANY_TILES ? n == 1 ? launch_gemv<1, WARPS> : launch_gemv<FEW_TOKENS, WARPS>
+                   : n == 1           ? launch_gemv<1, FEW_WARPS>
+                                      : launch_gemv<FEW_TOKENS, FEW_WARPS>;
+  launcher(be, jobs, tiles, x->q, n);
   return taken;
 }
 
@@ -198,6 +214,6 @@ void gemv_floats(const backend *be, const activation *x, int32_t n, const linear
                  : job->w->strip == STRIP_F16 ? floats_kernel<STRIP_F16>
                                               : floats_kernel<STRIP_BF16>;
   dim3 grid((unsigned)tiles_of_rows(job->w->rows), (unsigned)((n + FEW_TOKENS - 1) / FEW_TOKENS));
-  launch(queue_of(be), kernel, grid, dim3(WARPS * WARP), sizeof(gemv_shared<FEW_TOKENS>), *job->w, x->values, n,
+  launch(queue_of(be), kernel, grid, dim3(WARPS * WARP), sizeof(gemv_shared<FEW_TOKENS, WARPS>), *job->w, x->values, n,
          job->bias, job->add, job->out);
 }

@@ -38,13 +38,6 @@ template <class Q> __device__ inline uint32_t above_nibble(uint32_t word, int i)
   return (at > 4 ? word >> (at - 4) : word << (4 - at)) & (Q::HIGH_WORDS == 1 ? 0x10101010u : 0x30303030u);
 }
 
-/* The same, of the group that begins at `group`. */
-template <class Q> __device__ inline uint32_t above_nibble(const unsigned char *group, int i, int row) {
-  if (Q::HIGH_WORDS == 0) return 0;
-  const uint32_t *high = (const uint32_t *)(group + 4 * 4 * TILE_ROWS);
-  return above_nibble<Q>(__ldg(high + i / Q::FOURS_PER_HIGH * TILE_ROWS + row), i);
-}
-
 /* As tile_scale_bytes in cpu/isa.c. */
 template <class Q> __device__ inline int64_t scale_bytes(int32_t cols) {
   int minimum = Q::HAS_MIN ? 2 : 1;
@@ -53,53 +46,45 @@ template <class Q> __device__ inline int64_t scale_bytes(int32_t cols) {
   return (bytes + 63) / 64 * 64;
 }
 
-/* x = scale (q - offset) + min, for ROWS neighbouring rows of a tile. */
-template <int ROWS> struct row_scales {
-  float scale[ROWS], min[ROWS];
+/* x = scale (q - offset) + min, of four rows. */
+struct row_scales {
+  float scale[4], min[4];
 };
 
-/* Columns [32 group + 16 half, + 16) of rows [row, row + ROWS). For groups of 32 columns both halves are the same. */
-template <class Q, int ROWS>
-__device__ inline row_scales<ROWS> load_scales(const unsigned char *scales, int32_t group, int half, int row) {
-  constexpr int minimum = Q::HAS_MIN ? 2 : 1, halves = Q::GROUP == 16 ? 2 : 1, n = 256 / Q::GROUP;
-  row_scales<ROWS> out;
-  const unsigned char *block = Q::SCALED ? scales + (int64_t)(group / 8) * (2 + n) * TILE_ROWS * minimum
-                                         : scales + (int64_t)group * 2 * TILE_ROWS * minimum;
-  const uint16_t *d = (const uint16_t *)block + row;
-  const int8_t *scale =
-      (const int8_t *)(block + 2 * TILE_ROWS * minimum) + (group % 8 * halves + half % halves) * TILE_ROWS + row;
-  const uint8_t *min = (const uint8_t *)scale + n * TILE_ROWS;
-  for (int r = 0; r < ROWS; r++) {
-    out.scale[r] = half_to_float(d[r]) * (Q::SCALED ? (float)scale[r] : 1.0f);
-    out.min[r] = Q::HAS_MIN ? half_to_float(d[TILE_ROWS + r]) * (Q::SCALED ? (float)min[r] : 1.0f) : 0.0f;
-  }
-  return out;
-}
+/* The scales of four neighbouring rows of a group of 32 columns as they lie in memory: halves, then bytes. */
+template <class Q> struct packed_scales {
+  static constexpr int HALVES = 32 / Q::GROUP; /* of the group's columns, that have their own */
+  uint2 d, m;
+  uint32_t scale[HALVES], minimum[HALVES];
 
-/* Of four rows from `row`, a multiple of 4, on: as few loads as their bytes allow. */
-__device__ inline void load_four(const uint16_t *at, float (&out)[4]) {
-  uint2 x = __ldg((const uint2 *)at);
-  for (int r = 0; r < 4; r++) out[r] = half_to_float((uint16_t)((r < 2 ? x.x : x.y) >> 16 * (r % 2)));
-}
-template <class Q>
-__device__ inline row_scales<4> load_four_scales(const unsigned char *scales, int group, int half, int row) {
-  constexpr int minimum = Q::HAS_MIN ? 2 : 1, halves = Q::GROUP == 16 ? 2 : 1, n = 256 / Q::GROUP;
-  const unsigned char *block =
-      scales + (Q::SCALED ? group / 8 * (2 + n) * TILE_ROWS * minimum : group * 2 * TILE_ROWS * minimum);
-  const uint16_t *d = (const uint16_t *)block + row;
-  row_scales<4> out = {};
-  load_four(d, out.scale);
-  if (Q::HAS_MIN) load_four(d + TILE_ROWS, out.min);
-  if (!Q::SCALED) return out;
-  const unsigned char *small = block + 2 * TILE_ROWS * minimum + (group % 8 * halves + half) * TILE_ROWS + row;
-  uint32_t scale = __ldg((const uint32_t *)small);
-  uint32_t min = Q::HAS_MIN ? __ldg((const uint32_t *)(small + n * TILE_ROWS)) : 0;
-  for (int r = 0; r < 4; r++) {
-    out.scale[r] *= (float)(int8_t)(scale >> 8 * r);
-    if (Q::HAS_MIN) out.min[r] *= (float)(min >> 8 * r & 255);
+  /* scales: where the tile begins; row: a multiple of 4. */
+  __device__ static packed_scales load(const unsigned char *scales, int32_t group, int row) {
+    constexpr int minimum = Q::HAS_MIN ? 2 : 1, n = 256 / Q::GROUP;
+    packed_scales out = {};
+    const unsigned char *block =
+        scales + (Q::SCALED ? group / 8 * (2 + n) * TILE_ROWS * minimum : group * 2 * TILE_ROWS * minimum);
+    out.d = __ldg((const uint2 *)(block + 2 * row));
+    if (Q::HAS_MIN) out.m = __ldg((const uint2 *)(block + 2 * (TILE_ROWS + row)));
+    if (!Q::SCALED) return out;
+    const unsigned char *bytes = block + 2 * TILE_ROWS * minimum + group % 8 * HALVES * TILE_ROWS + row;
+    for (int h = 0; h < HALVES; h++) {
+      out.scale[h] = __ldg((const uint32_t *)(bytes + h * TILE_ROWS));
+      if (Q::HAS_MIN) out.minimum[h] = __ldg((const uint32_t *)(bytes + (n + h) * TILE_ROWS));
+    }
+    return out;
   }
-  return out;
-}
+
+  __device__ row_scales of(int half) const {
+    row_scales out = {};
+    for (int r = 0; r < 4; r++) {
+      out.scale[r] = half_to_float((uint16_t)((r < 2 ? d.x : d.y) >> 16 * (r % 2)));
+      if (Q::SCALED) out.scale[r] *= (float)(int8_t)(scale[half] >> 8 * r);
+      if (Q::HAS_MIN) out.min[r] = half_to_float((uint16_t)((r < 2 ? m.x : m.y) >> 16 * (r % 2)));
+      if (Q::HAS_MIN && Q::SCALED) out.min[r] *= (float)(minimum[half] >> 8 * r & 255);
+    }
+    return out;
+  }
+};
 
 /* The value of a strip (kernels.h) as a float. */
 template <enum strip_type TYPE> __device__ inline float strip_value(const unsigned char *strip, int64_t i) {
