@@ -52,6 +52,15 @@ template <class T> __device__ T &block_shared() {
 #endif
 }
 
+/* x, of which the compiler no longer knows where it comes from: what is added to it in a loop is added to a register, and
+ * not to every part of a sum that the compiler would rather work out anew. */
+template <class T> __device__ inline const T *opaque(const T *x) {
+#ifdef __CUDACC__
+  asm("" : "+l"(x));
+#endif
+  return x;
+}
+
 /* ---- numbers ---- */
 
 __device__ inline float half_to_float(uint16_t bits) {
