@@ -91,14 +91,13 @@ __device__ inline void write(const matrix &w, const quantized &x, int32_t n, con
     }
 }
 
-/* The sum of an element takes its columns in order, one instruction after another, in every tile: it does not depend on the
- * tokens around. */
+/* The block's sums, from zero. That of an element takes its columns in order, one instruction after another, in every tile:
+ * it does not depend on the tokens around. */
 template <class Q, class T>
-__device__ inline void gemm_block(const matrix &w, const quantized &x, int32_t n, const float *bias, bool add,
-                                  float *out) {
+__device__ inline void sum_products(const matrix &w, const quantized &x, int32_t n, int32_t first_row,
+                                    typename T::sums &sum) {
   gemm_shared &s = block_shared<gemm_shared>();
   int32_t groups = w.cols / ACT_GROUP, first_token = blockIdx.x * T::TOKENS, block_row = blockIdx.y * T::ROWS;
-  int32_t first_row = block_row + threadIdx.x / WARP * (T::ROW_TILES * TILE_ROWS);
   const int8_t *tokens = opaque(x.planes + (int64_t)first_token * w.cols * HALF_BYTES);
   const unsigned char *tiles = opaque(w.data + (int64_t)(block_row / TILE_ROWS) * w.tile_bytes);
   uint32_t offsets = two_of(w.format.offset);
@@ -112,7 +111,6 @@ __device__ inline void gemm_block(const matrix &w, const quantized &x, int32_t n
     for (int g = 0; g < T::GROUPS; g++) packed[g][i] = mine[i].load(tiles, min(g, groups - 1));
   }
   for (int i = 0; i < STAGES - 1; i++) copy_tokens<T>(tokens, w.cols, n - first_token, i * T::GROUPS, s.x[i]);
-  typename T::sums sum = {};
   int stage = 0;
   for (int32_t group = 0; group < groups; group += T::GROUPS) {
     wait_for_copies<STAGES - 2>();
@@ -133,14 +131,16 @@ __device__ inline void gemm_block(const matrix &w, const quantized &x, int32_t n
     }
     stage = stage + 1 < STAGES ? stage + 1 : 0;
   }
-  write<T>(w, x, n, bias, add, out, first_row, first_token, sum);
 }
 
 /* Grid: (tokens / TOKENS, rows / ROWS), so that neighbours in time read the same weights. */
 template <class T>
 __global__ void __launch_bounds__(WARPS *WARP, T::BLOCKS)
     gemm_kernel(matrix w, quantized x, int32_t n, const float *bias, bool add, float *out) {
-  with_format(w.format, [&](auto format) { gemm_block<decltype(format), T>(w, x, n, bias, add, out); });
+  int32_t row = blockIdx.y * T::ROWS + threadIdx.x / WARP * (T::ROW_TILES * TILE_ROWS);
+  typename T::sums sum = {};
+  with_format(w.format, [&](auto format) { sum_products<decltype(format), T>(w, x, n, row, sum); });
+  write<T>(w, x, n, bias, add, out, row, blockIdx.x * T::TOKENS, sum);
 }
 
 template <class T> dim3 grid_of(int32_t rows, int32_t n) {
