@@ -18,8 +18,15 @@ from test_linear import FLOATS, QUANTIZED, SEEDS, assert_close
 from tiny_models import random_matrix
 
 FEW_TOKENS = 4  # up to here activations are rounded to 16 bits and products are exact, beyond halves multiply
-ROWS = st.sampled_from([1, 2, 15, 16, 17, 33, 127, 128, 130])
-TOKENS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 64, 65, 129])
+# Around the tiles of rows and tokens; groups of 32 columns around a step's, and what three steps hold.
+ROWS = st.sampled_from([1, 2, 15, 16, 17, 33, 64, 65, 127, 128, 130, 257])
+TOKENS = st.sampled_from([1, 2, 3, 4, 5, 8, 9, 32, 33, 64, 65, 129])
+GROUPS = st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9, 13])
+# Three shapes each that linear_gemm.cu gives to its small, medium and large tile on two multiprocessors.
+TILES = [(1, 33), (130, 64), (257, 32), (128, 129), (130, 65), (257, 33), (130, 129), (257, 65), (17, 257)]
+# Where a block of a format of scaled minimums has its quants.
+QUANTS_AT = {Type.Q2_K: (16, 80), Type.Q4_K: (16, 144), Type.Q5_K: (16, 176)}
+SCALED = (*QUANTS_AT, Type.Q3_K, Type.Q6_K, Type.IQ4_XS)
 
 
 def linear(
@@ -47,14 +54,28 @@ def random_input(rng: np.random.Generator, n: int, cols: int) -> NDArray[np.floa
     return (rng.standard_normal((n, cols)) * 10.0 ** rng.integers(-3, 7, (n, 1))).astype(np.float32)
 
 
-@pytest.mark.parametrize("kind", FLOATS + QUANTIZED, ids=lambda kind: kind.name)
-@settings(max_examples=8, deadline=None)
-@given(seed=SEEDS, rows=ROWS, n=TOKENS, blocks=st.integers(1, 3), bias=st.booleans(), add=st.booleans())
-def test_product(kind: Type, seed: int, rows: int, n: int, blocks: int, bias: bool, add: bool) -> None:
-    rng = np.random.default_rng(seed)
-    cols = blocks * max(quants.GGML_QUANT_SIZES[kind][0], 32)
-    if kind in FLOATS:
-        cols = 2 * int(rng.integers(1, 70))
+def half_rounding(kind: Type, weights: NDArray[Any], rows: int, cols: int) -> NDArray[np.float64]:
+    """How far a weight (rows, cols) may be off as the matrix units see it.
+
+    Rounding to halves is off by 2^-11 at most, relative: all here are multiples of 2^-24, so small numbers
+    are exact. A weight is rounded once; before that, in scaled formats, scale and minimum are, whose parts of
+    it are w - m and m.
+    """
+    w = quants.dequantize(weights, kind).reshape(rows, cols).astype(np.float64)
+    if kind not in SCALED:
+        return np.abs(w) / 2**11
+    m = np.zeros_like(w)
+    if kind in QUANTS_AT:
+        bare = weights.reshape(-1, quants.GGML_QUANT_SIZES[kind][1]).copy()
+        bare[:, slice(*QUANTS_AT[kind])] = 0
+        m = quants.dequantize(bare.reshape(weights.shape), kind).reshape(rows, cols).astype(np.float64)
+    parts = np.abs(w - m) + np.abs(m)
+    return (np.abs(w) + parts * (1 + 2.0**-11)) / 2**11
+
+
+def check_product(
+    kind: Type, rng: np.random.Generator, rows: int, n: int, cols: int, bias: bool, add: bool
+) -> None:
     weights = random_matrix(rng, kind, rows, cols, 1.0)
     x = random_input(rng, n, cols)
     b = rng.standard_normal(rows).astype(np.float32) if bias else None
@@ -68,14 +89,31 @@ def test_product(kind: Type, seed: int, rows: int, n: int, blocks: int, bias: bo
     assert (np.abs(seen - x) <= (step * 0.51 if kind in QUANTIZED else 0)).all()
     exact = seen.astype(np.float64) @ w.T
     magnitude = np.abs(seen) @ np.abs(w).T + np.abs(seen).sum(1, keepdims=True) * np.abs(w).max()
-    # Weights become halves: half a unit of 2^-10, and 2^-25 where they are small.
-    rounding = np.abs(seen).astype(np.float64) @ (np.abs(w) / 2**11 + 2.0**-25).T if halves else 0.0
+    rounding = np.abs(seen).astype(np.float64) @ half_rounding(kind, weights, rows, cols).T if halves else 0.0
     for part in (b, onto):
         if part is not None:
             exact = exact + part
             magnitude = magnitude + np.abs(part)
     assert np.isfinite(ours).all()
     assert (np.abs(ours - exact) <= 4e-6 * magnitude + rounding + 1e-30).all()
+
+
+@pytest.mark.parametrize("kind", FLOATS + QUANTIZED, ids=lambda kind: kind.name)
+@settings(max_examples=8, deadline=None)
+@given(seed=SEEDS, rows=ROWS, n=TOKENS, groups=GROUPS, bias=st.booleans(), add=st.booleans())
+def test_product(kind: Type, seed: int, rows: int, n: int, groups: int, bias: bool, add: bool) -> None:
+    rng = np.random.default_rng(seed)
+    block = quants.GGML_QUANT_SIZES[kind][0]
+    cols = 2 * int(rng.integers(1, 70)) if kind in FLOATS else -(-32 * groups // block) * block
+    check_product(kind, rng, rows, n, cols, bias, add)
+
+
+@pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
+def test_every_tile(rng: np.random.Generator, kind: Type) -> None:
+    block = quants.GGML_QUANT_SIZES[kind][0]
+    for i, (rows, n) in enumerate(TILES):
+        cols = 768 if block == 256 and i % 3 == 0 else 256 if block == 256 else 32 * (13, 7, 2)[i % 3]
+        check_product(kind, rng, rows, n, cols, i % 2 == 0, i % 4 < 2)
 
 
 @pytest.mark.parametrize("kind", QUANTIZED, ids=lambda kind: kind.name)
@@ -100,12 +138,13 @@ def test_every_byte_pattern(kind: Type, seed: int) -> None:
 @pytest.mark.parametrize("kind", [Type.F16, Type.Q4_K, Type.Q6_K], ids=lambda kind: kind.name)
 def test_a_token_does_not_depend_on_its_batch(rng: np.random.Generator, kind: Type) -> None:
     """Among few tokens, and among many; the two round differently."""
-    weights = random_matrix(rng, kind, 70, 256, 1.0)
-    x = random_input(rng, 140, 256)
-    together, _ = linear(kind, weights, x, 70)
-    some, _ = linear(kind, weights, x[120:131], 70)
-    assert np.array_equal(together[120:131], some)
-    few, _ = linear(kind, weights, x[:4], 70)
+    weights = random_matrix(rng, kind, 130, 768, 1.0)
+    x = random_input(rng, 140, 768)
+    together, _ = linear(kind, weights, x, 130)
+    for first, end in [(60, 131), (120, 131)]:  # the large tile above, the medium, the small
+        some, _ = linear(kind, weights, x[first:end], 130)
+        assert np.array_equal(together[first:end], some)
+    few, _ = linear(kind, weights, x[:4], 130)
     for i in range(4):
-        alone, _ = linear(kind, weights, x[i : i + 1], 70)
+        alone, _ = linear(kind, weights, x[i : i + 1], 130)
         assert np.array_equal(few[i : i + 1], alone)

@@ -52,6 +52,15 @@ template <class T> __device__ T &block_shared() {
 #endif
 }
 
+/* x, of which the compiler no longer knows where it comes from: what is added to it in a loop is added to a register, and
+ * not to every part of a sum that the compiler would rather work out anew. */
+template <class T> __device__ inline const T *opaque(const T *x) {
+#ifdef __CUDACC__
+  asm("" : "+l"(x));
+#endif
+  return x;
+}
+
 /* ---- numbers ---- */
 
 __device__ inline float half_to_float(uint16_t bits) {
@@ -122,13 +131,15 @@ __device__ inline uint32_t fma_halves(uint32_t x, uint32_t y, uint32_t z) {
 
 /* ---- copies into shared memory that pass by the registers ---- */
 
-/* 16 bytes, or 16 zeros where there is nothing to copy. Neither GPUs without such copies nor the emulator delay them. */
+/* 16 bytes, or 16 zeros where there is nothing to copy. GPUs without such copies make them at once. */
 __device__ inline void copy_later(void *shared, const void *from, bool there) {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
                :
                : "r"((uint32_t)__cvta_generic_to_shared(shared)), "l"(from), "r"(there ? 16 : 0)
                : "memory");
+#elif !defined(__CUDACC__)
+  emu::copy_later(shared, there ? from : nullptr, 16);
 #else
   *(uint4 *)shared = there ? __ldg((const uint4 *)from) : make_uint4(0, 0, 0, 0);
 #endif
@@ -138,6 +149,8 @@ __device__ inline void copy_later(void *shared, const void *from, bool there) {
 __device__ inline void end_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.commit_group;" ::: "memory");
+#elif !defined(__CUDACC__)
+  emu::end_copies();
 #endif
 }
 
@@ -145,6 +158,8 @@ __device__ inline void end_copies() {
 template <int PENDING> __device__ inline void wait_for_copies() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#elif !defined(__CUDACC__)
+  emu::wait_for_copies(PENDING);
 #endif
 }
 

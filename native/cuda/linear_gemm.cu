@@ -10,7 +10,8 @@ enum {
   WARPS = 4,
   STAGES = 3,          /* of tokens in shared memory: one that multiplies, two on their way */
   STAGE_HALVES = 4096, /* whatever the tile: fewer tokens go with more columns */
-  CHUNK = 8,           /* halves of a copy */
+  HALF_BYTES = 2,
+  CHUNK = 8, /* halves of a copy */
   ROW_CHUNKS = ACT_GROUP / CHUNK,
   BATCH = STAGE_HALVES / CHUNK / (WARPS * WARP), /* copies of a thread per stage */
   BATCH_TOKENS = WARPS * WARP / ROW_CHUNKS,      /* that the block copies at once */
@@ -40,15 +41,15 @@ __device__ inline int chunk_at(int token, int chunk) { return (token * ROW_CHUNK
 
 /* Columns from `group` on of the block's n tokens, at x. Tokens past n are zeros, columns past the last are not copied. */
 template <class T>
-__device__ inline void copy_tokens(const uint16_t *x, int32_t cols, int32_t n, int32_t group, uint16_t *stage) {
+__device__ inline void copy_tokens(const int8_t *x, int32_t cols, int32_t n, int32_t group, uint16_t *stage) {
   int chunk = threadIdx.x % ROW_CHUNKS, first = threadIdx.x / ROW_CHUNKS;
   uint16_t *to = stage + chunk_at(first, chunk);
 #pragma unroll
   for (int i = 0; i < BATCH; i++) {
     int next = i * BATCH_TOKENS, ahead = next / T::TOKENS, token = first + next % T::TOKENS;
     if (group + ahead >= cols / ACT_GROUP) break;
-    uint32_t from = (uint32_t)(token < n ? token : 0) * cols + chunk * CHUNK;
-    copy_later(to + next * ACT_GROUP, x + (group + ahead) * ACT_GROUP + from, token < n);
+    uint32_t from = ((uint32_t)(token < n ? token : 0) * cols + chunk * CHUNK) * HALF_BYTES;
+    copy_later(to + next * ACT_GROUP, x + (from + (group + ahead) * ACT_GROUP * HALF_BYTES), token < n);
   }
   end_copies();
 }
@@ -90,16 +91,15 @@ __device__ inline void write(const matrix &w, const quantized &x, int32_t n, con
     }
 }
 
-/* The sum of an element takes its columns in order, one instruction after another, in every tile: it does not depend on the
- * tokens around. */
+/* The block's sums, from zero. That of an element takes its columns in order, one instruction after another, in every tile:
+ * it does not depend on the tokens around. */
 template <class Q, class T>
-__device__ inline void gemm_block(const matrix &w, const quantized &x, int32_t n, const float *bias, bool add,
-                                  float *out) {
+__device__ inline void sum_products(const matrix &w, const quantized &x, int32_t n, int32_t first_row,
+                                    typename T::sums &sum) {
   gemm_shared &s = block_shared<gemm_shared>();
   int32_t groups = w.cols / ACT_GROUP, first_token = blockIdx.x * T::TOKENS, block_row = blockIdx.y * T::ROWS;
-  int32_t first_row = block_row + threadIdx.x / WARP * (T::ROW_TILES * TILE_ROWS);
-  const uint16_t *halves = (const uint16_t *)x.planes + (int64_t)first_token * w.cols;
-  const unsigned char *tiles = w.data + (int64_t)(block_row / TILE_ROWS) * w.tile_bytes;
+  const int8_t *tokens = opaque(x.planes + (int64_t)first_token * w.cols * HALF_BYTES);
+  const unsigned char *tiles = opaque(w.data + (int64_t)(block_row / TILE_ROWS) * w.tile_bytes);
   uint32_t offsets = two_of(w.format.offset);
   packed_tile<Q> mine[T::ROW_TILES];
   packed_group<Q> packed[T::GROUPS][T::ROW_TILES];
@@ -110,13 +110,12 @@ __device__ inline void gemm_block(const matrix &w, const quantized &x, int32_t n
 #pragma unroll
     for (int g = 0; g < T::GROUPS; g++) packed[g][i] = mine[i].load(tiles, min(g, groups - 1));
   }
-  for (int i = 0; i < STAGES - 1; i++) copy_tokens<T>(halves, w.cols, n - first_token, i * T::GROUPS, s.x[i]);
-  typename T::sums sum = {};
+  for (int i = 0; i < STAGES - 1; i++) copy_tokens<T>(tokens, w.cols, n - first_token, i * T::GROUPS, s.x[i]);
   int stage = 0;
   for (int32_t group = 0; group < groups; group += T::GROUPS) {
     wait_for_copies<STAGES - 2>();
     __syncthreads(); /* this stage is there, and the one before it is free */
-    copy_tokens<T>(halves, w.cols, n - first_token, group + (STAGES - 1) * T::GROUPS,
+    copy_tokens<T>(tokens, w.cols, n - first_token, group + (STAGES - 1) * T::GROUPS,
                    s.x[stage ? stage - 1 : STAGES - 1]);
 #pragma unroll
     for (int g = 0; g < T::GROUPS; g++) {
@@ -132,14 +131,16 @@ __device__ inline void gemm_block(const matrix &w, const quantized &x, int32_t n
     }
     stage = stage + 1 < STAGES ? stage + 1 : 0;
   }
-  write<T>(w, x, n, bias, add, out, first_row, first_token, sum);
 }
 
 /* Grid: (tokens / TOKENS, rows / ROWS), so that neighbours in time read the same weights. */
 template <class T>
 __global__ void __launch_bounds__(WARPS *WARP, T::BLOCKS)
     gemm_kernel(matrix w, quantized x, int32_t n, const float *bias, bool add, float *out) {
-  with_format(w.format, [&](auto format) { gemm_block<decltype(format), T>(w, x, n, bias, add, out); });
+  int32_t row = blockIdx.y * T::ROWS + threadIdx.x / WARP * (T::ROW_TILES * TILE_ROWS);
+  typename T::sums sum = {};
+  with_format(w.format, [&](auto format) { sum_products<decltype(format), T>(w, x, n, row, sum); });
+  write<T>(w, x, n, bias, add, out, row, blockIdx.x * T::TOKENS, sum);
 }
 
 template <class T> dim3 grid_of(int32_t rows, int32_t n) {

@@ -63,6 +63,10 @@ const char *failure();
 
 void *shared();
 void wait_block(int line);
+/* This thread's copies into shared memory, from NULL zeros: as PTX's cp.async, commit_group and wait_group. */
+void copy_later(void *to, const void *from, size_t bytes);
+void end_copies();
+void wait_for_copies(int pending);
 /* Hands in this lane's value and waits for the other lanes of mask. */
 void exchange(unsigned mask, const void *value, size_t bytes, int line);
 /* What a lane of the same mask handed in. */

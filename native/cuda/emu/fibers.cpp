@@ -3,7 +3,8 @@
  * kernel is wrong and the launch fails.
  *
  * Blocks run their threads in ascending and descending order by turns, so that a result that hangs on the order, as with
- * a missing barrier, differs between blocks. */
+ * a missing barrier, differs between blocks. Likewise two blocks make their late copies when these are waited for, and two
+ * at once. */
 #include "emu.h"
 #include <cstdio>
 #include <cstdlib>
@@ -77,6 +78,13 @@ namespace {
 enum { STACK_BYTES = 256 << 10, GUARD_BYTES = 4096, MAX_THREADS = 1024 };
 enum state { READY, IN_WARP, IN_BLOCK, DONE, FAILED };
 
+struct late_copy {
+  void *to;
+  const void *from; /* NULL: zeros */
+  size_t bytes;
+  int batch;
+};
+
 struct fiber {
   context at;
   char *stack;
@@ -85,6 +93,8 @@ struct fiber {
   unsigned mask; /* of its warp operation */
   size_t bytes;  /* handed in */
   dim3 index;
+  std::vector<late_copy> copies; /* not made yet */
+  int batches;                   /* ended ones */
   alignas(16) unsigned char given[emu::SLOT_BYTES], taken[emu::SLOT_BYTES];
 };
 
@@ -93,6 +103,7 @@ struct machine {
   std::mutex busy;
   std::vector<fiber> fibers;
   int n_threads, current;
+  bool late; /* copies wait */
   context scheduler;
   const void *main_stack;
   size_t main_bytes;
@@ -100,6 +111,11 @@ struct machine {
   void *shared;
   char failure[256];
 } m;
+
+void make(const late_copy &copy) {
+  if (copy.from) memcpy(copy.to, copy.from, copy.bytes);
+  else memset(copy.to, 0, copy.bytes);
+}
 
 fiber &self() { return m.fibers[(size_t)m.current]; }
 fiber *warp_of(int thread) { return &m.fibers[(size_t)(thread / emu::WARP * emu::WARP)]; }
@@ -147,6 +163,8 @@ void begin_block(size_t shared_bytes) {
     fiber &f = m.fibers[(size_t)i];
     unsigned t = (unsigned)i;
     f.state = READY;
+    f.copies.clear();
+    f.batches = 0;
     f.index = dim3(t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y));
     ASAN_UNPOISON_MEMORY_REGION(f.stack, STACK_BYTES);
     context_begin(&f.at, f.stack, STACK_BYTES, entry);
@@ -244,6 +262,7 @@ bool run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
   size_t n = (size_t)grid.x * grid.y * grid.z;
   for (size_t i = 0; i < n && !*m.failure; i++) {
     blockIdx = dim3((unsigned)(i % grid.x), (unsigned)(i / grid.x % grid.y), (unsigned)(i / grid.x / grid.y));
+    m.late = i % 4 < 2;
     begin_block(shared_bytes);
     run_block(i % 2 == 1);
   }
@@ -273,6 +292,23 @@ void exchange(unsigned mask, const void *value, size_t bytes, int line) {
 }
 
 const void *received(unsigned lane) { return warp_of(m.current)[lane].taken; }
+
+void copy_later(void *to, const void *from, size_t bytes) {
+  late_copy copy = {to, from, bytes, self().batches};
+  if (m.late) self().copies.push_back(copy);
+  else make(copy);
+}
+
+void end_copies() { self().batches++; }
+
+void wait_for_copies(int pending) {
+  fiber &f = self();
+  std::erase_if(f.copies, [&](const late_copy &copy) {
+    if (copy.batch >= f.batches - pending) return false;
+    make(copy);
+    return true;
+  });
+}
 
 void fail(const char *what, int line) {
   snprintf(m.failure, sizeof m.failure, "%s: line %d, block (%u, %u, %u), thread %d", what, line, blockIdx.x,
