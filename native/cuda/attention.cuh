@@ -139,6 +139,12 @@ __device__ inline int32_t sharing_of(const device_attention &a, const query_tile
   return a.paged ? attention_sharing(&tile, group_of(a)) : group_of(a);
 }
 
+/* Whether the page tier picks strips in one go, without `wanted`: in decode, where a group's rows have a warp each. */
+enum { PICKED_ROWS = 32 };
+ANYWHERE bool picks_at_once(const device_attention &a, int32_t n) {
+  return n == 1 && a.n_heads / a.n_kv_heads <= PICKED_ROWS;
+}
+
 /* What a tile reads of the bulk for one key/value head. */
 typedef struct group_counts {
   uint64_t rows, queries;       /* long ones, and those that have one */

@@ -65,7 +65,9 @@ __device__ void put_list(const device_attention &a, const query_tile &tile, int3
     find_askers(tile, s);
     __syncthreads();
     if (s.asks[i]) put_rows(a, s, s.asks, query, first, n, a.scored_rows + list * SCORED_MOST);
-    for (int32_t j = i; j < tile.n_pages * STRIPS_PER_PAGE; j += SELECT_THREADS) a.wanted[list * a.max_strips + j] = 0;
+    if (!picks_at_once(a, a.now->n))
+      for (int32_t j = i; j < tile.n_pages * STRIPS_PER_PAGE; j += SELECT_THREADS)
+        a.wanted[list * a.max_strips + j] = 0;
   }
   if (i == 0) {
     list_counts c = {};
