@@ -33,7 +33,11 @@ from test_estimates import assert_estimates, calibrated, forms, kinds
 from test_record import assert_record, audits
 
 shapes = st.sampled_from(
-    [(4, 2, 64), (6, 2, 80), (3, 1, 96), (7, 1, 32), (18, 1, 32), (2, 1, 128), (2, 2, 256)]
+    # Groups of decode fill a panel of 8 rows or not, and have a warp per row up to 32; lists are counted by 32.
+    [
+        (4, 2, 64), (6, 2, 80), (3, 1, 96), (7, 1, 32), (18, 1, 32), (33, 1, 32), (33, 33, 32), (2, 1, 128),
+        (2, 2, 256),
+    ]  # fmt: skip
 )
 policies = st.builds(
     Policy,

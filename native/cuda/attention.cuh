@@ -11,7 +11,7 @@
  *
  * Results depend on a query's own position and keys alone (but for the page tier, whose tiles share what they read), as
  * on the CPU and by the same means: keys are folded in spans of SPAN_STRIPS strips, each with a fresh softmax state, and
- * spans are merged in order, whether one warp walks them (prefill) or many warps take one each (decode). */
+ * spans are merged in order, whether one warp walks them (prefill) or blocks take one each (decode). */
 #ifndef PYLLM_CUDA_ATTENTION_CUH
 #define PYLLM_CUDA_ATTENTION_CUH
 #include "cuda.cuh"
@@ -140,6 +140,12 @@ __device__ inline int32_t sharing_of(const device_attention &a, const query_tile
   return a.paged ? attention_sharing(&tile, group_of(a)) : group_of(a);
 }
 
+/* Whether the page tier picks strips in one go, without `wanted`: in decode, where a group's rows have a warp each. */
+enum { PICKED_ROWS = 32 };
+ANYWHERE bool picks_at_once(const device_attention &a, int32_t n) {
+  return n == 1 && a.n_heads / a.n_kv_heads <= PICKED_ROWS;
+}
+
 /* What a tile reads of the bulk for one key/value head. */
 typedef struct group_counts {
   uint64_t rows, queries;       /* long ones, and those that have one */
@@ -176,7 +182,7 @@ __device__ inline void count_group(const device_attention &a, const query_tile &
 void cuda_rope_store(queue *to, const device_attention &a, const device_layer &layer, const rope_job &job, int32_t n);
 void cuda_cut(queue *to, const device_attention &a, const device_layer &layer, int32_t from, int32_t end);
 void cuda_fill_recent(queue *to, const device_attention &a, const device_layer &layer, int32_t n_tokens);
-/* attend.cu */
+/* attend.cu; of one query attend_decode.cu */
 void cuda_attend_local(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
 void cuda_attend_bulk(queue *to, const device_attention &a, const device_layer &layer, int32_t n);
 /* Of the queries in a.audited, where `audited`; otherwise of all. */

@@ -2,7 +2,7 @@
 #include "blocks.cuh"
 
 namespace {
-enum { FOLD_THREADS = 256, JUDGE_WARPS = 8, JUDGE_ROWS = 8 };
+enum { FOLD_THREADS = 256, JUDGE_WARPS = 16, JUDGE_ROWS = 8, JUDGE_AT_ONCE = 4 /* rows of a warp under way */ };
 
 struct fold_shared {
   uint16_t keys[PYLLM_PAGE * MAX_HEAD_DIM];
@@ -51,6 +51,7 @@ __global__ void fold_kernel(device_attention a, device_layer layer) {
   int32_t n = *folded;
   query_tile tile = tile_at(a, 0);
   head_blocks blocks(a, layer, g);
+  if (n == tile.n_pages && is_last(a, tile)) return; /* in decode mostly */
   if (n > tile.n_pages) n = 0;
   for (int32_t i = threadIdx.x; i < d; i += FOLD_THREADS) s.mean[i] = n ? mean[i] : 0;
   __syncthreads();
@@ -113,6 +114,7 @@ __global__ void __launch_bounds__(WARP *JUDGE_WARPS)
   if (tile.n_pages == 0 || n_rows <= 0) return;
   if (n_rows > JUDGE_ROWS) n_rows = JUDGE_ROWS;
   key_model keys = key_model_of(a, layer, policy, tile, blockIdx.z, g);
+#pragma unroll
   for (int32_t i = threadIdx.x; i < JUDGE_ROWS * D; i += WARP * JUDGE_WARPS) {
     int32_t r = i / D;
     s.q[r][i % D] = r < n_rows ? a.q[(int64_t)tile_row(a, tile, g, first + r) * D + i % D] : 0;
@@ -123,6 +125,7 @@ __global__ void __launch_bounds__(WARP *JUDGE_WARPS)
   for (int32_t r = 0; r < JUDGE_ROWS; r++)
 #pragma unroll
     for (int32_t k = 0; k < COLUMNS; k++) q[r][k] = k * WARP + lane < D ? s.q[r][k * WARP + lane] : 0;
+#pragma unroll JUDGE_AT_ONCE
   for (int32_t i = warp; i < D; i += JUDGE_WARPS) {
     float row[COLUMNS];
 #pragma unroll
@@ -140,7 +143,8 @@ __global__ void __launch_bounds__(WARP *JUDGE_WARPS)
     float sum = warp_sum(square[r]);
     if (lane == 0) s.square[warp][r] = sum;
   }
-  for (int32_t i = lane; i < D; i += WARP) product = fmaf(s.q[warp][i], keys.mean[i], product); /* of row `warp` */
+  if (warp < JUDGE_ROWS) /* and that row's mean */
+    for (int32_t i = lane; i < D; i += WARP) product = fmaf(s.q[warp][i], keys.mean[i], product);
   product = warp_sum(product);
   __syncthreads();
   if (lane != 0 || warp >= n_rows) return;

@@ -1,6 +1,7 @@
 /* The page tier: which strips of the bulk the long heads of a list read, judged by a low-bit sketch of the bulk's keys.
  * Terms and rules: cpu/pages.c; the sketch's bytes: src/sketch.h, whose words of 4 channels by token are what dp4a takes. */
 #include "blocks.cuh"
+#include "pages.cuh"
 #include <float.h>
 
 namespace {
@@ -8,11 +9,21 @@ enum {
   FOLD_THREADS = 256,
   FOLD_WARPS = FOLD_THREADS / WARP,
   SCORE_WARPS = 4, /* a page each */
-  SCORE_ROWS = 8,  /* scored on one reading of a page's codes */
+  FEW_ROWS = 4,    /* scored on one reading of a page's codes: of so many at most, */
+  SCORE_ROWS = 8,  /* or of so many */
   WANT_THREADS = 256,
-  LIST_THREADS = 256,
-  HALVINGS = 16
+  LIST_THREADS = 256
 };
+
+/* Asks for what will be read of a line of the GPU's own memory. */
+constexpr int32_t LINE_BYTES = 128;
+__device__ void prefetch(const void *line) {
+#ifdef __CUDACC__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(line));
+#else
+  (void)line;
+#endif
+}
 
 /* A head's channel at a place of its sketch's order; order: (head_dim) or NULL. */
 __device__ int32_t channel_at(const uint16_t *order, int32_t at) { return order ? order[at] : at; }
@@ -117,52 +128,84 @@ __global__ void fold_kernel(device_attention a, device_layer layer, int32_t page
 
 /* ---- scoring ---- */
 
-/* A few queries against a page's channels, in the order of its sketch: q * step rounded to 8 bits, their unit, and the
- * part that lo gives. */
-struct page_queries {
-  int8_t weight[SCORE_ROWS][MAX_HEAD_DIM];
-  float unit[SCORE_ROWS], base[SCORE_ROWS];
+/* Queries against a page's channels, in the order of its sketch: q * step rounded to 8 bits, their unit, and the part that
+ * lo gives. */
+template <int ROWS> struct alignas(16) page_queries {
+  int8_t weight[ROWS][MAX_HEAD_DIM];
+  float unit[ROWS], base[ROWS];
 };
-struct score_shared {
-  page_queries warps[SCORE_WARPS];
+template <int ROWS> struct score_shared {
+  page_queries<ROWS> warps[SCORE_WARPS];
+  float q[ROWS][MAX_HEAD_DIM]; /* scaled, in that order */
 };
 
-/* One warp, row r; q: (d), not scaled; order: (d) or NULL; n: channels with bits. */
-__device__ void weigh(const float *q, const uint16_t *order, float scale, const uint8_t *page, int32_t d, int32_t n,
-                      int32_t r, page_queries &to) {
+/* The whole block: ROWS queries, those behind the n_rows as zeros. order: (head_dim) or NULL. */
+template <int ROWS>
+__device__ void order_queries(const device_attention &a, const uint16_t *order, const int32_t *rows, int32_t n_rows,
+                              score_shared<ROWS> &s) {
+  int32_t d = a.head_dim;
+  __syncthreads(); /* those before are used up */
+  for (int32_t i = threadIdx.x; i < d; i += WARP * SCORE_WARPS) {
+    int32_t channel = channel_at(order, i);
+#pragma unroll
+    for (int32_t r = 0; r < ROWS; r++) s.q[r][i] = r < n_rows ? a.q[(int64_t)rows[r] * d + channel] * a.scale : 0;
+  }
+  __syncthreads();
+}
+
+/* One warp; n: channels with bits. */
+template <int ROWS>
+__device__ void weigh(const float (&q)[ROWS][MAX_HEAD_DIM], const uint8_t *page, int32_t d, int32_t n,
+                      page_queries<ROWS> &to) {
   const uint16_t *lo = (const uint16_t *)page, *step = lo + d;
   int32_t lane = threadIdx.x % WARP;
-  float top = 0, base = 0;
+  float top[ROWS] = {}, base[ROWS] = {}, inverse[ROWS];
   for (int32_t i = lane; i < d; i += WARP) {
-    float x = q[channel_at(order, i)] * scale;
-    if (i < n) top = fmaxf(top, fabsf(x * half_to_float(step[i])));
-    base += x * half_to_float(lo[i]);
+    float low = half_to_float(lo[i]), width = i < n ? half_to_float(step[i]) : 0;
+#pragma unroll
+    for (int32_t r = 0; r < ROWS; r++) {
+      if (i < n) top[r] = fmaxf(top[r], fabsf(q[r][i] * width));
+      base[r] += q[r][i] * low;
+    }
   }
-  float unit = warp_max(top) / 127.0f, inverse = unit >= FLT_MIN ? 1.0f / unit : 0.0f;
-  for (int32_t i = lane; i < n; i += WARP)
-    to.weight[r][i] = (int8_t)__float2int_rn(q[channel_at(order, i)] * scale * half_to_float(step[i]) * inverse);
-  base = warp_sum(base);
-  if (lane == 0) to.unit[r] = unit, to.base[r] = base;
+#pragma unroll
+  for (int32_t r = 0; r < ROWS; r++) {
+    float unit = warp_max(top[r]) / 127.0f;
+    inverse[r] = unit >= FLT_MIN ? 1.0f / unit : 0.0f;
+    base[r] = warp_sum(base[r]);
+    if (lane == 0) to.unit[r] = unit, to.base[r] = base[r];
+  }
+  for (int32_t i = lane; i < n; i += WARP) {
+    float width = half_to_float(step[i]);
+#pragma unroll
+    for (int32_t r = 0; r < ROWS; r++) to.weight[r][i] = (int8_t)__float2int_rn(q[r][i] * width * inverse[r]);
+  }
+  __syncwarp();
 }
 
 /* Adds to the sums of code * weight what one grade's channels give, of the lane's token of a strip. */
-template <int BITS>
-__device__ void multiply_codes(const uint8_t *page, const sketch_grade &grade, int32_t strip, const page_queries &q,
-                               int (&sum)[SCORE_ROWS]) {
+template <int BITS, int ROWS>
+__device__ void multiply_codes(const uint8_t *page, const sketch_grade &grade, int32_t strip,
+                               const page_queries<ROWS> &q, int (&sum)[ROWS]) {
   int32_t token = threadIdx.x % PYLLM_READ_PAGE, low_bytes = (int32_t)sketch_low_bytes(grade.n) / STRIPS_PER_PAGE;
   int32_t high_bytes = (int32_t)sketch_high_bytes(BITS, grade.n) / STRIPS_PER_PAGE;
   const uint32_t *low = (const uint32_t *)(page + grade.low + strip * low_bytes) + token;
   const uint32_t *high = (const uint32_t *)(page + grade.high + strip * high_bytes) + token;
+#pragma unroll 4
   for (int32_t m = 0; m < grade.n / 16; m++) {
     uint32_t l = low[m * 16], h = BITS == 2 ? 0 : BITS == 3 ? high[m / 2 * 16] >> (m % 2 * 4) : high[m * 16];
+    int code[4];
 #pragma unroll
     for (int32_t i = 0; i < 4; i++) {
-      uint32_t code = l >> (2 * i) & 0x03030303u;
-      if (BITS == 3) code |= (h >> i & 0x01010101u) << 2;
-      if (BITS == 4) code |= (h >> (2 * i) & 0x03030303u) << 2;
+      uint32_t c = l >> (2 * i) & 0x03030303u;
+      if (BITS == 3) c |= (h >> i & 0x01010101u) << 2;
+      if (BITS == 4) c |= (h >> (2 * i) & 0x03030303u) << 2;
+      code[i] = (int)c;
+    }
 #pragma unroll
-      for (int32_t r = 0; r < SCORE_ROWS; r++)
-        sum[r] = __dp4a((int)code, *(const int *)&q.weight[r][grade.first + 16 * m + 4 * i], sum[r]);
+    for (int32_t r = 0; r < ROWS; r++) {
+      int4 w = *(const int4 *)&q.weight[r][grade.first + 16 * m];
+      sum[r] = __dp4a(code[3], w.w, __dp4a(code[2], w.z, __dp4a(code[1], w.y, __dp4a(code[0], w.x, sum[r]))));
     }
   }
 }
@@ -176,22 +219,21 @@ __device__ float strip_mass(float score) {
   return top + logf(sum);
 }
 
-/* One warp: strip masses of up to 8 rows for one page. order: (head_dim) or NULL; mass: (rows, max_strips), at the
- * page's first strip. */
-template <int PAGE_BITS>
-__device__ void score_page(const device_attention &a, const uint8_t *page, const uint16_t *order, const int32_t *rows,
-                           int32_t n_rows, page_queries &q, float *mass) {
-  int32_t d = a.head_dim, n = sketch_channels(PAGE_BITS, d), lane = threadIdx.x % WARP;
-  for (int32_t r = 0; r < n_rows; r++) weigh(a.q + (int64_t)rows[r] * d, order, a.scale, page, d, n, r, q);
-  for (int32_t i = lane; i < (SCORE_ROWS - n_rows) * n; i += WARP) q.weight[n_rows + i / n][i % n] = 0;
-  __syncwarp();
+/* One warp: strip masses of n_rows <= ROWS for one page. mass: (rows, max_strips), at the page's first strip. */
+template <int PAGE_BITS, int ROWS>
+__device__ void score_page(const device_attention &a, const uint8_t *page, int32_t n_rows,
+                           const float (&queries)[ROWS][MAX_HEAD_DIM], page_queries<ROWS> &q, float *mass) {
+  int32_t d = a.head_dim, lane = threadIdx.x % WARP;
+  for (size_t i = lane * LINE_BYTES; i < sketch_page_bytes(PAGE_BITS, d); i += WARP * LINE_BYTES) prefetch(page + i);
+  weigh(queries, page, d, sketch_channels(PAGE_BITS, d), q);
   for (int32_t half = 0; half < 2; half++) {
-    int32_t strip = 2 * half + lane / PYLLM_READ_PAGE, sum[SCORE_ROWS] = {};
+    int32_t strip = 2 * half + lane / PYLLM_READ_PAGE, sum[ROWS] = {};
     multiply_codes<PAGE_BITS == PYLLM_GRADED ? 4 : PAGE_BITS>(page, sketch_grade_at(PAGE_BITS, d, 0), strip, q, sum);
     if (PAGE_BITS == PYLLM_GRADED) multiply_codes<2>(page, sketch_grade_at(PAGE_BITS, d, 1), strip, q, sum);
-    for (int32_t r = 0; r < n_rows; r++) {
+#pragma unroll
+    for (int32_t r = 0; r < ROWS; r++) {
       float x = strip_mass(q.base[r] + q.unit[r] * (float)sum[r]);
-      if (lane % PYLLM_READ_PAGE == 0) mass[(int64_t)r * a.max_strips + strip] = x;
+      if (lane % PYLLM_READ_PAGE == 0 && r < n_rows) mass[(int64_t)r * a.max_strips + strip] = x;
     }
   }
   __syncwarp(); /* the weights are used up */
@@ -203,27 +245,24 @@ __device__ int32_t scored_rows_of(const device_attention &a, const query_tile &t
   return a.counts[(int64_t)t * a.n_heads + head].n_scored;
 }
 
-/* (max_strips) of the r-th row scored for the list that begins with this head. */
-__device__ float *strip_mass_at(const device_attention &a, int32_t head, int32_t r) {
-  return a.strip_mass + ((int64_t)head * SCORED_MOST + r) * a.max_strips;
-}
-
-/* Of tile t. Grid (x, its lists at most): warps take pages by turns. Reads each page's sketch once per 8 rows, in decode once.
- * channels: (n_kv_heads, head_dim) of a graded sketch. */
-template <int PAGE_BITS>
+/* Of tile t. Grid (x, its lists at most): warps take pages by turns. Reads each page's sketch once per ROWS rows, in
+ * decode mostly once. channels: (n_kv_heads, head_dim) of a graded sketch. */
+template <int PAGE_BITS, int ROWS>
 __global__ void __launch_bounds__(WARP *SCORE_WARPS)
     score_kernel(device_attention a, device_layer layer, const uint16_t *channels, int32_t t) {
+  score_shared<ROWS> &s = block_shared<score_shared<ROWS>>();
   query_tile tile = tile_at(a, t);
   int32_t head = head_of_row(a, blockIdx.y, gridDim.y), g = head / group_of(a), warp = threadIdx.x / WARP;
-  int64_t list = (int64_t)t * a.n_heads + head;
-  int32_t n_rows = scored_rows_of(a, tile, t, head);
+  int32_t n_rows = scored_rows_of(a, tile, t, head), first = blockIdx.x * SCORE_WARPS;
+  const int32_t *rows = a.scored_rows + ((int64_t)t * a.n_heads + head) * SCORED_MOST;
   const uint16_t *order = PAGE_BITS == PYLLM_GRADED ? channels + (int64_t)g * a.head_dim : NULL;
-  page_queries &q = block_shared<score_shared>().warps[warp];
-  for (int32_t page = blockIdx.x * SCORE_WARPS + warp; page < tile.n_pages; page += gridDim.x * SCORE_WARPS)
-    for (int32_t r = 0; r < n_rows; r += SCORE_ROWS)
-      score_page<PAGE_BITS>(a, sketch_page(a, layer, PAGE_BITS, g, page), order, a.scored_rows + list * SCORED_MOST + r,
-                            n_rows - r < SCORE_ROWS ? n_rows - r : SCORE_ROWS, q,
+  for (int32_t r = 0; r < n_rows && first < tile.n_pages; r += ROWS) {
+    int32_t n = n_rows - r < ROWS ? n_rows - r : ROWS;
+    order_queries(a, order, rows + r, n, s);
+    for (int32_t page = first + warp; page < tile.n_pages; page += gridDim.x * SCORE_WARPS)
+      score_page<PAGE_BITS>(a, sketch_page(a, layer, PAGE_BITS, g, page), n, s.q, s.warps[warp],
                             strip_mass_at(a, head, r) + page * STRIPS_PER_PAGE);
+  }
 }
 
 /* ---- wanting ---- */
@@ -357,20 +396,29 @@ __global__ void __launch_bounds__(LIST_THREADS) list_kernel(device_attention a, 
 
 enum { SCORE_BLOCKS = 256 }; /* per list, at most */
 
-template <int PAGE_BITS>
-void score(queue *to, const device_attention &a, const device_layer &layer, const uint16_t *channels, int32_t tile,
-           unsigned lists) {
-  int32_t blocks = (a.max_strips / STRIPS_PER_PAGE + SCORE_WARPS - 1) / SCORE_WARPS;
-  dim3 grid((unsigned)(blocks < SCORE_BLOCKS ? blocks : SCORE_BLOCKS), lists);
-  launch(to, score_kernel<PAGE_BITS>, grid, dim3(WARP * SCORE_WARPS), sizeof(score_shared), a, layer, channels, tile);
-}
+struct score_launch {
+  queue *to;
+  const device_attention &a;
+  const device_layer &layer;
+  const uint16_t *channels;
+  int32_t tile;
+  unsigned lists;
 
-auto score_of(int32_t page_bits) {
+  template <int PAGE_BITS, int ROWS> void run() const {
+    int32_t blocks = (a.max_strips / STRIPS_PER_PAGE + SCORE_WARPS - 1) / SCORE_WARPS;
+    dim3 grid((unsigned)(blocks < SCORE_BLOCKS ? blocks : SCORE_BLOCKS), lists);
+    launch(to, score_kernel<PAGE_BITS, ROWS>, grid, dim3(WARP * SCORE_WARPS), sizeof(score_shared<ROWS>), a, layer,
+           channels, tile);
+  }
+  template <int PAGE_BITS> void of(bool few) const { few ? run<PAGE_BITS, FEW_ROWS>() : run<PAGE_BITS, SCORE_ROWS>(); }
+};
+
+void score(const score_launch &job, int32_t page_bits, bool few) {
   switch (page_bits) {
-  case PYLLM_GRADED: return score<PYLLM_GRADED>;
-  case 2: return score<2>;
-  case 3: return score<3>;
-  default: return score<4>;
+  case PYLLM_GRADED: return job.of<PYLLM_GRADED>(few);
+  case 2: return job.of<2>(few);
+  case 3: return job.of<3>(few);
+  default: return job.of<4>(few);
   }
 }
 } // namespace
@@ -379,14 +427,18 @@ void cuda_select_pages(queue *to, const device_attention &a, const device_layer 
                        int32_t n) {
   int32_t page_bits = policy.page_bits;
   const uint16_t *channels = page_bits == PYLLM_GRADED ? policy.channels : NULL; /* a policy may have some unused */
+  int32_t group = a.n_heads / a.n_kv_heads;
   unsigned heads = (unsigned)a.n_kv_heads, lists = (unsigned)most_lists(a, true, n);
-  unsigned rows = n == 1 ? (unsigned)(a.n_heads / a.n_kv_heads) : (unsigned)SCORED_MOST; /* taken at once */
+  unsigned rows = (unsigned)(n == 1 ? group : SCORED_MOST); /* taken at once */
   launch(to, fold_kernel, dim3((unsigned)sketch_parts(a.head_dim), heads), dim3(FOLD_THREADS), sizeof(fold_shared), a,
          layer, page_bits, channels);
+  bool picks = picks_at_once(a, n);
   for (int32_t t = 0; t < most_tiles(n); t++) { /* one by one: the masses of one tile's rows are kept */
-    score_of(page_bits)(to, a, layer, channels, t, lists);
-    launch(to, want_kernel, dim3(rows, lists), dim3(WANT_THREADS), sizeof(want_shared), a, policy, t);
+    score({to, a, layer, channels, t, lists}, page_bits, n * group <= FEW_ROWS);
+    if (!picks) launch(to, want_kernel, dim3(rows, lists), dim3(WANT_THREADS), sizeof(want_shared), a, policy, t);
   }
-  launch(to, list_kernel, dim3(heads, (unsigned)most_tiles(n)), dim3(LIST_THREADS), sizeof(list_shared), a, layer,
-         page_bits);
+  if (picks) cuda_pick_strips(to, a, layer, policy);
+  else
+    launch(to, list_kernel, dim3(heads, (unsigned)most_tiles(n)), dim3(LIST_THREADS), sizeof(list_shared), a, layer,
+           page_bits);
 }

@@ -2,7 +2,10 @@
 #include "attention.cuh"
 
 namespace {
-enum { SELECT_THREADS = PYLLM_PAGE }; /* one per query of a tile */
+enum {
+  SELECT_THREADS = PYLLM_PAGE, /* one per query of a tile */
+  DECIDED_AT_ONCE = 8
+};
 
 struct select_shared {
   int32_t long_heads[PYLLM_PAGE]; /* of the query, among those of the list */
@@ -19,10 +22,16 @@ __device__ bool is_long_head(const device_attention &a, const device_policy &p, 
 __device__ int32_t decide(const device_attention &a, const device_policy &p, int64_t query, int32_t first, bool bulk) {
   int32_t group = group_of(a), n = 0;
   int64_t row = query * a.n_heads + first;
-  for (int32_t i = 0; i < group; i++) {
-    bool is_long = bulk && is_long_head(a, p, row + i, first + i);
-    a.is_long[row + i] = is_long;
-    n += is_long;
+  for (int32_t i = 0; i < group; i += DECIDED_AT_ONCE) { /* loads of all, then stores: none waits for another */
+    bool is_long[DECIDED_AT_ONCE];
+#pragma unroll
+    for (int32_t k = 0; k < DECIDED_AT_ONCE; k++)
+      is_long[k] = bulk && i + k < group && is_long_head(a, p, row + i + k, first + i + k);
+#pragma unroll
+    for (int32_t k = 0; k < DECIDED_AT_ONCE; k++) {
+      if (i + k < group) a.is_long[row + i + k] = is_long[k];
+      n += is_long[k];
+    }
   }
   if (p.granularity == PYLLM_HEAD || n == 0) return n;
   for (int32_t i = 0; i < group; i++) a.is_long[row + i] = 1;
@@ -65,7 +74,9 @@ __device__ void put_list(const device_attention &a, const query_tile &tile, int3
     find_askers(tile, s);
     __syncthreads();
     if (s.asks[i]) put_rows(a, s, s.asks, query, first, n, a.scored_rows + list * SCORED_MOST);
-    for (int32_t j = i; j < tile.n_pages * STRIPS_PER_PAGE; j += SELECT_THREADS) a.wanted[list * a.max_strips + j] = 0;
+    if (!picks_at_once(a, a.now->n))
+      for (int32_t j = i; j < tile.n_pages * STRIPS_PER_PAGE; j += SELECT_THREADS)
+        a.wanted[list * a.max_strips + j] = 0;
   }
   if (i == 0) {
     list_counts c = {};

@@ -1,0 +1,15 @@
+/* What the page tier's files share: pages.cu, and pages_decode.cu for its last step in decode. */
+#ifndef PYLLM_CUDA_PAGES_CUH
+#define PYLLM_CUDA_PAGES_CUH
+#include "attention.cuh"
+
+enum { HALVINGS = 16 }; /* of page_share, at most */
+
+/* (max_strips) of the r-th row scored for the list that begins with this head. */
+__device__ inline float *strip_mass_at(const device_attention &a, int32_t head, int32_t r) {
+  return a.strip_mass + ((int64_t)head * SCORED_MOST + r) * a.max_strips;
+}
+
+/* The strips that the scored rows of each list want, in order, and the statistics; where picks_at_once. */
+void cuda_pick_strips(queue *to, const device_attention &a, const device_layer &layer, const device_policy &policy);
+#endif
