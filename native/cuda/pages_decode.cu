@@ -7,8 +7,9 @@ enum { PICK_THREADS = 1024, PICK_WARPS = PICK_THREADS / WARP, PICK_TURNS = 8, PI
 static_assert((int)PICK_WARPS == (int)PICKED_ROWS);
 
 struct pick_shared {
-  float top[PICK_WARPS], sum[PICK_WARPS];                          /* of a row's part each */
-  float row_top[PICK_WARPS], inverse[PICK_WARPS], cut[PICK_WARPS]; /* of a row */
+  float top[PICK_WARPS], sum[PICK_WARPS];            /* of a row's part each */
+  float row_top[PICK_WARPS], inverse[PICK_WARPS];    /* of a row */
+  float wanted_above[PICK_WARPS];                    /* likewise: the mass above which it wants a strip */
   int32_t above[HALVINGS];                           /* 1: a row leaves out too much after so many halvings */
   int32_t before[PICK_TURNS * PICK_WARPS], n_picked; /* of 32 strips: how many are picked, then how many before them */
 };
@@ -47,8 +48,8 @@ __device__ void weigh_rows(const scored_list &l, float local_mass, pick_shared &
   if (lane == 0) s.row_top[row] = of_row, s.inverse[row] = 1.0f / (all + expf(local_mass - of_row));
 }
 
-/* cut of every row: the share above which a strip is read, page_share, halved until what is left out is at most
- * page_drop. */
+/* wanted_above of every row: the mass of the share above which a strip is read, page_share, halved until what is left out
+ * is at most page_drop. */
 __device__ void cut_rows(const scored_list &l, const device_policy &policy, pick_shared &s) {
   int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = warp / l.parts;
   float cut = policy.page_share;
@@ -69,27 +70,21 @@ __device__ void cut_rows(const scored_list &l, const device_policy &policy, pick
     __syncthreads();
     if (!s.above[i]) break;
   }
-  if (row < l.n_rows && warp % l.parts == 0 && lane == 0) s.cut[row] = cut;
+  if (row < l.n_rows && warp % l.parts == 0 && lane == 0)
+    s.wanted_above[row] = s.row_top[row] + logf(cut / s.inverse[row]);
 }
 
-/* Which of the strips that this thread has in PICK_TURNS turns are wanted by a row, bit by bit; first: the block's first
- * one. Not a number counts as wanted: the safe side. */
-__device__ uint32_t picks_of(const scored_list &l, int32_t first, const pick_shared &s) {
+/* Which of the strips that this thread has in `turns` turns are wanted by a row, bit by bit; first: the block's first one.
+ * Not a number counts as wanted: the safe side. */
+__device__ uint32_t picks_of(const scored_list &l, int32_t first, int32_t turns, const pick_shared &s) {
   uint32_t picks = 0;
-  for (int32_t r = 0; r < l.n_rows; r++) {
-    const float *mass = l.mass + r * l.stride;
-    float x[PICK_TURNS];
-#pragma unroll
-    for (int32_t k = 0; k < PICK_TURNS; k++) {
-      int32_t i = first + k * PICK_THREADS + threadIdx.x;
-      x[k] = i < l.n_strips ? mass[i] : -INFINITY;
-    }
-#pragma unroll
-    for (int32_t k = 0; k < PICK_TURNS; k++)
-      if (!(share_of(x[k], s.row_top[r], s.inverse[r]) <= s.cut[r])) picks |= 1u << k;
+  for (int32_t k = 0; k < turns; k++) {
+    int32_t i = first + k * PICK_THREADS + threadIdx.x;
+    bool wanted = false;
+#pragma unroll 4
+    for (int32_t r = 0; r < l.n_rows && i < l.n_strips; r++) wanted |= !(l.mass[r * l.stride + i] <= s.wanted_above[r]);
+    picks |= (uint32_t)wanted << k;
   }
-  for (int32_t k = 0; k < PICK_TURNS; k++)
-    if (first + k * PICK_THREADS + (int32_t)threadIdx.x >= l.n_strips) picks &= ~(1u << k);
   return picks;
 }
 
@@ -115,7 +110,8 @@ __device__ void sum_up(pick_shared &s) {
 __device__ int32_t pick_strips(const scored_list &l, int32_t *strips, pick_shared &s) {
   int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, done = 0;
   for (int32_t first = 0; first < l.n_strips; first += PICKED) {
-    uint32_t picks = picks_of(l, first, s), votes[PICK_TURNS];
+    int32_t left = (l.n_strips - first + PICK_THREADS - 1) / PICK_THREADS;
+    uint32_t picks = picks_of(l, first, left < PICK_TURNS ? left : PICK_TURNS, s), votes[PICK_TURNS];
 #pragma unroll
     for (int32_t k = 0; k < PICK_TURNS; k++) {
       votes[k] = __ballot_sync(ALL_LANES, picks >> k & 1);
