@@ -50,7 +50,7 @@ def tile_bytes(kind: Type, cols: int) -> int:
     scales = (
         (32 + 256 // traits.group * 16) * kinds * cols // 256 if traits.scaled else 32 * kinds * cols // 32
     )
-    return -(-scales // 64) * 64 + cols * 16 * traits.bits // 8
+    return int(-(-scales // 64) * 64 + cols * 16 * traits.bits // 8)
 
 
 def matrices(kind: Type, shape: tuple[int, int], n: int, repeats: int = 5) -> dict[str, Any]:

@@ -32,13 +32,12 @@ from test_attention import run as run_on
 from test_estimates import assert_estimates, calibrated, forms, kinds
 from test_record import assert_record, audits
 
-shapes = st.sampled_from(
-    # Groups of decode fill a panel of 8 rows or not, and have a warp per row up to 32; lists are counted by 32.
-    [
-        (4, 2, 64), (6, 2, 80), (3, 1, 96), (7, 1, 32), (18, 1, 32), (33, 1, 32), (33, 33, 32), (2, 1, 128),
-        (2, 2, 256),
-    ]  # fmt: skip
-)
+# Groups of decode fill a panel of 8 rows or not, have a warp per row up to 32; lists are counted by 32.
+SHAPES = [
+    (4, 2, 64), (6, 2, 80), (3, 1, 96), (7, 1, 32), (18, 1, 32), (33, 1, 32), (33, 33, 32),
+    (2, 1, 128), (2, 2, 256),
+]  # fmt: skip
+shapes = st.sampled_from(SHAPES)
 policies = st.builds(
     Policy,
     kind=st.sampled_from(list(POLICY_NUMBER)),
