@@ -234,6 +234,26 @@ def long_path(tmp_path: Path) -> Path:
     return write_tiny(path, n_layers=6, types=Type.Q8_0, tokenizer=True, sharp=4.0, n_ctx_train=32768)
 
 
+@pytest.mark.slow
+def test_a_token_far_into_a_text(tmp_path: Path) -> None:
+    """More spans, strips and lists than any kernel of decode takes at once."""
+    path = tmp_path / "far.gguf"
+    write_tiny(path, n_kv_heads=8, types=Type.Q8_0, tokenizer=True, sharp=4.0, n_ctx_train=32768)
+    ids = np.random.default_rng(14).integers(0, 300, 20_000)
+    text = LLM(path, device="cpu", attention=Window(sinks=4, window=64)).session()
+    text.eval(ids)
+    text.save(tmp_path / "state")
+    for policy in (Dense(sinks=4, window=64), Dense(sinks=4, window=64, page_bits=3, page_share=1e-4)):
+        logits, counts = [], []
+        for device in ("cuda", "cpu"):
+            session = LLM(path, device=device, isa="generic", attention=policy).session()
+            session.load(tmp_path / "state")
+            logits.append(np.stack([session.eval([token]) for token in (7, 8)]))
+            counts.append(session.stats.layer_counts.astype(float))
+        assert np.abs(logits[0] - logits[1]).max() <= 1e-2 * np.abs(logits[1]).max()
+        assert np.abs(counts[0] - counts[1]).max() <= 0.01 * counts[1].max()
+
+
 @pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[4], POLICIES[6]], ids=str)
 def test_a_split_cache(path: Path, policy: Policy, tmp_path: Path) -> None:
     """The same logits, sessions and moments as with all keys and values on the GPU."""
