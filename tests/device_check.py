@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ SUITE = tuple(f"tests/test_cuda_{name}.py" for name in ("rows", "linear", "atten
 GOLDEN = "tests/test_golden.py"  # with the default model, where that has been downloaded
 TOOLS = ("memcheck", "racecheck", "synccheck")
 HEAD_DIMS = (128, 80, 256)
+AT_ONCE = 4
 
 
 def lines(command: list[str], seconds: float, **environment: str) -> Iterator[str]:
@@ -126,22 +129,24 @@ for kv in ("gpu", "split"):
 
 
 def sanitizer(seconds: float) -> Iterator[dict[str, Any]]:
-    """compute-sanitizer's tools on both caches, for heads of several sizes."""
+    """compute-sanitizer's tools on both caches, for heads of several sizes; some at once, as each is slow alone."""
     if not shutil.which("compute-sanitizer"):
         yield {"result": "compute-sanitizer is not installed"}
         return
     end = time.monotonic() + seconds
-    with tempfile.TemporaryDirectory() as folder:
-        for tool in TOOLS:
-            for head_dim in HEAD_DIMS:
-                path = Path(folder) / f"{head_dim}.gguf"
-                if not path.exists():
-                    write_tiny(
-                        path, n_heads=16, head_dim=head_dim, types=Type.Q4_K, tokenizer=True, sharp=4.0
-                    )
-                checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c"]
-                row = last_line([*checked, SANITIZED, str(path)], end - time.monotonic())
-                yield {"tool": tool, "head_dim": head_dim} | row
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(AT_ONCE) as pool:
+        for head_dim in HEAD_DIMS:
+            path = Path(folder) / f"{head_dim}.gguf"
+            write_tiny(path, n_heads=16, head_dim=head_dim, types=Type.Q4_K, tokenizer=True, sharp=4.0)
+
+        def row(tool: str, head_dim: int) -> dict[str, Any]:
+            checked = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", sys.executable, "-c"]
+            model = str(Path(folder) / f"{head_dim}.gguf")
+            return {"tool": tool, "head_dim": head_dim} | last_line(
+                [*checked, SANITIZED, model], end - time.monotonic()
+            )
+
+        yield from pool.map(row, *zip(*itertools.product(TOOLS, HEAD_DIMS), strict=True))
 
 
 def rows_of(program: str, seconds: float, **environment: str) -> Iterator[dict[str, Any]]:
