@@ -129,7 +129,7 @@ for kv in ("gpu", "split"):
 
 
 def sanitizer(seconds: float) -> Iterator[dict[str, Any]]:
-    """compute-sanitizer's tools on both caches, for heads of several sizes; some at once, as each is slow alone."""
+    """compute-sanitizer's tools on both caches, for heads of several sizes; several at once."""
     if not shutil.which("compute-sanitizer"):
         yield {"result": "compute-sanitizer is not installed"}
         return
