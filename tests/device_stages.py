@@ -91,7 +91,8 @@ def attention(
         "hook_time_shape *",
         (n_layers, N_HEADS, N_KV_HEADS, HEAD_DIM, N_SINK, depth, len(q), HEAD_DIM**-0.5),
     )
-    seconds, stats, err = np.zeros((5, repeats)), ffi.new("pyllm_layer_stats *"), ffi.new("pyllm_error *")
+    seconds = np.zeros((len(STAGES), repeats))
+    stats, err = ffi.new("pyllm_layer_stats *"), ffi.new("pyllm_error *")
     check(
         lib.hook_time_attention(
             b"cuda", N_THREADS, shape, attention, ffi.from_buffer("float[]", q),

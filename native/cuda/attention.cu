@@ -271,17 +271,18 @@ void begin(const backend *, attention_state *s, int32_t position, int32_t n, con
 device_layer staged_layer(const backend *be, attention_state *s, int32_t layer) {
   device_layer l = s->layers[layer];
   if (!s->a.n_recent || few_tokens(s->n) || s->policy.policy == PYLLM_WINDOW) return l;
+  const uint16_t *from = l.kv;
+  l.kv = s->a.staged;
+  if (s->staged == layer) return l;
+  s->staged = layer;
   queue *q = queue_of(be);
   int64_t halves = kv_block_halves(s->shape.head_dim), head = s->a.n_blocks * halves;
   int64_t pages = bulk_pages(s->shape.n_sink, s->policy.n_window, s->position + s->n - 1);
-  for (int32_t g = 0; g < s->shape.n_kv_heads && s->staged != layer && pages > 0; g++) {
+  for (int32_t g = 0; g < s->shape.n_kv_heads && pages > 0 && !q->error; g++) {
     int64_t first = g * head + halves; /* behind the sinks */
-    if (q->error) break;
-    check(q, cudaMemcpyAsync(s->a.staged + first, l.kv + first, (size_t)(pages * halves) * sizeof *l.kv,
-                             cudaMemcpyDefault, q->stream));
+    check(q, cudaMemcpyAsync(l.kv + first, from + first, (size_t)(pages * halves) * sizeof *from, cudaMemcpyDefault,
+                             q->stream));
   }
-  s->staged = layer;
-  l.kv = s->a.staged;
   return l;
 }
 

@@ -80,7 +80,8 @@ int32_t open(int32_t number, void **opened, pyllm_error *err) {
   device *d = new (std::nothrow) device{};
   if (!d) return fail(err, PYLLM_ERR_MEMORY, "memory for device cuda:%d was refused", number);
   d->number = number;
-  cudaError_t error = cudaStreamCreateWithFlags(&d->queue.stream, cudaStreamNonBlocking);
+  cudaError_t error = cudaDeviceGetAttribute(&d->processors, cudaDevAttrMultiProcessorCount, number);
+  if (!error) error = cudaStreamCreateWithFlags(&d->queue.stream, cudaStreamNonBlocking);
   if (!error) error = cudaMalloc((void **)&d->step, sizeof *d->step);
   if (!error) error = cudaHostAlloc((void **)&d->staging, d->staging_bytes = EMBEDDINGS, 0);
   if (error) {

@@ -17,6 +17,7 @@ struct step {
 struct device {
   struct queue queue;
   int32_t number; /* of the GPU */
+  int processors; /* that it has */
   bool writing;   /* a graph, and nothing had failed before */
   struct step *step;
   unsigned char

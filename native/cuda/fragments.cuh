@@ -9,19 +9,15 @@
 /* One lane's part of a group of 32 columns of a tile, as it lies in memory; .x is of its first row, .y of the second, and
  * what is smaller has both rows in one number. */
 template <class Q> struct packed_group {
-  static constexpr int FOURS = Q::NIBBLES ? 1 : 2, ABOVE = Q::NIBBLES ? Q::BITS - 4 : 0,
-                       SCALES = Q::GROUP == 16 ? 2 : 1;
+  static constexpr int FOURS = Q::NIBBLES ? 1 : 2, ABOVE = Q::HIGH_WORDS;
   uint2 fours[FOURS], above[ABOVE ? ABOVE : 1];
-  uint32_t d, m;                           /* halves */
-  uint32_t scale[SCALES], minimum[SCALES]; /* bytes */
+  uint32_t d, m;                                 /* halves */
+  uint32_t scale[Q::HALVES], minimum[Q::HALVES]; /* bytes */
 };
 
 /* Where a lane reads a tile, in bytes from an address that the block shares: 32 bits, for addresses are a good part of all
  * that the block computes beside products. */
 template <class Q> struct packed_tile {
-  static constexpr int KINDS = Q::HAS_MIN ? 2 : 1, N = 256 / Q::GROUP; /* of scales; in 256 columns */
-  static constexpr uint32_t D_BYTES = 2 * TILE_ROWS * KINDS,           /* of 256 columns, of 32 where not SCALED */
-      SCALE_BYTES = Q::SCALED ? N * TILE_ROWS * KINDS : 0;
   uint32_t scales, quants;
 
   /* tile: its first byte. */
@@ -38,15 +34,15 @@ template <class Q> struct packed_tile {
       out.above[i] = __ldg((const uint2 *)(from + (4 + i) * 4 * TILE_ROWS));
     from = tiles + (quants + four + group * Q::GROUP_BYTES);
     for (int i = 0; i < packed_group<Q>::FOURS; i++) out.fours[i] = __ldg((const uint2 *)(from + i * 16 * TILE_ROWS));
-    uint32_t block = (Q::SCALED ? group / 8 : group) * (D_BYTES + SCALE_BYTES);
+    uint32_t block = (Q::SCALED ? group / 8 : group) * Q::BLOCK_BYTES;
     from = tiles + (scales + row + block);
     out.d = __ldg((const uint32_t *)from);
     if (Q::HAS_MIN) out.m = __ldg((const uint32_t *)(from + 2 * TILE_ROWS));
     if (!Q::SCALED) return out;
-    from = tiles + (scales + (block + D_BYTES + group % 8 * packed_group<Q>::SCALES * TILE_ROWS));
-    for (int i = 0; i < packed_group<Q>::SCALES; i++) {
+    from = tiles + (scales + (block + Q::D_BYTES + group % 8 * Q::HALVES * TILE_ROWS));
+    for (int i = 0; i < Q::HALVES; i++) {
       out.scale[i] = __ldg((const uint16_t *)(from + i * TILE_ROWS));
-      if (Q::HAS_MIN) out.minimum[i] = __ldg((const uint16_t *)(from + (N + i) * TILE_ROWS));
+      if (Q::HAS_MIN) out.minimum[i] = __ldg((const uint16_t *)(from + (Q::N + i) * TILE_ROWS));
     }
     return out;
   }

@@ -160,9 +160,7 @@ template <class T> void gemm_with(const backend *be, const activation *x, int32_
 } // namespace
 
 void gemm(const backend *be, const activation *x, int32_t n, const linear_job *job) {
-  int processors = 0;
-  check(queue_of(be),
-        cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, ((device *)be->device)->number));
+  int processors = ((const device *)be->device)->processors;
   if (fills<large>(job->w->rows, n, processors)) gemm_with<large>(be, x, n, job);
   else if (fills<medium>(job->w->rows, n, processors)) gemm_with<medium>(be, x, n, job);
   else gemm_with<small>(be, x, n, job);

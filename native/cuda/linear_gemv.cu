@@ -136,7 +136,7 @@ __device__ void multiply_tile(const matrix &w, int32_t tile_index, const quantiz
       if (t >= n) break;
       group_input in = load_input<Q>(x, (int64_t)t * groups + g);
 #pragma unroll
-      for (int half = 0; half < packed_scales<Q>::HALVES; half++) add_columns<Q>(weights, in, offset, half, sum[t]);
+      for (int half = 0; half < Q::HALVES; half++) add_columns<Q>(weights, in, offset, half, sum[t]);
     }
   }
 }

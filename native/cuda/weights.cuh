@@ -13,6 +13,10 @@ template <int BITS_, int GROUP_, bool SCALED_, bool HAS_MIN_> struct quants {
   static constexpr bool NIBBLES = BITS < 8;                            /* two fours of columns share bytes */
   static constexpr int HIGH_WORDS = NIBBLES ? BITS - 4 : 0; /* of a row's 32 columns: what is above their nibbles */
   static constexpr int FOURS_PER_HIGH = HIGH_WORDS ? 8 / HIGH_WORDS : 8;
+  /* Scales: halves, then where SCALED bytes, of N groups in 256 columns; of 32 columns' HALVES; behind them the minimums'. */
+  static constexpr int KINDS = HAS_MIN ? 2 : 1, N = 256 / GROUP, HALVES = ACT_GROUP / GROUP;
+  static constexpr int D_BYTES = 2 * TILE_ROWS * KINDS;
+  static constexpr int BLOCK_BYTES = D_BYTES + (SCALED ? N * TILE_ROWS * KINDS : 0); /* of 256 columns, or of 32 */
 };
 
 /* Calls f(quants<...>()) with the format's type; false where no such format exists. */
@@ -40,9 +44,7 @@ template <class Q> __device__ inline uint32_t above_nibble(uint32_t word, int i)
 
 /* As tile_scale_bytes in cpu/isa.c. */
 template <class Q> __device__ inline int64_t scale_bytes(int32_t cols) {
-  int minimum = Q::HAS_MIN ? 2 : 1;
-  int64_t bytes = Q::SCALED ? (int64_t)(cols / 256) * (2 * TILE_ROWS + 256 / Q::GROUP * TILE_ROWS) * minimum
-                            : (int64_t)(cols / ACT_GROUP) * 2 * TILE_ROWS * minimum;
+  int64_t bytes = (int64_t)(cols / (Q::SCALED ? 256 : ACT_GROUP)) * Q::BLOCK_BYTES;
   return (bytes + 63) / 64 * 64;
 }
 
@@ -53,23 +55,20 @@ struct row_scales {
 
 /* The scales of four neighbouring rows of a group of 32 columns as they lie in memory: halves, then bytes. */
 template <class Q> struct packed_scales {
-  static constexpr int HALVES = 32 / Q::GROUP; /* of the group's columns, that have their own */
   uint2 d, m;
-  uint32_t scale[HALVES], minimum[HALVES];
+  uint32_t scale[Q::HALVES], minimum[Q::HALVES];
 
   /* scales: where the tile begins; row: a multiple of 4. */
   __device__ static packed_scales load(const unsigned char *scales, int32_t group, int row) {
-    constexpr int minimum = Q::HAS_MIN ? 2 : 1, n = 256 / Q::GROUP;
     packed_scales out = {};
-    const unsigned char *block =
-        scales + (Q::SCALED ? group / 8 * (2 + n) * TILE_ROWS * minimum : group * 2 * TILE_ROWS * minimum);
+    const unsigned char *block = scales + (Q::SCALED ? group / 8 : group) * Q::BLOCK_BYTES;
     out.d = __ldg((const uint2 *)(block + 2 * row));
     if (Q::HAS_MIN) out.m = __ldg((const uint2 *)(block + 2 * (TILE_ROWS + row)));
     if (!Q::SCALED) return out;
-    const unsigned char *bytes = block + 2 * TILE_ROWS * minimum + group % 8 * HALVES * TILE_ROWS + row;
-    for (int h = 0; h < HALVES; h++) {
+    const unsigned char *bytes = block + Q::D_BYTES + group % 8 * Q::HALVES * TILE_ROWS + row;
+    for (int h = 0; h < Q::HALVES; h++) {
       out.scale[h] = __ldg((const uint32_t *)(bytes + h * TILE_ROWS));
-      if (Q::HAS_MIN) out.minimum[h] = __ldg((const uint32_t *)(bytes + (n + h) * TILE_ROWS));
+      if (Q::HAS_MIN) out.minimum[h] = __ldg((const uint32_t *)(bytes + (Q::N + h) * TILE_ROWS));
     }
     return out;
   }

@@ -37,6 +37,25 @@ static int32_t time_stages(const backend *be, stages call, void *context, int32_
   return status;
 }
 
+static activation new_activation(const backend *be, int32_t n, int32_t cols) {
+  const ops *o = be->ops;
+  size_t count = (size_t)n * (size_t)cols, halves = (size_t)n * (size_t)(cols / ACT_HALF + 1) * sizeof(float);
+  return (activation){cols,
+                      o->alloc(be, count * sizeof(float)),
+                      {o->alloc(be, 2 * count), o->alloc(be, halves), o->alloc(be, halves), o->alloc(be, halves)}};
+}
+
+static bool is_whole(const activation *a) { return a->values && a->q.planes && a->q.scale && a->q.sum && a->q.product; }
+
+static void free_memory(const backend *be, void *memory) {
+  if (memory) be->ops->release(be, memory);
+}
+
+static void free_activation(const backend *be, const activation *a) {
+  void *memory[] = {a->values, a->q.planes, a->q.scale, a->q.sum, a->q.product};
+  for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free_memory(be, memory[i]);
+}
+
 /* ---- matrices ---- */
 
 typedef struct linear_run {
@@ -67,7 +86,6 @@ static int32_t take_matrices(linear_run *r, int32_t type, const void *weights, i
 static int32_t take_input(linear_run *r, int32_t rows, int32_t cols, pyllm_error *err) {
   const ops *o = r->be.ops;
   size_t count = (size_t)r->n * (size_t)cols, bytes = count * sizeof(float);
-  size_t halves = (size_t)r->n * (size_t)(cols / ACT_HALF + 1) * sizeof(float);
   float *values = malloc(bytes);
   uint32_t seed = 1;
   for (size_t i = 0; values && i < count; i++) {
@@ -77,20 +95,17 @@ static int32_t take_input(linear_run *r, int32_t rows, int32_t cols, pyllm_error
   r->gate = values ? backend_copy(&r->be, values, bytes) : NULL;
   free(values);
   r->out = o->alloc(&r->be, (size_t)r->n * (size_t)rows * sizeof(float));
-  r->x = (activation){
-      cols,
-      o->alloc(&r->be, bytes),
-      {o->alloc(&r->be, 2 * count), o->alloc(&r->be, halves), o->alloc(&r->be, halves), o->alloc(&r->be, halves)}};
-  bool ok = r->gate && r->out && r->x.values && r->x.q.planes && r->x.q.scale && r->x.q.sum && r->x.q.product;
+  r->x = new_activation(&r->be, r->n, cols);
+  bool ok = r->gate && r->out && is_whole(&r->x);
   if (!ok) return alloc_failure(&r->be, fail(err, PYLLM_ERR_MEMORY, "memory refused"), err);
   o->swiglu(&r->be, r->gate, r->gate, r->n, true, &r->x);
   return PYLLM_OK;
 }
 
 static void free_linear(linear_run *r) {
-  void *memory[] = {r->gate, r->out, r->x.values, r->x.q.planes, r->x.q.scale, r->x.q.sum, r->x.q.product};
-  for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
-    if (memory[i]) r->be.ops->release(&r->be, memory[i]);
+  free_memory(&r->be, r->gate);
+  free_memory(&r->be, r->out);
+  free_activation(&r->be, &r->x);
   for (int32_t i = 0; i < r->copies; i++)
     if (r->w[i].data) backend_free_matrix(&r->be, &r->w[i]);
   free(r->w);
@@ -114,65 +129,66 @@ int32_t hook_time_linear(const char *device, int32_t n_threads, int32_t type, co
 
 /* ---- attention ---- */
 
-typedef struct attention_run {
+typedef struct attention_run attention_run;
+typedef void (*layer_stage)(attention_run *r, int32_t layer);
+
+struct attention_run {
   backend be;
   attention_shape shape;
   attention_state *state;
   float *q, *k, *angles; /* angles: of no rotation */
   activation out;
   int32_t position, n;
-} attention_run;
+  layer_stage stage; /* that each_layer does */
+};
 
-static void rope_store(void *context) {
-  attention_run *r = context;
+static void rope_store(attention_run *r, int32_t layer) {
   const attention_shape *s = &r->shape;
   float *sine = r->angles + (size_t)s->n_batch * (size_t)s->head_dim;
   rope_job rope = {ROPE_PAIRS, s->head_dim, s->n_heads, s->n_kv_heads, s->head_dim,
                    s->n_sink,  r->position, r->angles,  sine,          NULL,
                    NULL,       0,           r->q,       r->k,          r->k};
-  for (int32_t i = 0; i < s->n_layers; i++) r->be.ops->attention->rope_store(&r->be, &rope, r->n, r->state, i);
+  r->be.ops->attention->rope_store(&r->be, &rope, r->n, r->state, layer);
 }
-static void attend_local(void *context) {
+static void attend_local(attention_run *r, int32_t layer) {
+  r->be.ops->attention->attend_local(&r->be, r->state, layer);
+}
+static void select_heads(attention_run *r, int32_t layer) { r->be.ops->attention->select(&r->be, r->state, layer); }
+static void attend_bulk(attention_run *r, int32_t layer) { r->be.ops->attention->attend_bulk(&r->be, r->state, layer); }
+static void finish(attention_run *r, int32_t layer) {
+  (void)layer;
+  r->be.ops->attention->finish(&r->be, r->state, true, &r->out);
+}
+static const layer_stage layer_stages[] = {rope_store, attend_local, select_heads, attend_bulk, finish};
+
+static void each_layer(void *context) {
   attention_run *r = context;
-  for (int32_t i = 0; i < r->shape.n_layers; i++) r->be.ops->attention->attend_local(&r->be, r->state, i);
+  for (int32_t i = 0; i < r->shape.n_layers; i++) r->stage(r, i);
 }
-static void select_heads(void *context) {
-  attention_run *r = context;
-  for (int32_t i = 0; i < r->shape.n_layers; i++) r->be.ops->attention->select(&r->be, r->state, i);
+
+static void run_stage(attention_run *r, layer_stage stage) {
+  r->stage = stage;
+  each_layer(r);
 }
-static void attend_bulk(void *context) {
-  attention_run *r = context;
-  for (int32_t i = 0; i < r->shape.n_layers; i++) r->be.ops->attention->attend_bulk(&r->be, r->state, i);
-}
-static void finish(void *context) {
-  attention_run *r = context;
-  for (int32_t i = 0; i < r->shape.n_layers; i++) r->be.ops->attention->finish(&r->be, r->state, true, &r->out);
-}
-static const stages attention_stages[] = {rope_store, attend_local, select_heads, attend_bulk, finish};
 
 static bool take_attention(attention_run *r) {
   const ops *o = r->be.ops;
-  size_t n = (size_t)r->shape.n_batch, d = n * (size_t)r->shape.head_dim, heads = (size_t)r->shape.n_heads;
-  r->q = o->alloc(&r->be, heads * d * sizeof(float));
+  size_t d = (size_t)r->shape.n_batch * (size_t)r->shape.head_dim;
+  r->q = o->alloc(&r->be, (size_t)r->shape.n_heads * d * sizeof(float));
   r->k = o->alloc(&r->be, (size_t)r->shape.n_kv_heads * d * sizeof(float));
   float *angles = calloc(2 * d, sizeof(float));
   for (size_t i = 0; angles && i < d; i++) angles[i] = 1; /* cosines */
   r->angles = angles ? backend_copy(&r->be, angles, 2 * d * sizeof(float)) : NULL;
   free(angles);
-  size_t halves = heads * (d / ACT_HALF + n) * sizeof(float);
-  r->out = (activation){
-      r->shape.n_heads * r->shape.head_dim,
-      o->alloc(&r->be, heads * d * sizeof(float)),
-      {o->alloc(&r->be, 2 * heads * d), o->alloc(&r->be, halves), o->alloc(&r->be, halves), o->alloc(&r->be, halves)}};
-  quantized *q = &r->out.q;
-  return r->q && r->k && r->angles && r->out.values && q->planes && q->scale && q->sum && q->product;
+  r->out = new_activation(&r->be, r->shape.n_batch, r->shape.n_heads * r->shape.head_dim);
+  return r->q && r->k && r->angles && is_whole(&r->out);
 }
 
 static void free_attention(attention_run *r) {
-  quantized *q = &r->out.q;
-  void *memory[] = {r->q, r->k, r->angles, r->out.values, q->planes, q->scale, q->sum, q->product};
-  for (size_t i = 0; i < sizeof memory / sizeof *memory; i++)
-    if (memory[i]) r->be.ops->release(&r->be, memory[i]);
+  free_memory(&r->be, r->q);
+  free_memory(&r->be, r->k);
+  free_memory(&r->be, r->angles);
+  free_activation(&r->be, &r->out);
   if (r->state) r->be.ops->attention->destroy(&r->be, r->state);
 }
 
@@ -184,22 +200,24 @@ static void begin(attention_run *r, const float *k, int32_t position, int32_t n)
   o->begin(&r->be, position, n);
   o->attention->begin(&r->be, r->state, position, n, r->q);
   r->position = position, r->n = n;
-  rope_store(r);
+  run_stage(r, rope_store);
 }
 
 static int32_t time_attention(attention_run *r, const hook_time_shape *s, const float *q, const float *k,
                               int32_t repeats, double *seconds, pyllm_layer_stats *stats, pyllm_error *err) {
   const ops *o = r->be.ops;
-  size_t n_stages = sizeof attention_stages / sizeof *attention_stages;
+  size_t n_stages = sizeof layer_stages / sizeof *layer_stages;
   o->write(&r->be, r->q, q, (size_t)s->n * (size_t)s->n_heads * (size_t)s->head_dim * sizeof *q);
   for (int32_t t = 0; t < s->depth; t += r->shape.n_batch)
     begin(r, k, t, s->depth - t < r->shape.n_batch ? s->depth - t : r->shape.n_batch);
   begin(r, k, s->depth, s->n);
-  for (size_t i = 1; i < n_stages; i++) attention_stages[i](r);
+  for (size_t i = 1; i < n_stages; i++) run_stage(r, layer_stages[i]);
   o->attention->read_stats(&r->be, r->state, stats);
   int32_t status = o->sync(&r->be, err);
-  for (size_t i = 0; i < n_stages && !status; i++)
-    status = time_stages(&r->be, attention_stages[i], r, repeats, seconds + i * (size_t)repeats, err);
+  for (size_t i = 0; i < n_stages && !status; i++) {
+    r->stage = layer_stages[i];
+    status = time_stages(&r->be, each_layer, r, repeats, seconds + i * (size_t)repeats, err);
+  }
   return status;
 }
 
