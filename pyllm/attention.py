@@ -82,13 +82,15 @@ class _Paged(Policy):
     shares of attention of read pages, 16 tokens, are estimated; or "graded": 4 bits of those channels of a
     head that move its scores most, 2 of some more, none of the others, half the size of 3 bits, for which it
     needs a calibration, or a profile: one of this model, or its file. page_share: the share above which a
-    read page is read, 0..1. page_drop: what the shares of the others may sum to, at least 0; page_share is
-    halved for a head until they do, 1 is no bound. With page_bits results depend on how a prompt is cut into
-    batches. Raises FileError and FormatError as `Profile.load` does.
+    read page is read, 0..1. decode_share: the same for a token that is evaluated alone, as in decode, where
+    bytes are what costs; None, page_share. page_drop: what the shares of the others may sum to, at least 0;
+    a share is halved for a head until they do, 1 is no bound. With page_bits results depend on how a prompt
+    is cut into batches. Raises FileError and FormatError as `Profile.load` does.
     """
 
     page_bits: PageBits = field(default=0, kw_only=True)
     page_share: float = field(default=0.005, kw_only=True)
+    decode_share: float | None = field(default=None, kw_only=True)
     page_drop: float = field(default=1.0, kw_only=True)
     calibration: Calibration | None = field(default=None, kw_only=True)
     profile: InitVar[Profile | str | PathLike[str] | None] = field(default=None, kw_only=True)
@@ -101,6 +103,8 @@ class _Paged(Policy):
         if self.page_bits == GRADED:
             self._require_calibration(f"page_bits {GRADED!r}")
         object.__setattr__(self, "page_share", _require_float("page_share", self.page_share, 1.0))
+        if self.decode_share is not None:
+            object.__setattr__(self, "decode_share", _require_float("decode_share", self.decode_share, 1.0))
         object.__setattr__(self, "page_drop", _require_float("page_drop", self.page_drop, math.inf))
 
     def _calibration_of(self, profile: Profile | str | PathLike[str]) -> Calibration:
@@ -121,6 +125,8 @@ class _Paged(Policy):
     def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
         pages: dict[str, Any] = {"page_bits": self.sketch}
         pages |= {name: getattr(self, name) for name in ("page_share", "page_drop")}
+        if self.decode_share is not None:
+            pages["decode_share"] = self.decode_share
         if self.calibration and self.page_bits == GRADED:
             pages["channels"] = self.calibration.channels
         return super().native(n_layers, n_heads) | pages
@@ -265,13 +271,14 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "moments": str,
     "page_bits": lambda text: text if text == GRADED else int(text),
     "page_share": float,
+    "decode_share": float,
     "page_drop": float,
 }
 PARSED: dict[str, type[Policy]] = {policy.name: policy for policy in (Dense, Window, Oracle, Adaptive)}
 SYNTAX = (
     "dense, window[:TOKENS], adaptive[:THRESHOLD] or oracle[:THRESHOLD], "
     "then any of ,window=N ,sinks=N ,granularity=head|group ,page_bits=0|2|3|4|graded ,page_share=X "
-    ",page_drop=X, "
+    ",decode_share=X ,page_drop=X, "
     "for adaptive ,gaussian=lognormal|frozen|truncated ,estimate=gaussian|regression|maximum "
     ",moments=prompt|calibrated; "
     "or, for a model with a profile, static:SHARE, of heads that are local, or conservative, balanced or "
@@ -372,9 +379,11 @@ def require_page_bits(value: Any) -> None:
         raise ArgumentError(f"page_bits: expected one of {tuple(PAGE_BITS)}, got {value!r}")
 
 
-def page_tier(page_bits: PageBits, page_share: float, calibration: Calibration | None) -> dict[str, Any]:
+def page_tier(
+    page_bits: PageBits, page_share: float, calibration: Calibration | None, decode_share: float | None = None
+) -> dict[str, Any]:
     """The arguments that make a policy's page tier; the calibration is a graded sketch's."""
-    tier: dict[str, Any] = {"page_bits": page_bits, "page_share": page_share}
+    tier: dict[str, Any] = {"page_bits": page_bits, "page_share": page_share, "decode_share": decode_share}
     return tier | {"calibration": calibration} if page_bits == GRADED else tier
 
 

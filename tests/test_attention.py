@@ -104,6 +104,7 @@ def run(
     attention.n_window = policy.n_window
     attention.page_bits = lib.PYLLM_GRADED if policy.page_bits == GRADED else policy.page_bits
     attention.page_share, attention.page_drop = policy.page_share, policy.page_drop
+    attention.decode_share = policy.cut(1)
     if policy.channels is not None:
         attention.channels = ffi.from_buffer("uint16_t[]", policy.channels)
     attention.gaussian = moments.FORMS.index(policy.gaussian)

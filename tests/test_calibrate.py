@@ -22,11 +22,11 @@ from pyllm.cli import main
 from pyllm.cli.calibrate import on_answers, over_budget
 from pyllm.evaluate import texts
 from pyllm.evaluate.calibrate import BUDGETS, Plan, calibrate
-from pyllm.evaluate.curves import Bands, Curve
+from pyllm.evaluate.curves import Bands, Curve, Pages
 from pyllm.evaluate.parts import deal
 from pyllm.evaluate.search import BANDS, PAGE_BITS, PAGE_SHARES, Search, Trial, bands, most
 from pyllm.evaluate.texts import Text
-from pyllm.profile import Measured, Profile, beside
+from pyllm.profile import DECODE_PART, Measured, Profile, beside
 from test_profile import profile_of
 
 # ---- parts ----
@@ -101,7 +101,7 @@ def test_short_documents_are_joined() -> None:
 )
 def test_curves_of_powers_are_exact(a: float, b: float, c: float, d: float, share: float) -> None:
     points = {x: (a * x**b, c * x**-d) for x in (0.002, 0.01, 0.03, 0.05)}
-    curve = Curve.of(3, points)
+    curve = Curve.of(points)
     assert curve.loss(share) == pytest.approx(a * share**b, rel=1e-3)
     assert curve.cost(share) == pytest.approx(c * share**-d, rel=1e-3)
     assert curve.share(a * share**b) == pytest.approx(share, rel=2e-2)
@@ -119,17 +119,29 @@ def test_curves_of_powers_are_exact(a: float, b: float, c: float, d: float, shar
     st.floats(1e-9, 1e9),
 )
 def test_curves_of_anything_give_shares(points: dict[float, tuple[float, float]], loss: float) -> None:
-    curve = Curve.of(3, points)
+    curve = Curve.of(points)
     share = curve.share(loss)
     assert 0 < share <= 1
     assert curve.cost(share) >= 0
 
 
 def test_curves_of_noise_rise_and_fall() -> None:
-    curve = Curve.of(3, {0.01: (0.3, 20.0), 0.02: (0.2, 25.0), 0.04: (0.5, 5.0)})
+    curve = Curve.of({0.01: (0.3, 20.0), 0.02: (0.2, 25.0), 0.04: (0.5, 5.0)})
     assert curve.loss(0.02) == pytest.approx(0.3)
     assert curve.cost(0.02) == pytest.approx(20)
     assert 0.02 <= curve.share(0.4) <= 0.04
+
+
+def test_prefill_and_decode_have_shares_of_their_own() -> None:
+    prefill, decode = (
+        Curve.of({x: (factor * x, 1 / x) for x in (0.001, 0.01, 0.1)}) for factor in (1.0, 5.0)
+    )
+    pages = Pages(3, prefill, decode)
+    shares = pages.shares(0.02)
+    assert shares == pytest.approx((0.02, 0.004), rel=1e-2)
+    assert pages.loss(shares) == pytest.approx(0.02, rel=1e-2)
+    assert pages.loss((0.001, 0.01)) == pytest.approx(0.05, rel=1e-2)
+    assert pages.cost(shares) == pytest.approx((50 + 250) / 2, rel=1e-2)
 
 
 @given(
@@ -161,13 +173,13 @@ SOME = Calibration(
 READ = 1.5  # % of the cost, at a share of 1
 
 
-def world(policy: Policy, gates_lose: float = 1.0) -> tuple[float, float]:
-    """(loss, cost) of policies in a world where losses add up."""
+def world(policy: Policy, share: float | None, gates_lose: float = 1.0) -> tuple[float, float]:
+    """(loss, cost) of policies with this share in a world where losses add up."""
     assert isinstance(policy, (Dense, Adaptive))
     loss, cost = 0.0, 100.0
-    if policy.page_bits:
+    if policy.page_bits and share:
         factor, sketch = BITS[policy.page_bits]
-        loss, cost = factor * policy.page_share, sketch + READ * policy.page_share**-0.4
+        loss, cost = factor * share, sketch + READ * share**-0.4
     if isinstance(policy, Adaptive):
         on = np.broadcast_to(np.asarray(policy.threshold), N_LAYERS) <= 1
         strict = 1 - np.broadcast_to(np.asarray(policy.threshold), N_LAYERS)
@@ -176,8 +188,16 @@ def world(policy: Policy, gates_lose: float = 1.0) -> tuple[float, float]:
     return loss, min(cost, 100.0)
 
 
-def measured(loss: float, cost: float) -> Measured:
-    return Measured(1000, loss, loss, loss, 99.0, cost, 100, loss, loss, loss, cost)
+def measured(prefill: tuple[float, float], decode: tuple[float, float]) -> Measured:
+    """Of the loss and the cost of both."""
+    loss, work = prefill
+    decode_loss, read = decode
+    return Measured(1000, loss, loss, loss, 99.0, work, 100, decode_loss, decode_loss, decode_loss, read)
+
+
+def times(m: Measured, factor: float, more: float = 0.0) -> Measured:
+    """With other losses."""
+    return measured((factor * m.kl + more, m.bulk_work), (factor * m.decode_kl + more, m.bulk_read))
 
 
 class World:
@@ -189,22 +209,27 @@ class World:
 
     def measure(self, policies: Sequence[Policy]) -> list[Measured]:
         self.asked += policies
-        return [measured(*world(policy, self.gates_lose)) for policy in policies]
+        return [self.of(policy) for policy in policies]
+
+    def of(self, policy: Policy) -> Measured:
+        assert isinstance(policy, (Dense, Adaptive))
+        shares = (policy.page_share, policy.decode_share)
+        return measured(*(world(policy, share, self.gates_lose) for share in shares))
 
     def search(self, gates: Sequence[Adaptive] = (Adaptive(0.9), Adaptive(0.95))) -> Search:
         return Search(self.measure, self.measure, N_LAYERS, gates, {"window": 512, "sinks": 8}, SOME)
 
     def cheapest(self, budget: float) -> float:
         """By trying everything."""
-        shares = np.geomspace(1e-4, 0.3, 2000)
+        shares = np.geomspace(1e-5, 0.3, 2000)
         costs = []
         for layers in range(2**N_LAYERS):
             on = [bool(layers >> at & 1) for at in range(N_LAYERS)]
             gates = self.gates_lose * GATE_LOSS[on].sum()
             for factor, sketch in BITS.values():
-                allowed = shares[factor * shares + gates <= budget]
-                if len(allowed):
-                    cost = sketch + READ * allowed[-1] ** -0.4
+                allowed = [shares[factor * shares + gates <= part * budget] for part in (1, DECODE_PART)]
+                if all(map(len, allowed)):
+                    cost = np.mean([sketch + READ * of_part[-1] ** -0.4 for of_part in allowed])
                     costs.append(cost * (1 - GATE_SAVES * np.mean(on)))
         return float(min(costs))
 
@@ -218,10 +243,11 @@ def test_search_finds_what_is_known_to_be_cheapest(gates_lose: float) -> None:
     found = here.search().run(BUDGET)
     assert list(found) == list(BUDGET)
     for name, trial in found.items():
-        loss, cost = world(trial.policy, gates_lose)
-        assert loss <= BUDGET[name]
-        assert (trial.loss, trial.cost) == (loss, cost)
-        assert cost <= 1.1 * here.cheapest(BUDGET[name])
+        known = here.of(trial.policy)
+        assert known.kl <= BUDGET[name]
+        assert known.decode_kl <= DECODE_PART * BUDGET[name]
+        assert trial.measured == known
+        assert trial.cost <= 1.1 * here.cheapest(BUDGET[name])
         assert (trial.policy.window, trial.policy.sinks) in ((512, 8), (1024, 16))
     assert len(here.asked) == len(set(here.asked)), "nothing is measured twice"
     assert len(here.asked) <= most(2, 3) + N_LAYERS
@@ -255,21 +281,22 @@ class Together(World):
     def measure(self, policies: Sequence[Policy]) -> list[Measured]:
         found = super().measure(policies)
         gated = [isinstance(p, Adaptive) and p.page_bits != 0 for p in policies]
-        return [measured(3 * m.kl, m.cost) if both else m for m, both in zip(found, gated, strict=True)]
+        return [times(m, 3) if both else m for m, both in zip(found, gated, strict=True)]
 
 
 def test_losses_that_do_not_add_up() -> None:
     here = Together()
     for name, trial in here.search().run(BUDGET).items():
         assert trial.loss <= BUDGET[name]
-        pages = min(s + READ * (f / BUDGET[name]) ** 0.4 for f, s in BITS.values())
+        parts = [part * BUDGET[name] for part in (1, DECODE_PART)]
+        pages = min(np.mean([s + READ * (f / part) ** 0.4 for part in parts]) for f, s in BITS.values())
         assert trial.cost <= 1.1 * pages
 
 
 def test_a_budget_that_cannot_be_met() -> None:
     class Bad(World):
         def measure(self, policies: Sequence[Policy]) -> list[Measured]:
-            return [measured(m.kl + 0.001, m.cost) for m in super().measure(policies)]
+            return [times(m, 1, 0.001) for m in super().measure(policies)]
 
     with pytest.raises(
         ArgumentError, match=r"balanced budget of 0\.0005 nats cannot be met: the best is .*0\.00"
@@ -284,7 +311,7 @@ def test_a_budget_that_cannot_be_met() -> None:
 
 
 def test_trials_that_lose_nothing_have_logarithms() -> None:
-    assert Trial(Dense(), measured(0.0, 50.0)).loss > 0
+    assert min(Trial(Dense(), measured((0.0, 50.0), (0.0, 50.0))).losses) > 0
 
 
 # ---- the command ----
@@ -339,15 +366,15 @@ def test_from_end_to_end(model: Path, prose: Path, capsys: pytest.CaptureFixture
 
 def test_says_which_presets_are_over_their_budget() -> None:
     """What a budget bounds is the end of the interval, of prefill and of decode."""
-    within = Measured(900, 0.004, 0.003, 0.01, 97.5, 20.0, 200, 0.002, 0.001, 0.006, 12.0)
+    within = Measured(900, 0.004, 0.003, 0.01, 97.5, 20.0, 200, 0.002, 0.001, 0.0035, 12.0)
     profile = profile_of("00")  # each with a budget of 0.01
     found = [
         over_budget(replace(profile, presets={"balanced": replace(profile.presets["balanced"], measured=m)}))
         for m in (
             within,
             replace(within, kl_high=0.011),
-            replace(within, decode_kl_high=0.011),
-            replace(within, decode_kl=0.012, decode_kl_high=0.02),
+            replace(within, decode_kl_high=0.0041),
+            replace(within, decode_kl=0.0041, decode_kl_high=0.006),
         )
     ]
     assert found[0] == []

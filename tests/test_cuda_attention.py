@@ -57,6 +57,7 @@ paged = st.builds(
     static_local=st.just(True),
     page_bits=st.sampled_from([2, 3, 4, GRADED]),
     page_share=st.sampled_from([0.001, 0.01, 0.1, 0.5]),
+    decode_share=st.sampled_from([None, 0.002, 0.2]),
     page_drop=st.sampled_from([1.0, 0.3]),
 )
 # In how many queries a prompt is cut: 0 stands for all but the last, prefill and one step of decode.

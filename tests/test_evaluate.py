@@ -152,9 +152,20 @@ def calibration(rng: np.random.Generator, moments: str) -> Calibration:
     )
 
 
+def test_rows_with_shares_for_decode() -> None:
+    choice = Choice(
+        policies=["pages"], page_shares=(0.01, 0.02), decode_shares=(0.001, 0.002), page_bits=(3,)
+    )
+    assert [(row.name, row.policy) for row in candidates(choice)] == [
+        (f"pages 3-bit, {d:g} in decode {p:g}", Dense(page_bits=3, page_share=p, decode_share=d))
+        for d in (0.001, 0.002)
+        for p in (0.01, 0.02)
+    ]
+
+
 def test_rows_of_a_choice(rng: np.random.Generator) -> None:
     local = np.array([[0.9, 0.8, 0.1, 0.7], [0.6, 0.5, 0.4, 0.3]])
-    choice = Choice(WINDOW, SINKS, tuple(ROWS), (0.5, 0.9), (0.5,), (0.01,), (2, "graded"))
+    choice = Choice(WINDOW, SINKS, tuple(ROWS), (0.5, 0.9), (0.5,), (0.01,), page_bits=(2, "graded"))
     geometry: dict[str, Any] = {"window": WINDOW, "sinks": SINKS}
     settings = [(granularity, threshold) for granularity in ("head", "group") for threshold in (0.5, 0.9)]
     prompt, other = (calibration(rng, moments) for moments in ("prompt", "calibrated"))
@@ -502,6 +513,7 @@ BAD = [
     (["--policies", "oracle", "--thresholds", "-1"], "threshold"),
     (["--page-bits", "5"], "page_bits"),
     (["--page-shares", "1.5"], "page_share"),
+    (["--decode-shares", "1.5"], "decode_share"),
     (["--shares", "1.5"], "share of local heads"),
     (["--ctx", "99999"], "4096"),
     (["--ctx", "0"], "--ctx"),

@@ -175,6 +175,20 @@ def test_the_step_is_the_formula() -> None:
     assert math.log(share / (1 - share)) == pytest.approx(math.log(0.005 / 0.995) + control.page_shift)
 
 
+def test_both_page_shares_move_together() -> None:
+    policy = controller(Dense(page_bits=3, page_share=0.01, decode_share=0.002))
+    control = policy.step(Control.none(N_LAYERS), [audit_with(0.0)])
+    assert control.page_shift > 0
+    native = policy.native(control)
+    for name, share in (("page_share", 0.01), ("decode_share", 0.002)):
+        moved = math.log(native[name] / (1 - native[name]))
+        assert moved == pytest.approx(math.log(share / (1 - share)) + control.page_shift)
+    strict, loose = (policy.native(control) for control in ends(policy))
+    assert strict["page_bits"] == 0
+    most = 1 / (1 + math.exp(-PAGE_MARGIN[1]))
+    assert (loose["page_share"], loose["decode_share"]) == (pytest.approx(most), pytest.approx(most))
+
+
 def ends(policy: Controller) -> tuple[Control, Control]:
     """Where nothing but misses leads to, and none."""
     strict = loose = Control.none(N_LAYERS)

@@ -25,6 +25,7 @@ paged = st.builds(
     static_local=st.just(True),
     page_bits=st.sampled_from([2, 3, 4, GRADED]),
     page_share=st.sampled_from([0.001, 0.01, 0.1, 0.5]),
+    decode_share=st.sampled_from([None, 0.002, 0.2]),
     page_drop=st.sampled_from([1.0, 0.3, 0.01]),
 )
 
@@ -75,6 +76,20 @@ def test_threads_change_nothing(
         one, many = (run(x, policy, n_threads=threads, chunk=chunk) for threads in (1, n_threads))
         assert np.array_equal(one.output, many.output)
         assert one.stats == many.stats
+
+
+@settings(max_examples=10, deadline=None)
+@given(seed=SEEDS, shape=shapes)
+def test_each_share_is_for_its_tiles(seed: int, shape: tuple[int, int, int]) -> None:
+    """Queries one by one are cut at decode_share, tiles of many at page_share."""
+    x = random_inputs(seed, 300, *shape)
+    policy = Policy("dense", n_window=64, page_bits=3, page_share=0.5, decode_share=0.001)
+    alone = run(x, policy, chunk=1)
+    assert alone.stats == run(x, replace(policy, page_share=0.001, decode_share=None), chunk=1).stats
+    together = run(x, policy)
+    # No tile has one query: batches and pages begin and end elsewhere.
+    assert together.stats == run(x, replace(policy, decode_share=0.2)).stats
+    assert together.stats["pages_read"] < run(x, replace(policy, page_share=0.001)).stats["pages_read"]
 
 
 @settings(max_examples=10, deadline=None)

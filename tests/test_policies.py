@@ -21,6 +21,7 @@ gaussians = st.sampled_from(["lognormal", "frozen", "truncated"])
 pages = {
     "page_bits": st.sampled_from([0, 2, 3, 4]),
     "page_share": st.sampled_from([0, 0.005, 0.01, 1]) | st.floats(0, 1),
+    "decode_share": st.sampled_from([0, 0.005, 1]) | st.floats(0, 1),
     "page_drop": st.sampled_from([0, 0.1, 1]) | st.floats(0, 5),
 }
 
@@ -48,6 +49,7 @@ def test_text_form_reads_back(policy: Policy) -> None:
         ("oracle:0.5,granularity=head", Oracle(0.5, "head")),
         ("adaptive:1.5,window=64,sinks=4", Adaptive(1.5, window=64, sinks=4)),
         ("adaptive:0.9,page_bits=3,page_share=0.01", Adaptive(0.9, page_bits=3, page_share=0.01)),
+        ("dense,page_bits=3,decode_share=0.001", Dense(page_bits=3, decode_share=0.001)),
         ("oracle,page_bits=2,page_drop=0.1", Oracle(page_bits=2, page_share=0.005, page_drop=0.1)),
         ("dense,page_bits=4", Dense(page_bits=4)),
         ("adaptive:0.9,gaussian=truncated", Adaptive(0.9, gaussian="truncated")),
@@ -198,6 +200,7 @@ def test_static_labels(rng: np.random.Generator) -> None:
         ({"page_bits": True}, "page_bits: expected one of"),
         ({"page_bits": "3"}, "page_bits: expected one of"),
         ({"page_share": -0.1}, "page_share: expected a number from 0 to 1, got -0.1"),
+        ({"decode_share": 2}, "decode_share: expected a number from 0 to 1, got 2"),
         ({"page_share": float("nan")}, "page_share: expected a number from 0 to 1, got nan"),
         ({"page_drop": "0.1"}, "page_drop: expected a number of at least 0, got '0.1'"),
     ],
@@ -215,5 +218,7 @@ def test_page_settings_reach_the_library() -> None:
     for policy in (Dense, Oracle, Adaptive, partial(Static, [[1, 0]])):
         native = policy(**settings).native(1, 2)
         assert {name: native[name] for name in settings} == settings
+        assert "decode_share" not in native
+        assert policy(**settings, decode_share=0.002).native(1, 2)["decode_share"] == 0.002
         assert policy().native(1, 2)["page_bits"] == 0
     assert "page_bits" not in Window().native(1, 2)

@@ -36,7 +36,7 @@ from pyllm.attention import GRADED, PRESETS, UNCALIBRATED, Policy
 from pyllm.calibration import MOMENTS
 from pyllm.cli import main
 from pyllm.evaluate.candidates import Choice, Fitted, candidates
-from pyllm.profile import DESCRIPTION, Measured, Preset, Profile, beside
+from pyllm.profile import DECODE_PART, DESCRIPTION, Measured, Preset, Profile, beside
 
 SHAPE = (2, 8)  # of the tiny model
 OTHER = "0123456789abcdef"  # the fingerprint of no model
@@ -49,7 +49,7 @@ CALIBRATION = Calibration(
     (16, 600),
 )
 POLICIES = {
-    "conservative": Dense(page_bits=4, page_share=0.002),
+    "conservative": Dense(page_bits=4, page_share=0.002, decode_share=0.001),
     "balanced": Adaptive([0.95, 2.0], page_bits="graded", page_share=0.007, calibration=CALIBRATION),
     "aggressive": Window(window=512),
 }
@@ -86,6 +86,7 @@ def profile(model: Path) -> Profile:
 pages: dict[str, Any] = {
     "page_bits": st.sampled_from([0, 2, 3, 4]),
     "page_share": st.floats(0, 1),
+    "decode_share": st.none() | st.floats(0, 1),
     "page_drop": st.floats(0, 5),
     "window": st.integers(1, 2**31 - 1),
     "sinks": st.integers(0, 64),
@@ -156,8 +157,10 @@ def test_round_trip(
 
 
 def test_loss_and_cost() -> None:
-    assert MEASURED.loss == 0.006
-    assert replace(MEASURED, kl_high=0.007).loss == 0.007
+    assert MEASURED.prefill_loss == MEASURED.kl_high
+    assert MEASURED.decode_loss == MEASURED.decode_kl_high / DECODE_PART
+    assert MEASURED.loss == MEASURED.decode_loss > MEASURED.prefill_loss
+    assert replace(MEASURED, kl_high=1.0).loss == 1.0
     assert MEASURED.cost == 16
 
 

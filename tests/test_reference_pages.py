@@ -238,7 +238,10 @@ def plain_lists(arrays: Arrays, policy: Policy, result: AttentionResult, tiles: 
             scores = sketch.estimated_scores(q[t, h][None], bulk, 0.25)
             weights = np.exp(scores.reshape(n_read, 16)).sum(axis=1)
             share = weights / (weights.sum() + np.exp(result.decisions.local_mass[t, h]))
-            union |= sketch.wanted(share, policy.page_share, policy.page_drop)
+            cut = policy.page_share
+            if stop - start == 1 and policy.decode_share is not None:
+                cut = policy.decode_share
+            union |= sketch.wanted(share, cut, policy.page_drop)
         for t, h in ((t, h) for t in has_long for h in heads if is_long[t, h]):
             scored[t, h] = t in asked
             reads[t, h, :n_read] = union
@@ -262,6 +265,7 @@ policies = st.builds(
     thresholds=st.sampled_from([0.5, 0.9, 0.99]),
     page_bits=st.sampled_from([*sketch.BITS, sketch.GRADED]),
     page_share=st.sampled_from([0.0, 0.005, 0.02, 0.1]),
+    decode_share=st.sampled_from([None, 0.002, 0.2]),
     page_drop=st.sampled_from([1.0, 0.3, 0.05]),
 )
 
@@ -371,11 +375,12 @@ class TestAttend:
             {"page_bits": 1},
             {"page_bits": 5},
             {"page_share": -0.1},
+            {"decode_share": -0.1},
             {"page_drop": float("nan")},
         ],
     )
     def test_wrong_policy_is_refused(self, wrong: dict[str, Any]) -> None:
-        with pytest.raises(ValueError, match="page_"):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))} is"):
             Policy(**wrong)
 
 

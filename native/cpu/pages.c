@@ -1,7 +1,7 @@
 /* The page tier: which strips of the bulk a long head reads, judged by a low-bit sketch of the bulk's keys.
  *
  * A strip's share is its part of all attention of a query head, by sketched scores, beside the true local mass. A head
- * wants the strips whose share exceeds page_share. In a tile the long rows of a head read what any scored one of them
+ * wants the strips whose share exceeds page_share, in decode decode_share. In a tile the long rows of a head read what any scored one of them
  * wants, and where a group's heads share a list (attention_sharing), what any of all their scored rows wants. */
 #include "cpu.h"
 #include "sketch.h"
@@ -53,9 +53,9 @@ static void sum_pages(const page_job *job, int32_t begin, int32_t end, page_scra
     }
 }
 
-/* The share above which a strip is read: page_share, halved until what is left out is at most page_drop. */
-static float cut_share(const attention_policy *policy, const float *share, int32_t n_strips) {
-  float cut = policy->page_share;
+/* The share above which a strip is read: the policy's, halved until what is left out is at most page_drop. */
+static float cut_share(const attention_policy *policy, const query_tile *tile, const float *share, int32_t n_strips) {
+  float cut = attention_cut(tile, policy->page_share, policy->decode_share);
   for (int i = 0; i < 16 && policy->page_drop < 1; i++, cut /= 2) {
     float dropped = 0;
     for (int32_t s = 0; s < n_strips; s++) dropped += share[s] > cut ? 0 : share[s];
@@ -104,7 +104,7 @@ static void want(const page_job *job, const page_list *list, page_scratch *x) {
   for (int32_t i = 0; i < x->n; i++) {
     float *share = shares_of(job->b, x, i);
     job->be->kernels->strip_shares(share, n_strips);
-    float cut = cut_share(job->policy, share, n_strips);
+    float cut = cut_share(job->policy, list->tile, share, n_strips);
     /* Not a number counts as wanted: the safe side. */
     for (int32_t s = 0; s < n_strips; s++) list->wanted[s] |= !(share[s] <= cut);
   }

@@ -67,7 +67,7 @@ void release_policy(const backend *be, const attention_shape &s, device_policy &
 bool upload_policy(const backend *be, const attention_shape &s, const attention_policy &p, device_policy &d) {
   d = {};
   d.policy = p.policy, d.granularity = p.granularity, d.gaussian = p.gaussian, d.estimate = p.estimate;
-  d.page_bits = p.page_bits, d.page_share = p.page_share, d.page_drop = p.page_drop;
+  d.page_bits = p.page_bits, d.page_share = p.page_share, d.decode_share = p.decode_share, d.page_drop = p.page_drop;
   bool ok = true;
   each_array(s, p, d, [&](auto &there, auto *here, size_t n) {
     if (!here) return;

@@ -105,7 +105,7 @@ typedef struct device_policy {
   const float *coefficients;        /* (n_heads, 3) or NULL */
   const float *means, *covariances; /* (n_kv_heads, head_dim), (n_kv_heads, head_dim, head_dim); NULL: the prompt's */
   int32_t page_bits;
-  float page_share, page_drop;
+  float page_share, decode_share, page_drop;
   const uint16_t *channels; /* (n_kv_heads, head_dim) of a graded sketch */
 } device_policy;
 

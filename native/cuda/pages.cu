@@ -271,27 +271,28 @@ struct want_shared {
   float partial[WARP];
 };
 
-/* The share above which a strip is read: page_share, halved until what is left out is at most page_drop. */
-__device__ float cut_share(const device_policy &policy, const float *share, int32_t n, float *partial) {
-  float cut = policy.page_share;
-  for (int32_t i = 0; i < HALVINGS && policy.page_drop < 1; i++, cut /= 2) {
+/* The share above which a strip is read: `cut`, halved until what is left out is at most page_drop. */
+__device__ float cut_share(float cut, float page_drop, const float *share, int32_t n, float *partial) {
+  for (int32_t i = 0; i < HALVINGS && page_drop < 1; i++, cut /= 2) {
     float dropped = 0;
     for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) dropped += share[s] > cut ? 0 : share[s];
-    if (block_sum(dropped, partial) <= policy.page_drop) break;
+    if (block_sum(dropped, partial) <= page_drop) break;
   }
   return cut;
 }
 
 /* Turns a row's strip masses into shares of all its attention and marks the strips it wants. */
-__device__ void want_of_row(const device_policy &policy, float *share, int32_t n, float local_mass, uint8_t *wanted,
-                            float *partial) {
+__device__ void want_of_row(const device_policy &policy, const query_tile &tile, float *share, float local_mass,
+                            uint8_t *wanted, float *partial) {
+  int32_t n = tile.n_pages * STRIPS_PER_PAGE;
   float top = local_mass, sum = 0;
   for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) top = fmaxf(top, share[s]);
   top = block_max(top, partial);
   for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) sum += share[s] = expf(share[s] - top);
   float inverse = 1.0f / (block_sum(sum, partial) + expf(local_mass - top));
   for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) share[s] *= inverse;
-  float cut = cut_share(policy, share, n, partial);
+  float cut = attention_cut(&tile, policy.page_share, policy.decode_share);
+  cut = cut_share(cut, policy.page_drop, share, n, partial);
   /* Not a number counts as wanted: the safe side. */
   for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS)
     if (!(share[s] <= cut)) wanted[s] = 1;
@@ -304,8 +305,8 @@ __global__ void __launch_bounds__(WANT_THREADS) want_kernel(device_attention a, 
   int32_t head = head_of_row(a, blockIdx.y, gridDim.y);
   int64_t list = (int64_t)t * a.n_heads + head;
   for (int32_t r = blockIdx.x; r < scored_rows_of(a, tile, t, head); r += gridDim.x)
-    want_of_row(policy, strip_mass_at(a, head, r), tile.n_pages * STRIPS_PER_PAGE,
-                a.local_mass[a.scored_rows[list * SCORED_MOST + r]], a.wanted + list * a.max_strips, partial);
+    want_of_row(policy, tile, strip_mass_at(a, head, r), a.local_mass[a.scored_rows[list * SCORED_MOST + r]],
+                a.wanted + list * a.max_strips, partial);
 }
 
 /* ---- listing ---- */

@@ -48,11 +48,11 @@ __device__ void weigh_rows(const scored_list &l, float local_mass, pick_shared &
   if (lane == 0) s.row_top[row] = of_row, s.inverse[row] = 1.0f / (all + expf(local_mass - of_row));
 }
 
-/* wanted_above of every row: the mass of the share above which a strip is read, page_share, halved until what is left out
- * is at most page_drop. */
-__device__ void cut_rows(const scored_list &l, const device_policy &policy, pick_shared &s) {
+/* wanted_above of every row: the mass of the share above which a strip is read, the policy's, halved until what is left
+ * out is at most page_drop. */
+__device__ void cut_rows(const scored_list &l, const query_tile &tile, const device_policy &policy, pick_shared &s) {
   int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = warp / l.parts;
-  float cut = policy.page_share;
+  float cut = attention_cut(&tile, policy.page_share, policy.decode_share);
   for (int32_t i = 0; i < HALVINGS && policy.page_drop < 1; i++) {
     float dropped = 0;
     if (row < l.n_rows)
@@ -146,7 +146,7 @@ __global__ void __launch_bounds__(PICK_THREADS)
   if (threadIdx.x < HALVINGS) s.above[threadIdx.x] = 0;
   weigh_rows(l, row < l.n_rows ? a.local_mass[a.scored_rows[head * SCORED_MOST + row]] : 0, s);
   __syncthreads();
-  cut_rows(l, policy, s);
+  cut_rows(l, tile, policy, s);
   __syncthreads();
   int32_t n_strips = pick_strips(l, a.strips + (int64_t)head * a.max_strips, s);
   if (threadIdx.x != 0) return;

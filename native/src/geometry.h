@@ -70,6 +70,11 @@ ANYWHERE int32_t attention_scored_query(const query_tile *tile, int32_t i) {
   return tile->first + tile->n - 1 - i * attention_scored_stride(tile);
 }
 
+/* Above which share of attention a tile's heads want a strip: of a policy's two the one for prefill, or for decode. */
+ANYWHERE float attention_cut(const query_tile *tile, float page_share, float decode_share) {
+  return tile->n == 1 ? decode_share : page_share;
+}
+
 /* How many neighbouring heads of a group share a list of strips in a page tier: all where a tile has few rows of theirs, as
  * in decode, for there what is read is what costs; otherwise each has its own, for what is computed is. */
 enum { SHARED_ROWS = 64 };

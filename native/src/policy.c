@@ -26,9 +26,9 @@ static int32_t check_numbers(const pyllm_attention *a, pyllm_error *err) {
   if (a->estimate < PYLLM_GAUSSIAN || a->estimate > PYLLM_MAXIMUM)
     return fail(err, PYLLM_ERR_ARGUMENT, "estimate %d is unknown", a->estimate);
   if (a->n_window < 1) return fail(err, PYLLM_ERR_ARGUMENT, "attention window is %d, expected at least 1", a->n_window);
-  if (!(a->page_share >= 0) || !(a->page_drop >= 0))
-    return fail(err, PYLLM_ERR_ARGUMENT, "page_share is %g and page_drop %g, expected at least 0",
-                (double)a->page_share, (double)a->page_drop);
+  if (!(a->page_share >= 0) || !(a->decode_share >= 0) || !(a->page_drop >= 0))
+    return fail(err, PYLLM_ERR_ARGUMENT, "page_share is %g, decode_share %g and page_drop %g, expected at least 0",
+                (double)a->page_share, (double)a->decode_share, (double)a->page_drop);
   return policy_check_bits(a->page_bits, err);
 }
 
@@ -125,6 +125,7 @@ int32_t policy_new(const pyllm_attention *a, const policy_shape *s, attention_po
                         .covariances = copy_of(a->covariances, kv_heads * d * d * sizeof(float), &refused),
                         .page_bits = a->page_bits,
                         .page_share = a->page_share,
+                        .decode_share = a->decode_share,
                         .page_drop = a->page_drop,
                         .channels = copy_of(a->channels, kv_heads * d * sizeof(uint16_t), &refused)};
   if (refused) {

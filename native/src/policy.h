@@ -18,7 +18,7 @@ typedef struct attention_policy {
   float *means;        /* (n_layers, n_kv_heads, head_dim); NULL: the moments are the prompt's */
   float *covariances;  /* (n_layers, n_kv_heads, head_dim, head_dim) */
   int32_t page_bits;   /* 0: long heads read the whole bulk */
-  float page_share, page_drop;
+  float page_share, decode_share, page_drop;
   uint16_t *channels; /* (n_layers, n_kv_heads, head_dim) of a graded sketch */
 } attention_policy;
 

@@ -114,10 +114,11 @@ class NativeSession:
         covariances: NDArray[np.float32] | None = None,
         page_bits: int = 0,
         page_share: float = 0.0,
+        decode_share: float | None = None,
         page_drop: float = 1.0,
         channels: NDArray[np.uint16] | None = None,
     ) -> None:
-        """The fields of pyllm_attention, arrays contiguous.
+        """The fields of pyllm_attention, arrays contiguous; decode_share by default page_share.
 
         Raises ArgumentError for arrays of other shapes than the model's.
         """
@@ -125,7 +126,9 @@ class NativeSession:
         attention = ffi.new("pyllm_attention *")
         attention.policy, attention.granularity, attention.n_window = policy, granularity, n_window
         attention.gaussian, attention.estimate = gaussian, estimate
-        attention.page_bits, attention.page_share, attention.page_drop = page_bits, page_share, page_drop
+        attention.page_bits, attention.page_drop = page_bits, page_drop
+        attention.page_share = page_share
+        attention.decode_share = page_share if decode_share is None else decode_share
         heads = (self.info.n_layers, self.info.n_heads)
         kv_heads, d = (self.info.n_layers, self.info.n_kv_heads), self.info.head_dim
         given = {

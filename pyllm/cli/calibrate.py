@@ -146,9 +146,8 @@ def over_budget(profile: Profile) -> list[str]:
     """A sentence on every preset whose loss on the report's text is over its budget."""
     found = []
     for name, preset in profile.presets.items():
-        mean = max(preset.measured.kl, preset.measured.decode_kl)
         if preset.measured.loss > preset.budget:
-            where = "the interval ends" if mean <= preset.budget else "even the mean is"
+            where = "the interval ends" if preset.measured.mean_loss <= preset.budget else "even the mean is"
             found.append(
                 f"{name}: {where} over its budget of {preset.budget:g} nats on this text, though within it "
                 "where it was chosen: take more --limit"

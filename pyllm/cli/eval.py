@@ -30,7 +30,17 @@ HELP = "Compare attention policies with dense attention on long text or tasks: q
 
 DEFAULT_CONTEXT = 4096
 IMAGES = ("png", "svg", "pdf")
-FOR_TEXTS = ("text", "plot", "policies", "thresholds", "shares", "page_shares", "page_bits", "decode")
+FOR_TEXTS = (
+    "text",
+    "plot",
+    "policies",
+    "thresholds",
+    "shares",
+    "page_shares",
+    "decode_shares",
+    "page_bits",
+    "decode",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,9 +79,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--thresholds", _floats, THRESHOLDS, "of oracle and adaptive"),
         ("--shares", _floats, SHARES, "of heads that static labels call local"),
         ("--page-shares", _floats, PAGE_SHARES, "of attention above which the page tier reads a page"),
+        ("--decode-shares", _floats, (), "the same where tokens are evaluated one by one"),
         ("--page-bits", _page_bits, PAGE_BITS, "of the page tier's sketch: 2, 3, 4 or graded"),
     ):
-        shown = ",".join(f"{value}" for value in default)
+        shown = ",".join(f"{value}" for value in default) or "those of prefill"
         parser.add_argument(
             name, type=kind, default=default, metavar="A,B", help=f"{what} (default: {shown})"
         )
@@ -131,6 +142,7 @@ def run(args: argparse.Namespace) -> int:
         thresholds=args.thresholds,
         shares=args.shares,
         page_shares=args.page_shares,
+        decode_shares=args.decode_shares,
         page_bits=args.page_bits,
     )
     llm = options.open_llm(args)

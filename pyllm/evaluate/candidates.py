@@ -55,7 +55,8 @@ class Candidate:
 @dataclass(frozen=True)
 class Choice:
     """What the rows are made of. thresholds: of oracle and adaptive, >= 0. shares: of heads that static
-    labels call local, 0..1. page_shares, page_bits: of the page tier, as policies take them."""
+    labels call local, 0..1. page_shares, decode_shares, page_bits: of the page tier, as policies take them;
+    without decode_shares each page share holds in decode too."""
 
     window: int = 1024
     sinks: int = 16
@@ -63,6 +64,7 @@ class Choice:
     thresholds: Sequence[float] = THRESHOLDS
     shares: Sequence[float] = SHARES
     page_shares: Sequence[float] = PAGE_SHARES
+    decode_shares: Sequence[float] = ()
     page_bits: Sequence[PageBits] = PAGE_BITS
 
     def __post_init__(self) -> None:
@@ -79,6 +81,8 @@ class Choice:
             require_page_bits(bits)
         for share in self.page_shares:
             Dense(page_share=share)
+        for share in self.decode_shares:
+            Dense(decode_share=share)
 
     @property
     def geometry(self) -> dict[str, Any]:
@@ -154,9 +158,13 @@ def _window(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:
 
 def _tiers(choice: Choice, fitted: Fitted) -> Iterator[tuple[str, dict[str, Any], float]]:
     """The page tiers: what a line is called, what a policy takes, and its setting."""
-    for bits, share in itertools.product(choice.page_bits, choice.page_shares):
+    calibration = fitted.calibrations.get("prompt")
+    decode_shares = choice.decode_shares or (None,)
+    for bits, decode_share, share in itertools.product(choice.page_bits, decode_shares, choice.page_shares):
         name = GRADED if bits == GRADED else f"{bits}-bit"
-        yield name, page_tier(bits, share, fitted.calibrations.get("prompt")), share
+        if decode_share is not None:
+            name += f", {decode_share:g} in decode"
+        yield name, page_tier(bits, share, calibration, decode_share), share
 
 
 def _pages(choice: Choice, fitted: Fitted) -> Iterator[Candidate]:

@@ -17,8 +17,8 @@ BELOW = 5.0  # logarithms of shares that a curve goes on below the smallest meas
 
 @dataclass(frozen=True)
 class Bands:
-    """A gate in one band of layers at a time. loss: (n_bands,) nats, > 0. saved: (n_bands,) the part of dense
-    attention's cost that it saves."""
+    """A gate in one band of layers at a time. loss: (n_bands,) nats, > 0, as decode counts them. saved:
+    (n_bands,) the part of dense attention's cost that it saves."""
 
     loss: NDArray[np.float64]
     saved: NDArray[np.float64]
@@ -41,19 +41,18 @@ class Curve:
     """Loss and cost of the page tier over its share, between what was measured straight lines of the
     logarithms; beyond, the nearest piece goes on. All (n,), n >= 2, by share."""
 
-    bits: PageBits
     log_share: NDArray[np.float64]
     log_loss: NDArray[np.float64]
     log_cost: NDArray[np.float64]
 
     @classmethod
-    def of(cls, bits: PageBits, points: Mapping[float, tuple[float, float]]) -> Curve:
+    def of(cls, points: Mapping[float, tuple[float, float]]) -> Curve:
         """points: loss and cost, both above 0, by share."""
         shares = sorted(points)
         # Noise aside, who reads less loses more and costs less.
         loss = np.maximum.accumulate([points[share][0] for share in shares])
         cost = np.minimum.accumulate([points[share][1] for share in shares])
-        return cls(bits, np.log(shares), np.log(loss), np.log(cost))
+        return cls(np.log(shares), np.log(loss), np.log(cost))
 
     def loss(self, share: float) -> float:
         return self._at(share, self.log_loss)
@@ -70,6 +69,28 @@ class Curve:
         rising = self.log_loss + 1e-6 * np.arange(len(self.log_loss))
         log_share = _line(math.log(loss), rising, self.log_share)
         return float(f"{math.exp(min(max(log_share, self.log_share[0] - BELOW), 0.0)):.3g}")
+
+
+@dataclass(frozen=True)
+class Pages:
+    """The page tier by a sketch of these bits, in prefill and in decode, each with a share of its own.
+
+    What decode loses by a prompt that was read with loss is small beside its own, and counted as its own.
+    """
+
+    bits: PageBits
+    prefill: Curve
+    decode: Curve
+
+    def shares(self, loss: float) -> tuple[float, float]:
+        """Of prefill and of decode, the largest with which neither loses more."""
+        return self.prefill.share(loss), self.decode.share(loss)
+
+    def loss(self, shares: tuple[float, float]) -> float:
+        return max(self.prefill.loss(shares[0]), self.decode.loss(shares[1]))
+
+    def cost(self, shares: tuple[float, float]) -> float:
+        return (self.prefill.cost(shares[0]) + self.decode.cost(shares[1])) / 2
 
 
 def _line(x: float, xs: NDArray[np.float64], ys: NDArray[np.float64]) -> float:

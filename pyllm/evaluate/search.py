@@ -15,13 +15,13 @@ from numpy.typing import NDArray
 from pyllm.attention import GRADED, Adaptive, Dense, PageBits, Policy, page_tier
 from pyllm.calibration import Calibration
 from pyllm.errors import ArgumentError
-from pyllm.evaluate.curves import Bands, Curve
+from pyllm.evaluate.curves import Bands, Curve, Pages
 from pyllm.evaluate.static_labels import NEVER_LOCAL
-from pyllm.profile import Measured
+from pyllm.profile import DECODE_PART, Measured
 
 PAGE_BITS: tuple[PageBits, ...] = (GRADED, 3)  # 2 and 4 were never the cheapest
 PAGE_SHARES = (0.003, 0.01, 0.03)
-REFINEMENTS = 2  # times that a page share is moved towards the budget
+REFINEMENTS = 2  # times that page shares are moved towards the budget
 BANDS = 10  # of neighbouring layers at most, which have a gate together or none
 ATTEMPTS = 2  # at a gate, each with fewer layers
 PARTS_OF_PAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of a budget; a gate may have the rest
@@ -43,6 +43,11 @@ class Trial:
     @property
     def loss(self) -> float:
         return max(self.measured.loss, NEGLIGIBLE)
+
+    @property
+    def losses(self) -> tuple[float, float]:
+        """Of prefill and of decode."""
+        return max(self.measured.prefill_loss, NEGLIGIBLE), max(self.measured.decode_loss, NEGLIGIBLE)
 
     @property
     def cost(self) -> float:
@@ -69,7 +74,8 @@ class Search:
         Raises ArgumentError, with the best that was reached, for budgets that no policy keeps; it tells what
         keeps the others.
         """
-        pages = [self._pages(bits, share) for bits in PAGE_BITS for share in PAGE_SHARES]
+        shares = [(share, DECODE_PART * share) for share in PAGE_SHARES]
+        pages = [self._pages(bits, pair) for bits in PAGE_BITS for pair in shares]
         self._try([*pages, *self.gates])
         for _ in range(REFINEMENTS):
             self._try([self._refined(budget) for budget in budgets.values() if not self._is_near(budget)])
@@ -105,26 +111,34 @@ class Search:
 
     # ---- pages ----
 
-    def _curves(self) -> list[Curve]:
+    def _curves(self) -> list[Pages]:
         """Of the page tier without a gate, one per number of bits."""
-        pages = [(t.policy, t) for t in self.trials if isinstance(t.policy, Dense)]
-        return [
-            Curve.of(bits, {p.page_share: (t.loss, t.cost) for p, t in pages if p.page_bits == bits})
-            for bits in PAGE_BITS
-        ]
+        trials = [(t.policy, t) for t in self.trials if isinstance(t.policy, Dense)]
+        found = []
+        for bits in PAGE_BITS:
+            of_bits = [(policy, t.losses, t.measured) for policy, t in trials if policy.page_bits == bits]
+            prefill = {p.page_share: (losses[0], m.bulk_work) for p, losses, m in of_bits}
+            decode = {p.decode_share: (losses[1], m.bulk_read) for p, losses, m in of_bits if p.decode_share}
+            found.append(Pages(bits, Curve.of(prefill), Curve.of(decode)))
+        return found
 
     def _is_near(self, budget: float) -> bool:
-        """Whether some pages lose nearly the budget already."""
+        """Whether some pages lose nearly the budget already, in prefill and in decode."""
         pages = [trial for trial in self.trials if isinstance(trial.policy, Dense)]
-        return any(NEAR * budget <= trial.loss <= budget for trial in pages)
+        return any(NEAR * budget <= min(trial.losses) and trial.loss <= budget for trial in pages)
 
     def _refined(self, budget: float) -> Policy:
         """The pages that should be cheapest within the budget, by interpolation."""
-        curve = min(self._curves(), key=lambda curve: curve.cost(curve.share(AIM * budget)))
-        return self._pages(curve.bits, curve.share(AIM * budget))
+        plans = [(curves, curves.shares(AIM * budget)) for curves in self._curves()]
+        curves, shares = min(plans, key=lambda plan: plan[0].cost(plan[1]))
+        return self._pages(curves.bits, shares)
 
-    def _pages(self, bits: PageBits, share: float) -> Dense:
-        return Dense(**page_tier(bits, share, self.calibration), **self.geometry)
+    def _pages(self, bits: PageBits, shares: tuple[float, float]) -> Dense:
+        return Dense(**self._tier(bits, shares), **self.geometry)
+
+    def _tier(self, bits: PageBits, shares: tuple[float, float]) -> dict[str, Any]:
+        """shares: of prefill and of decode."""
+        return page_tier(bits, shares[0], self.calibration, decode_share=shares[1])
 
     # ---- gates ----
 
@@ -153,23 +167,42 @@ class Search:
         ]
         found = self.measure_band(policies)
         saved = np.array([1 - measured.cost / 100 for measured in found])
-        return Bands(np.array([max(measured.loss, NEGLIGIBLE) for measured in found]), saved)
+        return Bands(np.array([max(measured.decode_loss, NEGLIGIBLE) for measured in found]), saved)
 
     def _gated(self, gate: Adaptive, measured: Bands, budget: float) -> Policy | None:
         """Pages behind the gate in some bands, as the measured curves and bands predict them; None where
         no gate at all is predicted to be cheapest."""
         plans = [
-            (*measured.chosen(budget - curve.loss(share)), curve, share)
-            for curve in self._curves()
-            for share in (curve.share(part * budget) for part in PARTS_OF_PAGES)
+            _planned(curves, measured, part * budget, budget)
+            for curves in self._curves()
+            for part in PARTS_OF_PAGES
         ]
-        best = min(plans, key=lambda plan: (1 - plan[1]) * plan[2].cost(plan[3]), default=None)
-        if best is None or not best[0]:
+        best = min(plans, key=lambda plan: plan.cost)
+        if not best.bands:
             return None
-        chosen, _, curve, share = best
-        layers = [layer for band in chosen for layer in bands(self.n_layers)[band]]
+        layers = [layer for band in best.bands for layer in bands(self.n_layers)[band]]
         thresholds = _thresholds(gate, self.n_layers, layers)
-        return replace(gate, threshold=thresholds, **page_tier(curve.bits, share, self.calibration))
+        return replace(gate, threshold=thresholds, **self._tier(best.bits, best.shares))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A gate in some bands before pages, and what they are predicted to cost together."""
+
+    bands: list[int]
+    bits: PageBits
+    shares: tuple[float, float]
+    cost: float
+
+
+def _planned(curves: Pages, measured: Bands, of_pages: float, budget: float) -> _Plan:
+    """of_pages: nats that pages may lose in decode, where bands have the rest of the budget. In prefill a
+    gate loses as much of a larger budget, and pages have the rest."""
+    decode = curves.decode.share(of_pages)
+    chosen, saved = measured.chosen(budget - curves.decode.loss(decode))
+    prefill = curves.prefill.share(budget - DECODE_PART * float(measured.loss[chosen].sum()))
+    shares = (prefill, decode)
+    return _Plan(chosen, curves.bits, shares, (1 - saved) * curves.cost(shares))
 
 
 def bands(n_layers: int) -> list[list[int]]:

@@ -9,7 +9,7 @@ estimate are distances on it. Once per control period every layer's margins move
 A rate of all pairs falls with growing τ, from the rate of truly long heads at τ = 0 to 0 at τ > 1, and is
 defined wherever there were audits. (A rate of the heads called local would be undefined where none is, and
 need not fall.) Long heads that read pages have their rate, page_miss, over the same pairs, and page_share
-follows it on the same scale.
+and decode_share follow it on the same scale, both by the same distance.
 
 Where some heads may be local, those whose threshold is above 1 never are, and stay so: whoever set them
 apart, as `pyllm calibrate` does, measured what opening them costs in divergence, which no miss rate tells.
@@ -33,8 +33,9 @@ from pyllm.guard.audit import Audit
 DRIFT = 0.25
 # Margins end here: beyond, all heads are long (τ > 1) or local (τ = 0).
 MARGIN = 8.0
-# ln(ε/(1−ε)) of page_share; at the low end long heads read everything, at the high one nearly nothing.
+# ln(ε/(1−ε)) of a page share; at the low end long heads read everything, at the high one nearly nothing.
 PAGE_MARGIN = (-12.0, 0.0)
+PAGE_SHARES = ("page_share", "decode_share")
 # Nats by which a repair tightens what it found at fault, beside what the step does.
 TIGHTEN = 1.0
 
@@ -42,7 +43,7 @@ TIGHTEN = 1.0
 @dataclass(frozen=True)
 class Control:
     """Distances from what the policy says, in nats: shift (n_layers,), of its margins; page_shift, of
-    ln(ε/(1−ε)). Zero is the policy itself."""
+    ln(ε/(1−ε)) of its page shares. Zero is the policy itself."""
 
     shift: NDArray[np.float64]
     page_shift: float = 0.0
@@ -65,7 +66,8 @@ class Controller:
         self._margins = None if thresholds is None else logit(thresholds, -MARGIN, MARGIN)
         self._moves = ~never_local(np.zeros((n_layers, n_heads)) if thresholds is None else thresholds)
         self._pages = bool(self._native.get("page_bits"))
-        self._page_margin = float(logit(self._native.get("page_share", 0.0), *PAGE_MARGIN))
+        shares = {name: self._native[name] for name in PAGE_SHARES if name in self._native}
+        self._page_margins = {name: float(logit(share, *PAGE_MARGIN)) for name, share in shares.items()}
 
     def step(self, control: Control, audits: Sequence[Audit]) -> Control:
         """After a control period with these audits."""
@@ -96,8 +98,12 @@ class Controller:
             greatest = self._margins.max(axis=1, initial=-MARGIN, where=self._moves)
             least = self._margins.min(axis=1, initial=MARGIN, where=self._moves)
             shift = np.clip(shift, -MARGIN - greatest, MARGIN - least)
-        low, high = (end - self._page_margin for end in PAGE_MARGIN)
-        return Control(shift, min(max(page_shift, low), high) if self._pages else 0.0)
+        if not self._pages:
+            return Control(shift)
+        # As far as every share reaches an end.
+        low = PAGE_MARGIN[0] - max(self._page_margins.values())
+        high = PAGE_MARGIN[1] - min(self._page_margins.values())
+        return Control(shift, min(max(page_shift, low), high))
 
     def native(self, control: Control) -> dict[str, Any]:
         """The policy under control, as `NativeSession.set_attention` takes it."""
@@ -108,9 +114,9 @@ class Controller:
             moves = self._moves & (shift != 0)
             settings["thresholds"] = np.where(moves, moved, settings["thresholds"]).astype(np.float32)
         if self._pages and control.page_shift:
-            margin = self._page_margin + control.page_shift
-            settings["page_share"] = float(1 / (1 + np.exp(-margin)))
-            if margin <= PAGE_MARGIN[0]:
+            margins = {name: margin + control.page_shift for name, margin in self._page_margins.items()}
+            settings |= {name: _share(margin) for name, margin in margins.items()}
+            if max(margins.values()) <= PAGE_MARGIN[0]:
                 settings["page_bits"] = 0
         return settings
 
@@ -127,6 +133,12 @@ def logit(share: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
     with np.errstate(divide="ignore"):
         odds = np.log(x) - np.log1p(-np.minimum(x, 1.0))
     return np.asarray(np.clip(odds, low, high))
+
+
+def _share(margin: float) -> float:
+    """ε of a margin ln(ε/(1−ε)), none beyond `PAGE_MARGIN`; what is all but 0 there is 0."""
+    low, high = PAGE_MARGIN
+    return float(1 / (1 + np.exp(-min(margin, high)))) if margin > low else 0.0
 
 
 def threshold(margin: NDArray[np.float64]) -> NDArray[np.float64]:

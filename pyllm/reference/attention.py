@@ -53,8 +53,9 @@ class Policy:
     means, covariances: (n_layers, G, d), (n_layers, G, d, d) of other text's keys, in place of the bulk's.
     page_bits: of the key sketch that tells a long head what to read: 2, 3, 4, or "graded", in the order of
     channels, (n_layers, G, d), by default as they stand; 0 reads the whole bulk.
-    page_share, page_drop: a head wants the read pages whose share exceeds page_share, or less until those it
-    does not want hold at most page_drop (1: no bound); rounded to float32, as the library takes them.
+    page_share, decode_share, page_drop: a head wants the read pages whose share exceeds page_share, or for a
+    query that is a tile by itself, as in decode, decode_share (None: the same), or less until those it does
+    not want hold at most page_drop (1: no bound); rounded to float32, as the library takes them.
     """
 
     kind: str = "dense"
@@ -70,6 +71,7 @@ class Policy:
     covariances: npt.NDArray[np.float32] | None = None
     page_bits: PageBits = 0
     page_share: float = 0.005
+    decode_share: float | None = None
     page_drop: float = 1.0
     channels: npt.NDArray[np.uint16] | None = None
 
@@ -82,12 +84,18 @@ class Policy:
             raise ValueError("kind is 'static' but static_local is missing")
         if self.page_bits not in (0, *BITS, GRADED):
             raise ValueError(f"page_bits is {self.page_bits!r}, expected 0, {GRADED!r} or one of {BITS}")
-        if not (self.page_share >= 0 and self.page_drop >= 0):
-            raise ValueError(f"page_share is {self.page_share} and page_drop {self.page_drop}, expected >= 0")
+        for name in ("page_share", "decode_share", "page_drop"):
+            value = getattr(self, name)
+            if value is not None and not value >= 0:
+                raise ValueError(f"{name} is {value}, expected >= 0")
         if self.n_window < 1 or not 0 <= self.n_sink <= PAGE:
             raise ValueError(
                 f"n_window is {self.n_window} and n_sink {self.n_sink}, expected >= 1 and 0..{PAGE}"
             )
+
+    def cut(self, n: int) -> float:
+        """The share above which the heads of a tile of n queries want a read page."""
+        return self.page_share if n > 1 or self.decode_share is None else self.decode_share
 
 
 @dataclass(frozen=True)
@@ -354,7 +362,7 @@ def list_reads(
             queries = tile[g, first : first + n_sharing]
             heads = slice(g * group + first, g * group + first + n_sharing)
             long, mass = is_long[:, heads].T, local_mass[:, heads].T
-            wanted, asked = read_pages(queries, long, mass, bulk, scale, policy.page_share, policy.page_drop)
+            wanted, asked = read_pages(queries, long, mass, bulk, scale, policy.cut(n), policy.page_drop)
             reads[:, heads] &= wanted
             scored[:, heads] = asked[:, None] & is_long[:, heads]
     return reads, scored

@@ -131,18 +131,18 @@ def shares(scores: Doubles, local_mass: Doubles) -> Doubles:
     return np.asarray(share.sum(axis=2))
 
 
-def wanted(share: Doubles, page_share: float, page_drop: float) -> Bools:
-    """The read pages (R) of one query head whose share (R) exceeds a cut.
+def wanted(share: Doubles, cut: float, page_drop: float) -> Bools:
+    """The read pages (R) of one query head whose share (R) exceeds the cut.
 
-    The cut is page_share, halved until the shares it leaves out sum to at most page_drop; 1 is no bound.
+    It is halved until the shares it leaves out sum to at most page_drop; 1 is no bound.
     """
-    cut = np.float32(page_share)
+    least = np.float32(cut)
     if page_drop < 1:
         for _ in range(MAX_HALVINGS):
-            if share[share <= cut].sum() <= np.float32(page_drop):
+            if share[share <= least].sum() <= np.float32(page_drop):
                 break
-            cut /= np.float32(2)
-    return np.asarray(share > cut)
+            least /= np.float32(2)
+    return np.asarray(share > least)
 
 
 def heads_sharing(n: int, group: int) -> int:
@@ -174,7 +174,7 @@ def read_pages(
     local_mass: Doubles,
     s: Sketch,
     scale: float,
-    page_share: float,
+    cut: float,
     page_drop: float,
 ) -> tuple[Bools, Bools]:
     """What the long ones of the heads of a tile that share a list read, (R), and the queries (n) that were
@@ -187,5 +187,5 @@ def read_pages(
     share = shares(estimated_scores(np.asarray(queries)[asked], s, scale), local_mass[asked])
     reads = np.zeros(share.shape[1], bool)
     for of_head in share:
-        reads |= wanted(of_head, page_share, page_drop)
+        reads |= wanted(of_head, cut, page_drop)
     return reads, scored
