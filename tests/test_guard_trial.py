@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,6 @@ import pytest
 from pyllm import LLM, Adaptive, Dense, Guard, Window
 from pyllm.cli import main
 from pyllm.guard import trial
-from pyllm.guard.tally import Tally
 from pyllm.profile import beside
 from test_profile import CALIBRATION, profile_of
 
@@ -40,7 +38,25 @@ def test_control_is_handed_on_from_document_to_document(tiny: LLM) -> None:
     assert early.audits > 0
     # Random attention has misses in the first document only: the second begins where that one ended.
     assert (early.miss_rate or 0) > (late.miss_rate or 0)
+    assert course.thresholds is not None
     assert (course.thresholds > 0).all()
+
+
+def test_pages_only_get_stricter(tiny: LLM) -> None:
+    tokens = np.random.default_rng(0).integers(0, 256, 1400).astype(np.int32)
+    guard = Guard(audit_rate=1 / 8, control_period=64, repair=False)
+    policy = Dense(window=64, page_bits=3)
+    loose, strict = (
+        trial.run(tiny, tokens, policy, start, guard, 700, lambda _: None) for start in (0.5, 1e-5)
+    )
+    assert loose.thresholds is None
+    assert loose.page_share is not None
+    assert loose.page_share < 0.5
+    early, late = (loose.miss_rate(loose.half(second)) for second in (False, True))
+    assert (early or 0) > (late or 0)
+    # Nothing is missed, and no share is looser for it.
+    assert strict.miss_rate(strict.half(False)) == 0
+    assert strict.page_share == pytest.approx(1e-5)
 
 
 def test_starts_leave_what_never_is_local() -> None:
@@ -50,11 +66,9 @@ def test_starts_leave_what_never_is_local() -> None:
     assert trial.starting(Adaptive([0.5, 0.9]), 2.0) == Adaptive(2.0)
 
 
-def pieces_of(missed: np.ndarray) -> list[Tally]:
+def pieces_of(missed: np.ndarray) -> list[tuple[np.ndarray, int]]:
     """missed (n, audits): the share of all heads that did, in every audit of every piece."""
-    empty = Tally.empty(4, 8)
-    sums = [np.full((4, 8), int(piece.sum())) for piece in missed]
-    return [replace(empty, audits=missed.shape[1], missed=total) for total in sums]
+    return [(np.full((4, 8), int(piece.sum())), missed.shape[1]) for piece in missed]
 
 
 def test_the_interval_holds_where_heads_err_together() -> None:
@@ -130,7 +144,7 @@ def test_presets_and_fitted_estimates(
 ) -> None:
     model = Path(shutil.copy(tiny_model, tmp_path / "m.gguf"))
     fitted = Adaptive([0.9, 2.0], window=64, page_bits=3, estimate="maximum", calibration=CALIBRATION)
-    presets = {"conservative": Dense(page_bits=4), "balanced": fitted, "aggressive": Window()}
+    presets = {"conservative": Dense(window=64, page_bits=4), "balanced": fitted, "aggressive": Window()}
     profile_of(LLM(model).fingerprint, presets).save(beside([model]))
     size = ["--tokens", "1024", "--document", "600", "--text", str(text), "--json"]
     command = ["guard", "-m", str(model), *size, "--starts", "0,2", "--attention"]
@@ -140,8 +154,14 @@ def test_presets_and_fitted_estimates(
         assert course["thresholds"][1] == 2
     assert main([*command, "adaptive:0.9,window=64,estimate=maximum"]) == 0
     capsys.readouterr()
-    assert main([*command, "conservative"]) == 1
-    assert "thresholds, and dense,page_bits=4 has none" in capsys.readouterr().err
+    assert main([*command, "aggressive"]) == 1
+    assert "the shares of pages, and window" in capsys.readouterr().err
+    assert main([*command[:-3], "--attention", "conservative"]) == 0
+    courses = json.loads(capsys.readouterr().out)["courses"]
+    assert [course["start"] for course in courses] == [0.1, 0.01, 0.001]
+    assert all(course["thresholds"] is None and course["page_share"] <= course["start"] for course in courses)
+    assert main([*command[:-3], "--starts", "2", "--attention", "conservative"]) == 1
+    assert "page_share: expected a number from 0 to 1, got 2" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from pyllm.attention import Adaptive
+from pyllm.attention import Adaptive, Policy
 from pyllm.cli import options
 from pyllm.cli.terminal import percent, prefill_bar, render
 from pyllm.errors import ArgumentError
@@ -18,6 +18,8 @@ from pyllm.guard import Guard, trial
 from pyllm.llm import LLM
 
 HELP = "Try the guard's controller: does the miss rate reach its target, from any first threshold?"
+THRESHOLDS = (0.0, 0.9, 2.0)  # every head local, as usual, every head long
+PAGE_SHARES = (0.1, 0.01, 0.001)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,10 +33,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--document", type=int, default=4096, metavar="N", help="default: %(default)s tokens")
     group.add_argument(
         "--starts",
-        type=thresholds,
-        default=(0.0, 0.9, 2.0),
+        type=numbers_of,
         metavar="X,...",
-        help="first thresholds (default: 0,0.9,2: every head local, as usual, every head long)",
+        help="first thresholds (default: 0,0.9,2: every head local, as usual, every head long); with an "
+        "--attention of pages alone, first page shares, which only get stricter (default: 0.1,0.01,0.001)",
     )
     group.add_argument("--miss-target", type=float, default=guard.miss_target, help="default: %(default)s")
     group.add_argument("--audit-rate", type=float, default=guard.audit_rate, help="default: %(default)g")
@@ -42,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--json", action="store_true", help="the numbers as JSON, by layer too")
 
 
-def thresholds(text: str) -> tuple[float, ...]:
+def numbers_of(text: str) -> tuple[float, ...]:
     """Numbers separated by commas; for argparse."""
     return tuple(float(number) for number in text.split(","))
 
@@ -51,12 +53,14 @@ def run(args: argparse.Namespace) -> int:
     guard = Guard(audit_rate=args.audit_rate, miss_target=args.miss_target, repair=False, seed=args.seed)
     llm = options.open_llm(args)
     policy = llm.attention if args.attention else Adaptive(window=256)
-    if not isinstance(policy, Adaptive):
+    if not isinstance(policy, Adaptive) and not policy.sketch:
         raise ArgumentError(
-            f"--attention: the controller moves adaptive attention's thresholds, and {policy} has none"
+            "--attention: the controller moves adaptive attention's thresholds and the shares of pages, and "
+            f"{policy} has none"
         )
-    for start in args.starts:
-        trial.starting(policy, start)  # refuses what is no threshold
+    starts = args.starts or (THRESHOLDS if isinstance(policy, Adaptive) else PAGE_SHARES)
+    for start in starts:
+        trial.starting(policy, start)  # refuses what is no threshold, or no share
     least = policy.window + 512
     if not least <= args.document <= llm.n_ctx:
         raise ArgumentError(
@@ -72,9 +76,9 @@ def run(args: argparse.Namespace) -> int:
         def on_tokens(n: int) -> None:
             nonlocal done
             done += n
-            tick(done, len(tokens) * len(args.starts))
+            tick(done, len(tokens) * len(starts))
 
-        for start in args.starts:
+        for start in starts:
             courses.append(trial.run(llm, tokens, policy, start, guard, args.document, on_tokens))
     found = [numbers(course, guard) for course in courses]
     if args.json:
@@ -90,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     else:
         target = f"target {100 * guard.miss_target:g} %"
         print(f"{llm.name}: {len(tokens):,} tokens, at most {args.document:,} to a document, {target}")
-        print(render(table(found)), end="")
+        print(render(table(found, policy)), end="")
     return 0
 
 
@@ -111,32 +115,41 @@ def numbers(course: trial.Course, guard: Guard) -> dict[str, Any]:
     """Of one course, as the JSON has them: null where nothing was audited. The interval and what follows it
     are of the second half."""
     early, late = course.half(False), course.half(True)
+    rate, by_layer = course.miss_rate(late), course.missed(late).mean(axis=1)
     return {
         "start": course.start,
         "audits": early.audits + late.audits,
-        "miss_rate_first_half": early.miss_rate,
-        "miss_rate_second_half": late.miss_rate,
+        "miss_rate_first_half": course.miss_rate(early),
+        "miss_rate_second_half": rate,
         "interval": course.interval,
-        "of_target": late.miss_rate / guard.miss_target if late.miss_rate is not None else None,
-        "heads_local": course.heads_local,
+        "of_target": rate / guard.miss_target if rate is not None else None,
+        "heads_local": course.late.heads_local,
+        "bulk_work": course.late.bulk_work,
         "lost_share": late.lost_share,
-        "thresholds": np.round(course.thresholds, 4).tolist(),
-        "layers": np.round(late.miss_rates()[0].mean(axis=1), 5).tolist() if late.audits else None,
+        "thresholds": None if course.thresholds is None else np.round(course.thresholds, 4).tolist(),
+        "page_share": course.page_share,
+        "layers": np.round(by_layer / late.audits, 5).tolist() if late.audits else None,
     }
 
 
-def table(found: list[dict[str, Any]]) -> Table:
-    columns = ("first threshold", "audits", "misses, first half", "second half", "of target", "heads local")
-    shown = Table(*columns, "threshold", box=None)
+def table(found: list[dict[str, Any]], policy: Policy) -> Table:
+    paged = not isinstance(policy, Adaptive)
+    moved, cost = ("page share", "bulk work") if paged else ("threshold", "heads local")
+    shown = Table(
+        f"first {moved}", "audits", "misses, first half", "second half", "of target", cost, moved, box=None
+    )
     for row in found:
         rates = [row[f"miss_rate_{half}_half"] for half in ("first", "second")]
-        low, median, high = (f(row["thresholds"]) for f in (np.min, np.median, np.max))
         shown.add_row(
             f"{row['start']:g}",
             f"{row['audits']:,}",
             *("–" if rate is None else f"{100 * rate:.2f} %" for rate in rates),
             "–" if row["of_target"] is None else f"{row['of_target']:.2f}",
-            percent(row["heads_local"]),
-            f"{low:.2f} – {median:.2f} – {high:.2f}",
+            percent(row[cost.replace(" ", "_")]),
+            f"{row['page_share']:.5f}" if paged else _range(row["thresholds"]),
         )
     return shown
+
+
+def _range(thresholds: list[float]) -> str:
+    return " – ".join(f"{f(thresholds):.2f}" for f in (np.min, np.median, np.max))

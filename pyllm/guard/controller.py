@@ -9,7 +9,9 @@ estimate are distances on it. Once per control period every layer's margins move
 A rate of all pairs falls with growing τ, from the rate of truly long heads at τ = 0 to 0 at τ > 1, and is
 defined wherever there were audits. (A rate of the heads called local would be undefined where none is, and
 need not fall.) Long heads that read pages have their rate, page_miss, over the same pairs, and page_share
-and decode_share follow it on the same scale, both by the same distance.
+and decode_share follow it on the same scale, both by the same distance, but never above what the policy says:
+a share is chosen for what it costs in divergence, as `pyllm calibrate` does, and in decode, where one token
+decides what is read, the same rate costs more than in prefill.
 
 Where some heads may be local, those whose threshold is above 1 never are, and stay so: whoever set them
 apart, as `pyllm calibrate` does, measured what opening them costs in divergence, which no miss rate tells.
@@ -33,7 +35,7 @@ from pyllm.guard.audit import Audit
 DRIFT = 0.25
 # Margins end here: beyond, all heads are long (τ > 1) or local (τ = 0).
 MARGIN = 8.0
-# ln(ε/(1−ε)) of a page share; at the low end long heads read everything, at the high one nearly nothing.
+# ln(ε/(1−ε)) of a page share, as it counts; at the low end long heads read everything.
 PAGE_MARGIN = (-12.0, 0.0)
 PAGE_SHARES = ("page_share", "decode_share")
 # Nats by which a repair tightens what it found at fault, beside what the step does.
@@ -100,10 +102,8 @@ class Controller:
             shift = np.clip(shift, -MARGIN - greatest, MARGIN - least)
         if not self._pages:
             return Control(shift)
-        # As far as every share reaches an end.
-        low = PAGE_MARGIN[0] - max(self._page_margins.values())
-        high = PAGE_MARGIN[1] - min(self._page_margins.values())
-        return Control(shift, min(max(page_shift, low), high))
+        strictest = PAGE_MARGIN[0] - max(self._page_margins.values())
+        return Control(shift, min(max(page_shift, strictest), 0.0))
 
     def native(self, control: Control) -> dict[str, Any]:
         """The policy under control, as `NativeSession.set_attention` takes it."""
@@ -136,9 +136,8 @@ def logit(share: ArrayLike, low: float, high: float) -> NDArray[np.float64]:
 
 
 def _share(margin: float) -> float:
-    """ε of a margin ln(ε/(1−ε)), none beyond `PAGE_MARGIN`; what is all but 0 there is 0."""
-    low, high = PAGE_MARGIN
-    return float(1 / (1 + np.exp(-min(margin, high)))) if margin > low else 0.0
+    """ε of a margin ln(ε/(1−ε)), 0 from the strictest one on."""
+    return float(1 / (1 + np.exp(-margin))) if margin > PAGE_MARGIN[0] else 0.0
 
 
 def threshold(margin: NDArray[np.float64]) -> NDArray[np.float64]:

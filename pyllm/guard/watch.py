@@ -92,6 +92,12 @@ class Watch:
         return found
 
     @property
+    def page_share(self) -> float:
+        """Of prefill, under control; 0 where long heads read everything."""
+        settings = self._controller.native(self.control)
+        return float(settings["page_share"]) if settings.get("page_bits") else 0.0
+
+    @property
     def verified(self) -> int:
         """Tokens behind which nothing will be repaired any more, if nothing is rewound."""
         return min(self._timeline.clean, self._native.position)
