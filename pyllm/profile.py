@@ -29,6 +29,11 @@ DECODE_PART = 0.4
 SHIPPED = Path(__file__).parent / "data" / "profiles"
 
 
+def counted(prefill: float, decode: float) -> float:
+    """Nats that count towards a budget, of a loss in prefill and one in decode."""
+    return max(prefill, decode / DECODE_PART)
+
+
 @dataclass(frozen=True)
 class Measured:
     """A policy beside dense attention. tokens: of prefill, those with a bulk; decode_tokens: evaluated one by
@@ -61,12 +66,12 @@ class Measured:
     @property
     def loss(self) -> float:
         """Nats: what a budget bounds, of prefill or decode, whichever is more."""
-        return max(self.prefill_loss, self.decode_loss)
+        return counted(self.kl_high, self.decode_kl_high)
 
     @property
     def mean_loss(self) -> float:
         """The same by the means."""
-        return max(self.kl, self.decode_kl / DECODE_PART)
+        return counted(self.kl, self.decode_kl)
 
     @property
     def cost(self) -> float:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pyllm.evaluate.results import Row
+from pyllm.profile import counted
 
 DENSE_COST = 100  # %
 SUMS = ("tokens", "decode_tokens", "prefill_seconds", "dense_prefill_seconds")
@@ -36,8 +37,10 @@ def recommend(rows: Iterable[Row], budget: float) -> Recommendation:
 
 
 def loss(row: Row) -> float:
-    """Nats: what a budget bounds, the upper end of prefill's KL or of decode's, whichever is more."""
-    return max(row.kl, row.kl_high or 0.0, row.decode_kl or 0.0, row.decode_kl_high or 0.0)
+    """Nats: what a budget bounds, the upper ends of prefill's KL and of decode's as `profile.counted` takes
+    them."""
+    decode = max(row.decode_kl or 0.0, row.decode_kl_high or 0.0)
+    return counted(max(row.kl, row.kl_high or 0.0), decode)
 
 
 def cost(row: Row) -> float:
