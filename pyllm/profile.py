@@ -23,8 +23,8 @@ from pyllm.errors import FileError, FormatError, PyllmError
 FORMAT, VERSION = "pyllm profile", 2
 DESCRIPTION = "profile.json"  # the zip file's member that is no array
 LARGEST = 2**28  # bytes of a member: more is no profile
-# Of a budget, what decode may lose. A prompt that was read with the whole of it leaves hardly a trace in what
-# is decoded behind it; the choice of pages for the answer itself does, and the answer is what counts.
+# Of a budget, what decode may lose. A prompt that was read with the whole of it costs little in what is
+# decoded behind it; the choice of pages for the answer itself does, and the answer is what counts.
 DECODE_PART = 0.4
 SHIPPED = Path(__file__).parent / "data" / "profiles"
 
@@ -54,18 +54,8 @@ class Measured:
     bulk_read: float
 
     @property
-    def prefill_loss(self) -> float:
-        """Nats, as a budget counts them: the upper end of the interval."""
-        return self.kl_high
-
-    @property
-    def decode_loss(self) -> float:
-        """The same of decode, which may lose `DECODE_PART` of a budget."""
-        return self.decode_kl_high / DECODE_PART
-
-    @property
     def loss(self) -> float:
-        """Nats: what a budget bounds, of prefill or decode, whichever is more."""
+        """Nats: what a budget bounds, the upper ends of the intervals."""
         return counted(self.kl_high, self.decode_kl_high)
 
     @property

@@ -157,9 +157,7 @@ def test_round_trip(
 
 
 def test_loss_and_cost() -> None:
-    assert MEASURED.prefill_loss == MEASURED.kl_high
-    assert MEASURED.decode_loss == MEASURED.decode_kl_high / DECODE_PART
-    assert MEASURED.loss == MEASURED.decode_loss > MEASURED.prefill_loss
+    assert MEASURED.loss == MEASURED.decode_kl_high / DECODE_PART > MEASURED.kl_high
     assert replace(MEASURED, kl_high=1.0).loss == 1.0
     assert MEASURED.cost == 16
 

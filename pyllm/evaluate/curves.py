@@ -75,7 +75,7 @@ class Curve:
 class Pages:
     """The page tier by a sketch of these bits, in prefill and in decode, each with a share of its own.
 
-    What decode loses by a prompt that was read with loss is small beside its own, and counted as its own.
+    decode: by what its own share loses, without what it loses for a prompt that was read with loss.
     """
 
     bits: PageBits

@@ -26,6 +26,8 @@ BANDS = 10  # of neighbouring layers at most, which have a gate together or none
 ATTEMPTS = 2  # at a gate, each with fewer layers
 PARTS_OF_PAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of a budget; a gate may have the rest
 NEAR = 0.9  # of a budget: what loses that much needs no refinement
+TRACE = 0.12  # of what a prompt's reading loses, what decode behind it loses for that, about
+OWN = DECODE_PART - TRACE  # of a budget, what decode's own choices may lose where prefill loses all of it
 AIM = 0.97  # of a budget: what is predicted to lie on it would be over it every other time
 NEGLIGIBLE = 1e-6  # nats; what float noise may lose
 
@@ -46,8 +48,9 @@ class Trial:
 
     @property
     def losses(self) -> tuple[float, float]:
-        """Of prefill and of decode."""
-        return max(self.measured.prefill_loss, NEGLIGIBLE), max(self.measured.decode_loss, NEGLIGIBLE)
+        """Of prefill, and of decode by its own choices, each as a budget counts it."""
+        prefill, decode = self.measured.kl_high, self.measured.decode_kl_high
+        return max(prefill, NEGLIGIBLE), max((decode - TRACE * prefill) / OWN, NEGLIGIBLE)
 
     @property
     def cost(self) -> float:
@@ -167,7 +170,7 @@ class Search:
         ]
         found = self.measure_band(policies)
         saved = np.array([1 - measured.cost / 100 for measured in found])
-        return Bands(np.array([max(measured.decode_loss, NEGLIGIBLE) for measured in found]), saved)
+        return Bands(np.array([max(measured.kl_high / OWN, NEGLIGIBLE) for measured in found]), saved)
 
     def _gated(self, gate: Adaptive, measured: Bands, budget: float) -> Policy | None:
         """Pages behind the gate in some bands, as the measured curves and bands predict them; None where
@@ -200,7 +203,7 @@ def _planned(curves: Pages, measured: Bands, of_pages: float, budget: float) -> 
     gate loses as much of a larger budget, and pages have the rest."""
     decode = curves.decode.share(of_pages)
     chosen, saved = measured.chosen(budget - curves.decode.loss(decode))
-    prefill = curves.prefill.share(budget - DECODE_PART * float(measured.loss[chosen].sum()))
+    prefill = curves.prefill.share(budget - OWN * float(measured.loss[chosen].sum()))
     shares = (prefill, decode)
     return _Plan(chosen, curves.bits, shares, (1 - saved) * curves.cost(shares))
 
