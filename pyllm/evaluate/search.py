@@ -24,7 +24,7 @@ PAGE_SHARES = (0.003, 0.01, 0.03)
 REFINEMENTS = 2  # times that page shares are moved towards the budget
 BANDS = 10  # of neighbouring layers at most, which have a gate together or none
 ATTEMPTS = 2  # at a gate, each with fewer layers
-PARTS_OF_PAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of a budget; a gate may have the rest
+PARTS_OF_PAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of a budget; a gate may have the rest
 NEAR = 0.9  # of a budget: what loses that much needs no refinement
 TRACE = 0.12  # of what a prompt's reading loses, what decode behind it loses for that, about
 OWN = DECODE_PART - TRACE  # of a budget, what decode's own choices may lose where prefill loses all of it
@@ -199,12 +199,11 @@ class _Plan:
 
 
 def _planned(curves: Pages, measured: Bands, of_pages: float, budget: float) -> _Plan:
-    """of_pages: nats that pages may lose in decode, where bands have the rest of the budget. In prefill a
-    gate loses as much of a larger budget, and pages have the rest."""
-    decode = curves.decode.share(of_pages)
-    chosen, saved = measured.chosen(budget - curves.decode.loss(decode))
-    prefill = curves.prefill.share(budget - OWN * float(measured.loss[chosen].sum()))
-    shares = (prefill, decode)
+    """of_pages: nats that pages may lose in decode at least, where bands have the rest of the budget. Pages have
+    what these leave; in prefill, where a gate loses as much but the budget is larger, that is more."""
+    chosen, saved = measured.chosen(budget - of_pages)
+    lost = float(measured.loss[chosen].sum())
+    shares = (curves.prefill.share(budget - OWN * lost), curves.decode.share(budget - lost))
     return _Plan(chosen, curves.bits, shares, (1 - saved) * curves.cost(shares))
 
 
