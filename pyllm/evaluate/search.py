@@ -199,8 +199,8 @@ class _Plan:
 
 
 def _planned(curves: Pages, measured: Bands, of_pages: float, budget: float) -> _Plan:
-    """of_pages: nats that pages may lose in decode at least, where bands have the rest of the budget. Pages have
-    what these leave; in prefill, where a gate loses as much but the budget is larger, that is more."""
+    """of_pages: nats that pages may lose in decode at least, where bands have the rest of the budget. Pages
+    have what these leave; in prefill, where a gate loses as much but the budget is larger, that is more."""
     chosen, saved = measured.chosen(budget - of_pages)
     lost = float(measured.loss[chosen].sum())
     shares = (curves.prefill.share(budget - OWN * lost), curves.decode.share(budget - lost))
