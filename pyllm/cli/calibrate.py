@@ -16,7 +16,7 @@ from pyllm.evaluate import texts
 from pyllm.evaluate.calibrate import BUDGETS, Plan, calibrate
 from pyllm.evaluate.outputs import require_writable
 from pyllm.models import DEFAULT_MODEL
-from pyllm.profile import Profile, beside
+from pyllm.profile import DECODE_PART, Profile, beside
 
 HELP = "Find the cheapest attention for a model that keeps to a budget of KL divergence; write its profile."
 
@@ -149,7 +149,7 @@ def over_budget(profile: Profile) -> list[str]:
         if preset.measured.loss > preset.budget:
             where = "the interval ends" if preset.measured.mean_loss <= preset.budget else "even the mean is"
             found.append(
-                f"{name}: {where} over its budget of {preset.budget:g} nats on this text, though within it "
-                "where it was chosen: take more --limit"
+                f"{name}: {where} over its budget of {preset.budget:g} nats on this text, of which decode may "
+                f"have {DECODE_PART:g}, though within it where it was chosen: take more --limit"
             )
     return found
