@@ -149,7 +149,7 @@ def over_budget(profile: Profile) -> list[str]:
         if preset.measured.loss > preset.budget:
             where = "the interval ends" if preset.measured.mean_loss <= preset.budget else "even the mean is"
             found.append(
-                f"{name}: {where} over its budget of {preset.budget:g} nats on this text, of which decode may "
-                f"have {DECODE_PART:g}, though within it where it was chosen: take more --limit"
+                f"{name}: {where} over its budget of {preset.budget:g} nats on this text, of which decode "
+                f"may have {DECODE_PART:g}, though within it where it was chosen: take more --limit"
             )
     return found
