@@ -86,7 +86,8 @@ def attention(
     attention.granularity, attention.n_window = lib.PYLLM_GROUP, N_WINDOW
     attention.thresholds = ffi.from_buffer("float[]", thresholds)
     if share:
-        attention.page_bits, attention.page_share, attention.page_drop = 3, share, 1.0
+        attention.page_bits, attention.page_drop = 3, 1.0
+        attention.page_share = attention.decode_share = share
     shape = ffi.new(
         "hook_time_shape *",
         (n_layers, N_HEADS, N_KV_HEADS, HEAD_DIM, N_SINK, depth, len(q), HEAD_DIM**-0.5),
