@@ -139,8 +139,8 @@ def test_prefill_and_decode_have_shares_of_their_own() -> None:
     pages = Pages(3, prefill, decode)
     shares = pages.shares(0.02)
     assert shares == pytest.approx((0.02, 0.004), rel=1e-2)
-    assert pages.loss(shares) == pytest.approx(0.02, rel=1e-2)
-    assert pages.loss((0.001, 0.01)) == pytest.approx(0.05, rel=1e-2)
+    assert [prefill.loss(shares[0]), decode.loss(shares[1])] == pytest.approx([0.02, 0.02], rel=1e-2)
+    assert [prefill.loss(0.001), decode.loss(0.01)] == pytest.approx([0.001, 0.05], rel=1e-2)
     assert pages.cost(shares) == pytest.approx((50 + 250) / 2, rel=1e-2)
 
 

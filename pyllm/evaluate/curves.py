@@ -86,9 +86,6 @@ class Pages:
         """Of prefill and of decode, the largest with which neither loses more."""
         return self.prefill.share(loss), self.decode.share(loss)
 
-    def loss(self, shares: tuple[float, float]) -> float:
-        return max(self.prefill.loss(shares[0]), self.decode.loss(shares[1]))
-
     def cost(self, shares: tuple[float, float]) -> float:
         return (self.prefill.cost(shares[0]) + self.decode.cost(shares[1])) / 2
 

@@ -135,8 +135,7 @@ def run(
             pieces.append(session.stats - before)
             on_tokens(len(document[at : at + PIECE]))
         assert session.watch
-        control = session.watch.control
-    assert session.watch
-    if not isinstance(policy, Adaptive):
-        return Course(start, pieces, None, session.watch.page_share)
-    return Course(start, pieces, session.watch.thresholds()[:, 0])
+        watch, control = session.watch, session.watch.control
+    if isinstance(policy, Adaptive):
+        return Course(start, pieces, watch.thresholds()[:, 0])
+    return Course(start, pieces, None, watch.page_share)
