@@ -53,6 +53,11 @@ class Policy:
         """The key sketch that it needs, as the library numbers them; 0 for none."""
         return 0
 
+    @property
+    def reads_all(self) -> bool:
+        """Whether it is dense attention, to which sinks and window make no difference."""
+        return False
+
     def native(self, n_layers: int, n_heads: int) -> dict[str, Any]:
         """Arguments of `NativeSession.set_attention` for a model of this shape."""
         return {
@@ -138,6 +143,10 @@ class Dense(_Paged):
 
     name = "dense"
     code = 0
+
+    @property
+    def reads_all(self) -> bool:
+        return not self.page_bits
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,13 @@ from pyllm.cgroup import ROOT, group_dirs, read_int
 # Instruction sets the native library has kernels for, each needing all before it.
 ISAS = ("generic", "avx2", "avx512", "avx512vnni", "avx512bf16")
 
+MAX_THREADS = 256  # of the native library
+
+
+def default_threads() -> int:
+    """One for each CPU that this process may use, as far as the native library goes."""
+    return min(available_cpus(), MAX_THREADS)
+
 
 def available_cpus(root: Path = ROOT) -> int:
     """CPUs of the affinity mask, or the CPU quota rounded up where that is less; at least 1."""

@@ -47,7 +47,8 @@ def read(path: str | os.PathLike[str]) -> str:
         raise DocumentError(f"{str(path)!r}: cannot be read: {error}") from None
     if not data:
         raise DocumentError(f"{path}: the file is empty")
-    text = re.sub(r"\n{4,}", "\n\n\n", _line_ends(_reader(path, data)(path, data))).strip("\n")
+    text = _without_surrogates(_line_ends(_reader(path, data)(path, data)))
+    text = re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
     if not text.strip():
         raise DocumentError(f"{path}: there is no text in it")
     return text + "\n"
@@ -84,6 +85,11 @@ def plain_text(name: str, data: bytes) -> str:
 
 def _line_ends(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
+
+
+def _without_surrogates(text: str) -> str:
+    """Pairs of them, as PDF fonts may name a character, become the character; lone ones U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _plain(path: Path, data: bytes) -> str:

@@ -184,6 +184,8 @@ def _connect(source: Source, file: BinaryIO) -> Any:
         raise RefusedError(f"{source.url}: the server answered {error.code} {error.reason}") from None
     except urllib.error.URLError as error:
         raise RefusedError(f"{source.url}: no connection: {error.reason}") from None
+    except (OSError, http.client.HTTPException) as error:  # accepted, but not answered
+        raise ConnectionError(str(error) or type(error).__name__) from error
 
 
 def _total(source: Source, response: Any, done: int) -> int | None:

@@ -16,9 +16,9 @@ import numpy as np
 from pyllm import _native
 from pyllm.attention import UNCALIBRATED, Policy, is_preset, needs_profile, parse
 from pyllm.completion import Completion
-from pyllm.cpus import available_cpus
+from pyllm.cpus import MAX_THREADS, default_threads
 from pyllm.device import available_on, choose
-from pyllm.errors import ArgumentError, FormatError, TemplateError, UnsupportedError
+from pyllm.errors import ArgumentError, DeviceError, FormatError, TemplateError, UnsupportedError
 from pyllm.generation import Generation, Request, Sampling
 from pyllm.guard import Guard
 from pyllm.models import resolve
@@ -70,9 +70,14 @@ class LLM:
         self._file = _native.File(self.paths)
         self.metadata = self._file.values()
         self.tokenizer = self._open_tokenizer()
-        threads = available_cpus() if n_threads is None else _whole("n_threads", n_threads, 1, 256)
+        threads = default_threads() if n_threads is None else _whole("n_threads", n_threads, 1, MAX_THREADS)
         isa = isa or os.environ.get("PYLLM_ISA") or None
-        self._open_model(choose(device, self._file), kv, threads, isa)
+        try:
+            self._open_model(choose(device, self._file), kv, threads, isa)
+        except DeviceError:
+            if device != "auto":
+                raise
+            self._open_model(choose("cpu", self._file), kv, threads, isa)
         self._require_one_vocabulary()
         self.n_ctx = self._context(n_ctx)
         self.n_batch = _whole("n_batch", n_batch, 1, 4096)

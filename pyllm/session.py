@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from rich.filesize import decimal
 
 from pyllm import _native, atomic_file
-from pyllm.attention import Dense, Policy
+from pyllm.attention import Policy
 from pyllm.device import available_on, memory_of
 from pyllm.errors import ArgumentError, ContextError, FileError, InsufficientMemoryError, PyllmError
 from pyllm.guard import Guard
@@ -297,13 +297,13 @@ class Session:
     @property
     def attention(self) -> Policy:
         """The policy for tokens evaluated from now on; set as a policy, its text form or a preset's name. Its
-        sinks must be the session's, unless it is Dense."""
+        sinks must be the session's, unless it reads everything."""
         return self._attention
 
     @attention.setter
     def attention(self, attention: Policy | str) -> None:
         policy = self._policy(attention)
-        if policy.sinks != self.sinks and not isinstance(policy, Dense):
+        if policy.sinks != self.sinks and not policy.reads_all:
             raise ArgumentError(
                 f"attention: {policy.sinks} sinks, but the session was opened with {self.sinks}"
             )

@@ -19,6 +19,7 @@ from pyllm.errors import ArgumentError, TemplateError
 Message = Mapping[str, Any]
 
 # What a template may produce, and how many steps its ranges may count, before it is called a runaway.
+# These stop mistakes, not malice: a string padded to a width or doubled in a loop counts once it is there.
 MAX_CHARACTERS = 50_000_000
 MAX_STEPS = 1_000_000
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import re
 import subprocess
 import sys
 from dataclasses import asdict
@@ -77,7 +78,9 @@ def bench_json(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> di
 
 
 def test_result_is_complete(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    result = bench_json(capsys, tiny_model, *SMALL, "--attention", "window:64", "--no-ceilings")
+    options = ["--attention", "window:64", "--device", "cpu", "--no-ceilings"]
+    result = bench_json(capsys, tiny_model, *SMALL, *options)
+    assert result["device"] == "cpu"
     assert result["subjects"] == ["pyllm dense", "pyllm window:64"]
     # 9,000 tokens do not fit the model's context.
     assert result["plan"]["prefill"] == [70, 1500]
@@ -117,6 +120,34 @@ def test_tables_and_files(tiny_model: Path, tmp_path: Path, capsys: pytest.Captu
     for text in (*report.by_work(result), *result["subjects"], "memory added", "gate_up", "heads local"):
         assert text in shown
     assert "<svg" in (tmp_path / "b.svg").read_text()
+
+
+def test_a_policy_without_a_long_head(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", str(tiny_model), *SMALL, "--no-ceilings", "--attention", "window:64"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert any("pages read" in line for line in shown)
+    assert any(re.search(r"window:64 +100\.0 +0\.0 +0\.0 +–", line) for line in shown)
+
+
+def test_outputs_are_refused_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for files, cause in (
+        (["--json", "no/such/b.json"], "cannot be written"),
+        (["--plot", "b.txt"], "ends in"),
+        (["--json", f"{tmp_path}/b.png", "--plot", f"{tmp_path}/b.png"], "the same file"),
+    ):
+        # That the model is not there would be found next.
+        assert main(["bench", str(tmp_path / "no.gguf"), *files]) == 1
+        assert cause in capsys.readouterr().err
+
+
+def test_decode_follows_a_prompt_read_in_full(tiny_model: Path) -> None:
+    plan = Plan((200,), (200,), 1, 1)
+    paged = Dense(page_bits=3, page_share=1.0, window=64)
+    engine = Engine(lambda: LLM(tiny_model), plan, lambda _: {"pages": paged})
+    engine.prefill(paged, 200)
+    engine.decode(paged, 200, 1)
+    before = engine.session.stats.evaluated
+    assert before[str(Dense())] >= 199, before
 
 
 def test_peer_takes_turns(tiny_model: Path, capsys: pytest.CaptureFixture[str], peer_python: str) -> None:

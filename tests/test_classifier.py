@@ -28,7 +28,8 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def text(rng: np.random.Generator, n: int = 300) -> Text:
-    return Text("noise", rng.integers(0, 300, n).astype(np.int32))
+    """n queries, and what follows the last of them."""
+    return Text("noise", rng.integers(0, 300, n + 1).astype(np.int32))
 
 
 def test_known_answers() -> None:
@@ -69,11 +70,17 @@ def test_decisions_of_the_first_layer_are_a_sessions(
         ):
             session = llm.session(attention=decides)
             made = session.new_record(300, audit=True)
-            session.eval(sample.tokens, record=made)
+            session.eval(sample.tokens[:-1], record=made)
             decided.append((made.is_long[0, FIRST:], made.estimate[0, FIRST:]))
         (called, estimate), (truth, mass) = decided
         assert record.layers[0] == Quality.of(called, truth, estimate - mass)
         assert len(record.layers) == 2
+
+
+def test_a_text_that_fills_the_context(tmp_path: Path, rng: np.random.Generator) -> None:
+    llm = LLM(write_tiny(tmp_path / "short.gguf", tokenizer=True, n_ctx_train=300))
+    (record,) = classify(llm, text(rng), "adaptive", Adaptive(window=WINDOW, sinks=SINKS), [0.9])
+    assert record.total.error is not None
 
 
 def test_all_layers_together(path: Path, rng: np.random.Generator) -> None:

@@ -15,6 +15,7 @@ import pytest
 from pyllm import LLM
 from pyllm.cli import build_parser, main
 from pyllm.cli.terminal import history_path
+from tiny_models import write_tiny
 
 PROMPT = "the hand and the inner thing"
 
@@ -77,6 +78,16 @@ def test_info(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert line in shown
     assert any(line.split() == ["blk.1.attn_k.weight", "F32", "256", "x", "64", "65.5", "kB"]
                for line in shown.splitlines())  # fmt: skip
+
+
+def test_info_takes_names_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "[v2]").mkdir()
+    write_tiny(tmp_path / "[v2]" / "m.gguf", tokenizer=True)
+    assert main(["info", "--model", "[v2]/m.gguf"]) == 0
+    assert "[v2]/m.gguf" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

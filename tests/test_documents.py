@@ -8,8 +8,10 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import docx
+import pypdf
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -111,6 +113,20 @@ def test_docx(tmp_path: Path) -> None:
 def test_pdf(tmp_path: Path, name: str) -> None:
     path = write_pdf(tmp_path / name, [["Page one, line one", "line two"], ["Page two"]])
     assert documents.read(path) == "Page one, line one\nline two\n\nPage two\n"
+
+
+def test_a_pdf_whose_font_names_half_a_character(tmp_path: Path) -> None:
+    writer = pypdf.PdfWriter(write_pdf(tmp_path / "whole.pdf", [["Abc"]]))
+    codes = pypdf.generic.DecodedStreamObject()
+    codes.set_data(
+        b"1 begincodespacerange <00> <FF> endcodespacerange "
+        b"2 beginbfchar <41> <D800> <62> <D83DDE00> endbfchar"
+    )
+    resources: Any = writer.pages[0]["/Resources"]
+    (font,) = resources["/Font"].values()
+    font.get_object()[pypdf.generic.NameObject("/ToUnicode")] = writer._add_object(codes)
+    writer.write(tmp_path / "half.pdf")
+    assert documents.read(tmp_path / "half.pdf") == "\ufffd\N{GRINNING FACE}c\n"
 
 
 def test_pdf_that_only_forbids_printing_is_read(tmp_path: Path) -> None:

@@ -18,13 +18,14 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from pyllm import LLM, Adaptive, Calibration, Dense, FormatError, Oracle, Static, Window
+from pyllm.bulk import first_with_bulk
 from pyllm.cli import main
 from pyllm.evaluate import texts, tradeoff
 from pyllm.evaluate.candidates import ROWS, Candidate, Choice, Fitted, candidates
 from pyllm.evaluate.evaluation import Evaluation, fitting_texts
 from pyllm.evaluate.metrics import BLOCK, Reference, Scores, mean_interval, perplexity, student
 from pyllm.evaluate.results import Results
-from pyllm.evaluate.static_labels import first_with_bulk, local_shares
+from pyllm.evaluate.static_labels import local_shares
 from pyllm.evaluate.texts import Text
 from pyllm.local_heads import top_share
 

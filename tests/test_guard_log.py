@@ -69,6 +69,15 @@ def test_a_log_sums_up_to_the_sessions_own_statistics(tiny: LLM, tmp_path: Path)
     assert all(position % 64 == 0 for position in positions)
 
 
+def test_audits_that_were_asked_for_are_no_draws(tiny: LLM, tmp_path: Path) -> None:
+    session = guarded(tiny, tmp_path / "log", audit_rate=1 / 1000, seed=np.int64(1), repair=False)
+    session.eval(ids(300))
+    session.verify()
+    assert [line for line in lines(tmp_path / "log") if line.get("sampled") is False]
+    assert session.stats.guard
+    assert LogSummary.of(tmp_path / "log").tally.audits == session.stats.guard.audits == 0
+
+
 def test_decisions_are_the_records(tiny: LLM, tmp_path: Path) -> None:
     session = guarded(tiny, tmp_path / "log", control_period=1024, repair=False, log_masses=True)
     session.eval(ids(200))

@@ -23,6 +23,7 @@ from pyllm import (
     PyllmError,
     TemplateError,
 )
+from pyllm import llm as llm_module
 from pyllm.errors import DeviceError, InsufficientMemoryError
 from pyllm.generation import Generation, Request, Sampling, StopFilter
 from tiny_models import write_tiny
@@ -384,6 +385,15 @@ def test_memory_is_checked_before_the_model_is_opened(
 
 
 @pytest.mark.slow
+def test_a_gpu_that_cannot_be_opened_leaves_the_cpu(
+    tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(llm_module, "choose", lambda device, file: "cuda:99" if device == "auto" else device)
+    assert LLM(tiny_model).device == "cpu"
+    with pytest.raises(DeviceError):
+        LLM(tiny_model, device="cuda:99")
+
+
 def test_the_default_model_knows_a_capital(default_model: Path) -> None:
     llm = LLM(default_model, n_ctx=512)
     answer = llm.generate("The capital of France is", max_tokens=4, temperature=0)

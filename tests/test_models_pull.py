@@ -8,10 +8,12 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +165,33 @@ def test_sources_that_make_no_sense(source: str, tmp_path: Path) -> None:
     with pytest.raises(ArgumentError, match=re.escape(f"'{source}'")):
         pull(source, tmp_path / "none")
     assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "sha256", "cause"),
+    [
+        ("smollm2-135m", "0" * 64, "brings its own"),
+        ("http://localhost/m.gguf", "abc", "64 hexadecimal digits"),
+    ],
+)
+def test_a_checksum_that_would_check_nothing(source: str, sha256: str, cause: str, tmp_path: Path) -> None:
+    with pytest.raises(ArgumentError, match=cause):
+        pull(source, tmp_path, sha256=sha256)
+
+
+def test_a_server_that_does_not_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(download, "TIMEOUT", 0.1)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        url = f"http://127.0.0.1:{server.getsockname()[1]}/m.gguf"
+        with pytest.raises(DownloadError, match=r"m\.gguf: stopped after 0 bytes: timed out"):
+            pull(url, tmp_path)
+        server.settimeout(0.1)
+        waiting = 0
+        with suppress(TimeoutError):
+            while True:
+                server.accept()[0].close()
+                waiting += 1
+    assert waiting == download.ATTEMPTS
 
 
 def test_a_repository_that_cannot_be(tmp_path: Path) -> None:
@@ -398,6 +427,12 @@ def test_resolve(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / names[1]).unlink()
     with pytest.raises(FileError, match=rf"1 of its 2 parts are not beside it: {names[1]}"):
         resolve(names[0])
+
+
+def test_a_name_that_only_looks_like_a_part(tmp_path: Path) -> None:
+    for name in ("m-00001-of-00000.gguf", "m-00003-of-00002.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+        assert resolve(tmp_path / name) == [tmp_path / name]
 
 
 def test_the_default_model_is_whole() -> None:

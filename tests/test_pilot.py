@@ -309,7 +309,7 @@ KPIS = {
     "Quality kept: top-1": r"\d+\.\d\d %",
     "Quality kept: perplexity": r"[\d.]+ against [\d.]+",
     "Bytes saved in decode": r"\d+\.\d % of the KV cache's, \d+\.\d % with weights",
-    "Work saved in prefill": r"\d+\.\d %",
+    "Work saved in prefill": r"-?\d+\.\d %",
     "Time saved in prefill": r"-?\d+\.\d %",
     "Time saved in decode": r"-?\d+\.\d %",
     "Miss rate": r"\d+\.\d{3} % of [\d,]+",

@@ -206,6 +206,8 @@ EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "its range": (at("presets/balanced/policy/page_bits", 7), "page_bits: expected"),
     "its shape": (at("presets/balanced/policy/threshold", [0.5] * 3), r"shape \(3,\)"),
     "a measure less": (at("presets/balanced/measured/kl", None), "'kl'"),
+    "not a number": (at("presets/balanced/measured/kl", float("nan")), "kl: expected a number, got nan"),
+    "no end": (at("positions", [float("inf"), 1]), "not a profile"),
     "no number": (at("presets/balanced/measured/kl", "x"), "kl: expected a number, got 'x'"),
     "no budget": (at("presets/balanced/budget", [1]), "budget: expected a number"),
     "no positions": (at("positions", None), "positions"),

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from pyllm import LLM, Adaptive, Dense
+from pyllm.bulk import first_with_bulk
 from pyllm.evaluate import recall
-from pyllm.evaluate.static_labels import first_with_bulk
 
 WINDOW: dict[str, Any] = {"window": 128, "sinks": 4}
 

@@ -26,6 +26,8 @@ from pyllm import (
     Session,
     Window,
 )
+from pyllm._native import library
+from pyllm.bulk import PAGE
 from tiny_models import write_tiny
 
 TOLERANCE = 2e-3  # of logits of size about 1: float noise of another order of sums
@@ -142,6 +144,9 @@ def test_stats_follow_the_policy(tiny: LLM) -> None:
 
 def test_sinks_are_the_sessions(tiny: LLM) -> None:
     session = tiny.session(attention=Adaptive(sinks=4))
+    with pytest.raises(ArgumentError, match=r"16 sinks.*opened with 4"):
+        session.attention = Dense(page_bits=3)
+    session.attention = Dense()  # reads everything, whatever its sinks are
     with pytest.raises(ArgumentError, match=r"16 sinks.*opened with 4"):
         session.attention = Adaptive()
     session.attention = Dense()
@@ -329,3 +334,7 @@ def test_sessions_side_by_side(tiny: LLM) -> None:
         thread.join()
     for at in range(4):
         np.testing.assert_array_equal(found[at], expected[at])
+
+
+def test_pages_are_the_librarys() -> None:
+    assert library()[1].PYLLM_PAGE == PAGE

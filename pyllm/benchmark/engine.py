@@ -77,7 +77,7 @@ class Engine:
     def prefill(self, policy: Policy, n: int) -> Sample:
         """Evaluates n tokens into an empty session."""
         self.session.rewind(0)
-        self._dense_tokens = n if isinstance(policy, Dense) else 0
+        self._dense_tokens = n if policy.reads_all else 0
         return self._measure(policy, n, lambda: self.session.eval(self.ids[:n]), decode=False)
 
     def decode(self, policy: Policy, depth: int, n: int, guard: Guard | None = None) -> Sample:
@@ -125,7 +125,7 @@ class Engine:
 
 
 def _common_sinks(policies: list[Policy]) -> int:
-    sinks = {policy.sinks for policy in policies if not isinstance(policy, Dense)}
+    sinks = {policy.sinks for policy in policies if not policy.reads_all}
     if len(sinks) > 1:
         raise ArgumentError(f"policies measured together need the same sinks, got {sorted(sinks)}")
     return sinks.pop() if sinks else policies[0].sinks

@@ -48,13 +48,13 @@ def opening_table(result: Record) -> Table:
 
 def attention_table(result: Record) -> Table:
     """What each policy read, where a query had a bulk."""
-    columns = ("work", "subject", "heads local", "bulk work", "bulk read")
-    table = Table(*columns, title="attention, %", title_justify="left", box=None)
+    shares = ("heads local", "bulk work", "bulk read", "pages read")
+    table = Table("work", "subject", *shares, title="attention, %", title_justify="left", box=None)
     for work, records in by_work(result).items():
         for subject, entry in records.items():
-            values = list(entry["attention"].values())
+            values = [entry["attention"].get(name.replace(" ", "_")) for name in shares]
             if any(value is not None for value in values):
-                table.add_row(work, subject, *(f"{value:.1f}" for value in values))
+                table.add_row(work, subject, *("–" if value is None else f"{value:.1f}" for value in values))
     return table
 
 

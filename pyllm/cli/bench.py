@@ -16,7 +16,6 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from pyllm import atomic_file
 from pyllm.attention import Dense, Policy
 from pyllm.benchmark import ceilings, plot, report
 from pyllm.benchmark.engine import Engine
@@ -25,9 +24,8 @@ from pyllm.benchmark.peer import Peer
 from pyllm.benchmark.plan import Plan
 from pyllm.cli import options
 from pyllm.cli.terminal import render
-from pyllm.cpus import ISAS
-from pyllm.errors import FileError
 from pyllm.evaluate.asked import asked
+from pyllm.evaluate.outputs import IMAGES, require_outputs, require_plot, write
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
 
@@ -76,12 +74,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: %(default)s)"
     )
-    group.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
-    group.add_argument("--isa", choices=ISAS, help="default: the best there is")
+    options.add_machine_options(group)
     group = parser.add_argument_group("output")
     group.add_argument("--all-stages", action="store_true", help="the stages of every measurement")
     group.add_argument("--json", type=Path, metavar="FILE", help="everything that was measured; - for stdout")
-    group.add_argument("--plot", type=Path, metavar="FILE", help="speed over depth, as .png, .svg or .pdf")
+    group.add_argument("--plot", type=Path, metavar="FILE", help=f"speed over depth, as {', '.join(IMAGES)}")
 
 
 def _sizes_help(default: tuple[int, ...]) -> str:
@@ -95,14 +92,18 @@ def sizes(text: str) -> tuple[int, ...]:
 
 def run(args: argparse.Namespace) -> int:
     plan = Plan(args.prefill, args.depths, args.decode, args.runs, args.seed)
-    if args.plot:
-        plot.require()
+    json_file = None if args.json == Path("-") else args.json
+    require_outputs({"--json": json_file, "--plot": args.plot})
+    require_plot(args.plot)
     result = benchmark(args, plan)
-    if args.json:
-        _write_json(args.json, json.dumps(result, indent=1) + "\n")
+    data = json.dumps(result, indent=1) + "\n"
+    if json_file:
+        write(json_file, data.encode())
     if args.plot:
-        plot.save(result, args.plot)
-    if args.json != Path("-"):
+        write(args.plot, plot.image(result, args.plot.suffix[1:].lower()))
+    if args.json == Path("-"):
+        sys.stdout.write(data)
+    else:
         _show(result, args.all_stages)
     return 0
 
@@ -111,13 +112,21 @@ def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """The result as the JSON has it."""
 
     def open_llm() -> LLM:
-        return LLM(args.model, n_batch=args.batch, n_threads=args.threads, isa=args.isa)
+        return LLM(
+            args.model,
+            n_batch=args.batch,
+            n_threads=args.threads,
+            device=args.device,
+            kv=args.kv,
+            isa=args.isa,
+        )
 
     with ExitStack() as stack:
         engine = Engine(open_llm, plan, lambda llm: _policies(llm, args.attention))
         plan, info = engine.plan, engine.llm.info
         peers = _open_peers(stack, args.peer_python, engine)
-        found = None if args.no_ceilings else ceilings.measure(info.n_threads)
+        on_cpu = engine.llm.device == "cpu"  # whose ceilings the programs measure
+        found = ceilings.measure(info.n_threads) if on_cpu and not args.no_ceilings else None
         own = [PolicySubject(engine, name) for name in engine.policies]
         if args.guard:
             own += [GuardedSubject(engine, name) for name in engine.policies if name != "dense"]
@@ -131,6 +140,8 @@ def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
             "peer": {peer.name: peer.info for peer in peers},
             "machine": _machine(),
             "model": {"name": engine.llm.name, "bytes": sum(p.stat().st_size for p in engine.llm.paths)},
+            "device": engine.llm.device,
+            "kv": engine.llm.kv,
             "isa": info.isa,
             "threads": info.n_threads,
             "batch": args.batch,
@@ -191,16 +202,6 @@ def _bar() -> Progress:
     console = Console(stderr=True)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-def _write_json(path: Path, text: str) -> None:
-    if path == Path("-"):
-        sys.stdout.write(text)
-        return
-    try:
-        atomic_file.write(path, memoryview(text.encode()))
-    except OSError as error:
-        raise FileError(f"{path}: the result could not be written: {error.strerror or error}") from None
 
 
 def _show(result: dict[str, Any], all_stages: bool) -> None:

@@ -11,7 +11,6 @@ from rich.table import Table
 from pyllm.attention import Dense
 from pyllm.cli import options
 from pyllm.cli.terminal import prefill_bar, render
-from pyllm.cpus import ISAS
 from pyllm.evaluate import texts
 from pyllm.evaluate.calibrate import BUDGETS, Plan, calibrate
 from pyllm.evaluate.outputs import require_writable
@@ -70,10 +69,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
-    parser.add_argument("--isa", choices=ISAS, help="default: the best there is")
+    options.add_machine_options(parser)
     # An older profile, perhaps a broken one, must not keep the model from being opened.
-    parser.set_defaults(device="auto", kv="gpu", attention=Dense())
+    parser.set_defaults(attention=Dense())
 
 
 def run(args: argparse.Namespace) -> int:

@@ -11,14 +11,13 @@ from typing import Any, TypeVar
 from pyllm.attention import OPTIONS, Dense, PageBits, Policy
 from pyllm.cli import eval_tasks, options
 from pyllm.cli.terminal import prefill_bar, render
-from pyllm.cpus import ISAS
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import compare, dialogue, domains, report, texts, tradeoff
 from pyllm.evaluate.asked import asked
 from pyllm.evaluate.candidates import PAGE_BITS, PAGE_SHARES, ROWS, SHARES, THRESHOLDS, Candidate, Choice
 from pyllm.evaluate.evaluation import Evaluation, fitting_texts
-from pyllm.evaluate.outputs import require_outputs, write
+from pyllm.evaluate.outputs import IMAGES, require_outputs, require_plot, write
 from pyllm.evaluate.results import FITTED, Results, csv_bytes
 from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
@@ -29,7 +28,6 @@ N = TypeVar("N")
 HELP = "Compare attention policies with dense attention on long text or tasks: quality against cost."
 
 DEFAULT_CONTEXT = 4096
-IMAGES = ("png", "svg", "pdf")
 FOR_TEXTS = (
     "text",
     "plot",
@@ -113,8 +111,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: %(default)s)"
     )
-    parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
-    parser.add_argument("--isa", choices=ISAS, help="default: the best there is")
+    options.add_machine_options(parser)
     parser.add_argument(
         "--compare",
         nargs="+",
@@ -124,7 +121,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     eval_tasks.add_arguments(parser)
     # Sessions have policies of their own here; a broken profile must not keep the model from being opened.
-    parser.set_defaults(device="auto", kv="gpu", attention=Dense())
+    parser.set_defaults(attention=Dense())
     parser.set_defaults(for_texts={name: parser.get_default(name) for name in FOR_TEXTS})
 
 
@@ -217,10 +214,7 @@ def check_outputs(args: argparse.Namespace) -> None:
     """Raises FileError and ArgumentError where --json, --csv or --plot could not be written in the end, or
     one would overwrite another."""
     require_outputs({"--json": args.json, "--csv": args.csv, "--plot": args.plot})
-    if args.plot:
-        if args.plot.suffix[1:].lower() not in IMAGES:
-            raise ArgumentError(f"--plot {args.plot}: expected a name that ends in .{', .'.join(IMAGES)}")
-        report.require_matplotlib()
+    require_plot(args.plot)
 
 
 def evaluation_settings(
@@ -232,6 +226,7 @@ def evaluation_settings(
         "model sha256": [file_sha256(path) for path in llm.paths],
         **compare.rope(llm),
         "device": llm.device,
+        **({"kv": llm.kv} if llm.kv != "gpu" else {}),
         "isa": llm.info.isa,
         "threads": llm.info.n_threads,
         "texts": {text.name: text.sha256 for text in chosen},

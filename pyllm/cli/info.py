@@ -7,6 +7,7 @@ from collections import Counter
 
 from rich.filesize import decimal
 from rich.table import Table
+from rich.text import Text
 
 from pyllm.cli import options
 from pyllm.cli.terminal import render
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     llm = options.open_llm(args)
     table = Table(show_header=False, box=None)
     for name, value in rows(llm):
-        table.add_row(name, value)
+        table.add_row(name, Text(value))
     print(render(table), end="")
     if args.tensors:
         print(render(tensor_table(llm)), end="")
@@ -63,5 +64,5 @@ def tensor_table(llm: LLM) -> Table:
     table = Table("tensor", "type", "shape", "size", box=None)
     for tensor in llm.tensors():
         shape = " x ".join(str(n) for n in tensor.shape)
-        table.add_row(tensor.name, tensor.type_name, shape, decimal(tensor.size))
+        table.add_row(Text(tensor.name), tensor.type_name, shape, decimal(tensor.size))
     return table

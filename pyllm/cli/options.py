@@ -23,6 +23,17 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: 512)"
     )
+    add_machine_options(group)
+    group.add_argument(
+        "--attention",
+        type=policy_or_preset,
+        metavar="POLICY",
+        help=f"{attention.SYNTAX} (default: balanced, or without a profile {attention.UNCALIBRATED})",
+    )
+
+
+def add_machine_options(group: argparse._ActionsContainer) -> None:
+    """What a model runs on."""
     group.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument(
@@ -32,12 +43,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         help="split: on a GPU, keys and values in the host's memory but for sinks and window (default: gpu)",
     )
     group.add_argument("--isa", choices=ISAS, help="default: the best there is")
-    group.add_argument(
-        "--attention",
-        type=policy_or_preset,
-        metavar="POLICY",
-        help=f"{attention.SYNTAX} (default: balanced, or without a profile {attention.UNCALIBRATED})",
-    )
 
 
 def policy(text: str) -> attention.Policy:

@@ -13,16 +13,14 @@ from pyllm.cli import options
 from pyllm.cli.eval import evaluation_settings
 from pyllm.cli.survey import add_length_options, context, survey
 from pyllm.cli.terminal import prefill_bar
-from pyllm.cpus import ISAS
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
-from pyllm.evaluate import report
+from pyllm.evaluate import tradeoff
 from pyllm.evaluate.calibrate import Plan
 from pyllm.evaluate.candidates import Candidate, Choice
 from pyllm.evaluate.evaluation import Evaluation
-from pyllm.evaluate.outputs import require_apart, require_outputs, write
+from pyllm.evaluate.outputs import require_apart, require_matplotlib, require_outputs, write
 from pyllm.evaluate.results import Results
-from pyllm.evaluate.static_labels import first_with_bulk
 from pyllm.llm import LLM
 from pyllm.pilot import page, pilot
 from pyllm.pilot.calibration import DECODED, search_presets
@@ -36,7 +34,7 @@ HELP = "Try attention policies on a sample of a folder's documents and write an 
 
 POLICIES = ("dense", "window", "adaptive", "pages", "adaptive+pages")
 THRESHOLDS = (0.8, 0.9)
-NOT_OPTIONS = ("command", "run", "folder", "device", "attention")
+NOT_OPTIONS = ("command", "run", "folder", "attention")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -74,10 +72,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="presets of an earlier run (default: search them, and keep them beside the report)",
     )
     group.add_argument("--no-calibrate", action="store_true", help="do not search presets")
-    parser.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
-    parser.add_argument("--isa", choices=ISAS, help="default: the best there is")
+    options.add_machine_options(parser)
     # A profile beside the model, perhaps a broken one, must not keep it from being opened.
-    parser.set_defaults(device="auto", kv="gpu", attention=Dense())
+    parser.set_defaults(attention=Dense())
 
 
 def run(args: argparse.Namespace) -> int:
@@ -87,7 +84,7 @@ def run(args: argparse.Namespace) -> int:
     n_ctx = context(args, model)
     found = survey(args, model, n_ctx, combined([]), timed=False)
     llm = options.open_llm(args)
-    least = first_with_bulk(args.window, args.sinks) + 1 + args.decode + 1
+    least = tradeoff.least(args.window, args.sinks, args.decode)
     texts = draw(llm, found.folder, n_ctx=n_ctx, limit=args.limit, least=least, seed=args.seed)
     path = _profile_path(args)
     presets, calibration = _presets(args, llm, found.folder, pilot.halves(texts)[1], n_ctx, path)
@@ -149,7 +146,7 @@ def _check(args: argparse.Namespace) -> None:
         require_apart({**outputs, "--profile": args.profile})
     elif not args.no_calibrate:
         require_outputs({**outputs, "the profile beside it": _profile_path(args)})
-    report.require_matplotlib()
+    require_matplotlib()
 
 
 def _profile_path(args: argparse.Namespace) -> Path:

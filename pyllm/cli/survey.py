@@ -10,10 +10,10 @@ import numpy as np
 
 from pyllm.attention import Dense
 from pyllm.cli import options
-from pyllm.cli.eval import IMAGES, check_outputs
+from pyllm.cli.eval import check_outputs
 from pyllm.cli.terminal import prefill_bar, render
 from pyllm.errors import ArgumentError, FileError, FormatError
-from pyllm.evaluate.outputs import write
+from pyllm.evaluate.outputs import IMAGES, write
 from pyllm.models import DEFAULT_MODEL
 from pyllm.survey import folder, plot, tables
 from pyllm.survey.model_file import ModelFile

@@ -16,13 +16,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import PRESETS, Adaptive, Policy
+from pyllm.bulk import first_with_bulk
 from pyllm.calibration import Calibration
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import recall, search, tradeoff
 from pyllm.evaluate.fit import fit
 from pyllm.evaluate.metrics import BLOCK, Scores, mean_interval
 from pyllm.evaluate.parts import deal
-from pyllm.evaluate.static_labels import first_with_bulk, local_shares
+from pyllm.evaluate.static_labels import local_shares
 from pyllm.evaluate.tasks.samples import Sample
 from pyllm.evaluate.texts import Text, bos
 from pyllm.evaluate.trials import Trials
@@ -264,7 +265,7 @@ def _measured_with(llm: LLM, plan: Plan, parts: Mapping[str, Sequence[Text]]) ->
     """All that a trial's figures depend on besides its policy."""
     made = _made(llm, plan, parts, {})
     geometry = {name: value for name, value in made["plan"].items() if name != "budget_kl"}
-    return {**made, "plan": geometry, "fingerprint": llm.fingerprint, "device": llm.device}
+    return {**made, "plan": geometry, "fingerprint": llm.fingerprint}
 
 
 def _made(
@@ -275,6 +276,7 @@ def _made(
     return {
         "plan": asdict(plan),
         "batch": llm.n_batch,
+        "device": llm.device,
         "isa": llm.info.isa,
         "texts": {name: {text.name: text.sha256 for text in texts} for name, texts in parts.items()},
         "tuned": {name: asdict(trial.measured) for name, trial in found.items()},

@@ -82,11 +82,12 @@ def classify(
     """The record of a policy's estimate under several thresholds.
 
     All from one reading in which every head is long: estimates and truth are those of dense attention's
-    queries, of every token that has a bulk.
+    queries, of every token that has a bulk. The last token is nobody's query: it is there to be predicted.
     """
-    session = llm.session(n_ctx=len(text.tokens), attention=replace(policy, threshold=EVERYTHING))
-    record = session.new_record(len(text.tokens), audit=True)
-    session.eval(text.tokens, progress=progress, record=record)
+    queries = text.tokens[:-1]
+    session = llm.session(n_ctx=len(queries), attention=replace(policy, threshold=EVERYTHING))
+    record = session.new_record(len(queries), audit=True)
+    session.eval(queries, progress=progress, record=record)
     bulk = np.isfinite(record.true_mass).all(axis=(0, 2))
     local, estimate, truth = (
         mass[:, bulk] for mass in (record.local_mass, record.estimate, record.true_mass)

@@ -9,13 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import Adaptive
+from pyllm.bulk import PAGE, bulk_from, bulk_tokens
 from pyllm.calibration import MOMENTS, Calibration
 from pyllm.errors import ArgumentError
 from pyllm.llm import LLM
 from pyllm.record import Record
 from pyllm.session import Progress, Session
 
-PAGE = 64
 EVERYTHING = 2.0  # a threshold that no share reaches: every head is long, and attention dense to the last bit
 
 Ids = NDArray[np.int32]
@@ -75,7 +75,7 @@ class _Readings:
         if not keys.n:
             raise ArgumentError(
                 f"fit: no text is long enough: with a window of {policy.window} and {policy.sinks} sinks a "
-                f"query has a bulk only from {policy.window + policy.sinks + PAGE} tokens on"
+                f"query has a bulk only from {bulk_from(policy.window, policy.sinks)} tokens on"
             )
         positions = policy.sinks, policy.sinks + keys.longest
         fitted = least.solve(), keys.mean, keys.covariance, queries.mean()
@@ -153,6 +153,4 @@ class _QuerySquares:
 
 def _bulk_sizes(position: int, n: int, policy: Adaptive) -> NDArray[np.int64]:
     """(n) keys in the bulks of the queries at position, position + 1, ..."""
-    older = np.arange(position, position + n) + 1 - policy.window - policy.sinks
-    sizes: NDArray[np.int64] = np.maximum(older, 0) // PAGE * PAGE
-    return sizes
+    return bulk_tokens(np.arange(position, position + n) + 1, policy.window, policy.sinks)

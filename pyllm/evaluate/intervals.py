@@ -7,20 +7,19 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm.guard.bounds import Z, wilson
+
 Values = NDArray[np.float64]
 Interval = tuple[float, float]
-
-Z = 1.959963984540054  # the normal distribution's 97.5 % quantile
 
 
 def mean_interval(scores: Values) -> Interval:
     """Of the mean of scores (n,) of 0 or 1: Wilson (1927). Of fractions between them it is wider than need
     be, as they vary less than 0 and 1 of the same mean do."""
-    n, p = len(scores), float(scores.mean())
-    centre = (p + Z**2 / (2 * n)) / (1 + Z**2 / n)
-    half = Z / (1 + Z**2 / n) * math.sqrt(p * (1 - p) / n + Z**2 / (4 * n**2))
+    p = float(scores.mean())
+    low, high = wilson(scores.sum(), len(scores))
     # Rounding must not put the mean outside.
-    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
+    return min(p, float(low)), max(p, float(high))
 
 
 def difference_interval(scores: Values, others: Values, *, fractions: bool) -> Interval:

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm.guard.bounds import Z
+
 BLOCK = 64  # tokens; neighbours resemble each other, blocks of this length hardly do
 ROWS = 16  # tokens compared at once: few enough that a large vocabulary's rows stay in the cache
 
@@ -112,13 +114,12 @@ def student(n: int) -> float:
     Abramowitz and Stegun, 26.7.5, whose error is below 1 %."""
     if n < 3:
         return (12.7062, 4.3027)[n - 1]
-    z = 1.959963984540054
     terms = (
-        (z**3 + z) / 4,
-        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
-        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
     )
-    return float(z + sum(term / n ** (power + 1) for power, term in enumerate(terms)))
+    return float(Z + sum(term / n ** (power + 1) for power, term in enumerate(terms)))
 
 
 def _log_sum(x: Logits) -> NDArray[np.float64]:

@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pyllm import atomic_file
-from pyllm.errors import ArgumentError, FileError
+from pyllm.errors import ArgumentError, FileError, UnsupportedError
+
+IMAGES = ("png", "svg", "pdf")
 
 
 def write(path: Path, data: bytes) -> None:
@@ -27,6 +29,24 @@ def require_outputs(files: Mapping[str, Path | None]) -> None:
     for path in filter(None, files.values()):
         require_writable(path)
     require_apart(files)
+
+
+def require_plot(path: Path | None, option: str = "--plot") -> None:
+    """Raises ArgumentError where a path's ending names no kind of image, and UnsupportedError where nothing
+    could draw one."""
+    if path is None:
+        return
+    if path.suffix[1:].lower() not in IMAGES:
+        raise ArgumentError(f"{option} {path}: expected a name that ends in .{', .'.join(IMAGES)}")
+    require_matplotlib()
+
+
+def require_matplotlib() -> None:
+    """Raises UnsupportedError where it is missing."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise UnsupportedError("plots need matplotlib: pip install 'pyllm[eval]'") from None
 
 
 def require_writable(path: Path) -> None:

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import Dense, Policy
+from pyllm.bulk import first_with_bulk
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.metrics import Reference, ratio_interval
-from pyllm.evaluate.static_labels import first_with_bulk
 from pyllm.evaluate.tasks.draft import Task, listed
 from pyllm.evaluate.tasks.needles import LEAST, needles
 from pyllm.evaluate.tasks.samples import Sample, Samples

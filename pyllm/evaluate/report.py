@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 from rich.table import Table
 from rich.text import Text
 
-from pyllm.errors import UnsupportedError
 from pyllm.evaluate.classifier import Classifier, Quality
 from pyllm.evaluate.metrics import BLOCK
+from pyllm.evaluate.outputs import require_matplotlib
 from pyllm.evaluate.results import Row
 
 if TYPE_CHECKING:
@@ -145,14 +145,6 @@ def draw(rows: Sequence[Row]) -> Figure:
     for name in legend.get_texts():
         name.set_parse_math(False)
     return figure
-
-
-def require_matplotlib() -> None:
-    """Raises UnsupportedError where it is missing."""
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise UnsupportedError("plots need matplotlib: pip install 'pyllm[eval]'") from None
 
 
 def _draw(panel: Axes, number: int, points: Sequence[Row]) -> ErrorbarContainer:

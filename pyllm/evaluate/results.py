@@ -67,6 +67,11 @@ class Row:
     def name(self) -> str:
         return self.line if self.setting is None else f"{self.line} {self.setting:g}"
 
+    @property
+    def decode_read(self) -> float | None:
+        """% of the bulk's bytes that decode reads; where nothing was decoded, prefill, the only witness."""
+        return self.bulk_read if self.decode_bulk_read is None else self.decode_bulk_read
+
 
 @dataclass
 class Results:

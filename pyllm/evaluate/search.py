@@ -21,7 +21,7 @@ from pyllm.profile import DECODE_PART, Measured
 
 PAGE_BITS: tuple[PageBits, ...] = (GRADED, 3)  # 2 and 4 were never the cheapest
 PAGE_SHARES = (0.003, 0.01, 0.03)
-REFINEMENTS = 2  # times that page shares are moved towards the budget
+REFINEMENTS = 3  # times that page shares are moved towards the budget
 BANDS = 10  # of neighbouring layers at most, which have a gate together or none
 ATTEMPTS = 2  # at a gate, each with fewer layers
 PARTS_OF_PAGES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # of a budget; a gate may have the rest

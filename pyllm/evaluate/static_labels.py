@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import Dense, Oracle
+from pyllm.bulk import first_with_bulk
 from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
 from pyllm.session import Progress, Session
@@ -40,11 +41,6 @@ def local_shares(
         raise ValueError("no query of the texts has a bulk")
     shares: NDArray[np.float64] = local / pairs
     return shares
-
-
-def first_with_bulk(window: int, sinks: int) -> int:
-    """Position of the first query that has a bulk: a page behind the sinks has left its window."""
-    return window + sinks + 63
 
 
 def _stretch(llm: LLM, session: Session, tokens: NDArray[np.int32], window: int) -> NDArray[np.float64]:

@@ -11,12 +11,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import Dense, Policy
+from pyllm.bulk import bulk_from, first_with_bulk
 from pyllm.device import available_on
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.candidates import Candidate
 from pyllm.evaluate.metrics import Reference, Scores, mean_interval, perplexity
 from pyllm.evaluate.results import Row
-from pyllm.evaluate.static_labels import first_with_bulk
 from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
 from pyllm.session import Session
@@ -25,9 +25,14 @@ from pyllm.stats import Stats
 MOST_AT_ONCE = 8  # policies beside one dense session: more save little
 
 
+def least(window: int, sinks: int, n_decode: int) -> int:
+    """Tokens of the shortest text of which a query of the prefill has a bulk, and the last is predicted."""
+    return bulk_from(window, sinks) + n_decode + 1
+
+
 def require_bulk(text: Text, window: int, sinks: int, n_decode: int) -> None:
     """Raises ArgumentError where no query of the prefill would have a bulk to read or leave."""
-    needed = first_with_bulk(window, sinks) + 1 + n_decode + 1
+    needed = least(window, sinks, n_decode)
     if len(text.tokens) < needed:
         raise ArgumentError(
             f"text {text.name!r}: {len(text.tokens)} tokens, but with a window of {window}, {sinks} sinks "

@@ -163,7 +163,8 @@ class DecisionLog:
     def audit(self, audit: Audit) -> None:
         missed, page_missed = bits(audit.missed), bits(audit.page_missed)
         lost = _rounded(audit.lost)
-        self._write({"audit": audit.position, "missed": missed, "page_missed": page_missed, "lost": lost})
+        entry = {"audit": audit.position, "missed": missed, "page_missed": page_missed, "lost": lost}
+        self._write(entry if audit.sampled else {**entry, "sampled": False})
 
     def repair(self, stretch: Stretch, lost: float) -> None:
         at = {"first": stretch.first, "stop": stretch.stop}

@@ -111,8 +111,12 @@ class LogSummary:
         if ((lost < 0) | (lost > 1)).any():
             raise ValueError("lost shares outside 0..1")
         missed, page_missed = self._bits(entry["missed"]), self._bits(entry["page_missed"])
-        audit = Audit(entry["audit"], missed, missed, page_missed, lost.astype(np.float32))
-        self.tally = self.tally.with_audit(audit, over_limit=False)
+        sampled = entry.get("sampled", True)
+        if not isinstance(sampled, bool):
+            raise ValueError(f"sampled: {sampled!r}")
+        audit = Audit(entry["audit"], missed, missed, page_missed, lost.astype(np.float32), sampled)
+        if sampled:
+            self.tally = self.tally.with_audit(audit, over_limit=False)
 
     def _add_control(self, entry: dict[str, Any]) -> None:
         thresholds, share = entry["threshold"], entry["page_share"]

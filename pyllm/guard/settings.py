@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
-from pyllm._native import library
+from pyllm.bulk import PAGE
 from pyllm.errors import ArgumentError
 from pyllm.guard.controller import Control
 
@@ -40,6 +40,10 @@ class Guard:
     start: Control | None = None
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            value = getattr(self, setting.name)
+            if isinstance(value, np.generic):  # which the log could not write
+                object.__setattr__(self, setting.name, value.item())
         _require("audit_rate", self.audit_rate, 1e-6, 1)
         _require("promise", self.promise, 0.001, 0.999)
         _require("miss_target", self.miss_target, 1e-4, 0.5)
@@ -47,8 +51,8 @@ class Guard:
         _require_whole("log_bytes", self.log_bytes, 2**16)
         _require_whole("seed", self.seed, -(2**63))
         _require_whole("control_period", self.control_period, 1)
-        if self.control_period % page():
-            raise ArgumentError(f"control_period: expected a multiple of {page()}, got {self.control_period}")
+        if self.control_period % PAGE:
+            raise ArgumentError(f"control_period: expected a multiple of {PAGE}, got {self.control_period}")
 
     @property
     def interval(self) -> int:
@@ -56,17 +60,12 @@ class Guard:
         return round(1 / self.audit_rate)
 
 
-def page() -> int:
-    """Tokens of a page."""
-    return int(library()[1].PYLLM_PAGE)
-
-
 def _require(name: str, value: Any, low: float, high: float) -> None:
-    number = isinstance(value, (int, float, np.number)) and not isinstance(value, bool)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or not math.isfinite(value) or not low <= value <= high:
         raise ArgumentError(f"{name}: expected a number from {low:g} to {high:g}, got {value!r}")
 
 
 def _require_whole(name: str, value: Any, low: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < low:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ArgumentError(f"{name}: expected a whole number from {low} up, got {value!r}")

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from pyllm import _native
 from pyllm.attention import Dense, Policy
+from pyllm.bulk import first_with_bulk
 from pyllm.errors import ArgumentError
 from pyllm.guard.audit import Audit, audits
 from pyllm.guard.controller import Control, Controller
 from pyllm.guard.log import DecisionLog
 from pyllm.guard.sampling import audit_mask
-from pyllm.guard.settings import Guard, page
+from pyllm.guard.settings import Guard
 from pyllm.guard.tally import Tally
 from pyllm.guard.timeline import Stretch, Timeline
 from pyllm.record import Record
@@ -61,12 +62,11 @@ class Watch:
             policy, info.n_layers, info.n_heads, guard.miss_target, guard.lost_limit
         )
         self._dense = Dense(window=policy.window, sinks=policy.sinks).native(info.n_layers, info.n_heads)
-        self._first_bulk = policy.sinks + policy.window + page() - 1
-        reads_all = isinstance(policy, Dense) and not policy.page_bits
+        self._first_bulk = first_with_bulk(policy.window, policy.sinks)
         self._timeline = Timeline(
             guard.control_period,
             self._native.position,
-            sys.maxsize if reads_all else self._first_bulk,
+            sys.maxsize if policy.reads_all else self._first_bulk,
             self._start(),
             guard.lost_limit,
         )

@@ -45,15 +45,10 @@ def loss(row: Row) -> float:
 
 def cost(row: Row) -> float:
     """% of dense attention's: the mean of prefill's work and decode's bytes on the bulk."""
-    work, read = row.bulk_work, decode_read(row)
+    work, read = row.bulk_work, row.decode_read
     assert work is not None
     assert read is not None  # evaluated texts have a bulk
     return (work + read) / 2
-
-
-def decode_read(row: Row) -> float | None:
-    """% of the bulk's bytes that decode reads; where nothing was decoded, prefill."""
-    return row.bulk_read if row.decode_bulk_read is None else row.decode_bulk_read
 
 
 def by_policy(rows: Iterable[Row]) -> list[list[Row]]:
@@ -67,7 +62,8 @@ def by_policy(rows: Iterable[Row]) -> list[list[Row]]:
 def pool(rows: Sequence[Row], name: str | None = None) -> Row:
     """One row for several texts: means weighted by their tokens, sums of seconds. The ends of the interval
     are the means of the texts' ends, which is wider than the interval of the mean."""
-    values: dict[str, Any] = {field: _mean(rows, field) for field in (*PREFILL, *DECODE)}
+    values: dict[str, Any] = {field: _mean(rows, field, "tokens") for field in PREFILL}
+    values |= {field: _mean(rows, field, "decode_tokens") for field in DECODE}
     values |= {field: sum(getattr(row, field) for row in rows) for field in SUMS}
     for field in ("perplexity", "dense_perplexity"):
         values[field] = math.exp(
@@ -78,7 +74,7 @@ def pool(rows: Sequence[Row], name: str | None = None) -> Row:
     )
 
 
-def _mean(rows: Sequence[Row], field: str) -> float | None:
-    """Weighted by tokens, of those rows that have a value."""
-    found = [(row.tokens, getattr(row, field)) for row in rows if getattr(row, field) is not None]
+def _mean(rows: Sequence[Row], field: str, weight: str) -> float | None:
+    """Weighted by tokens, `weight`, of those rows that have a value."""
+    found = [(getattr(row, weight), getattr(row, field)) for row in rows if getattr(row, field) is not None]
     return sum(n * value for n, value in found) / sum(n for n, _ in found) if found else None

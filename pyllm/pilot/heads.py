@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import Policy
-from pyllm.evaluate.static_labels import first_with_bulk
+from pyllm.bulk import first_with_bulk
 from pyllm.evaluate.texts import Text
 from pyllm.guard.audit import audits
 from pyllm.llm import LLM

@@ -60,7 +60,7 @@ def _savings(row: Row, projection: Projection) -> list[Kpi]:
             "Work saved in prefill",
             f"{100 - projection.work_percent:.1f} %",
             "Projected onto all documents: multiply-adds of attention not done while reading them, beside "
-            "dense attention's.",
+            "dense attention's. Negative: more, as scoring takes some.",
         ),
         Kpi(
             "Time saved in prefill",

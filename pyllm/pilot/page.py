@@ -12,13 +12,13 @@ from markupsafe import Markup
 from rich.filesize import decimal
 
 import pyllm
+from pyllm.bulk import bulk_from
 from pyllm.pilot import figures
-from pyllm.pilot.choice import cost, decode_read, loss
+from pyllm.pilot.choice import cost, loss
 from pyllm.pilot.heads import AUDITED, PROMISE
 from pyllm.pilot.kpis import kpis
 from pyllm.pilot.pilot import Pilot
 from pyllm.survey.folder import shown
-from pyllm.survey.projection import PAGE
 
 TEMPLATE = "pilot.html"
 
@@ -54,8 +54,7 @@ def render(pilot: Pilot, calibration: str, model: str, made: Mapping[str, str]) 
         },
         loss=loss,
         cost=cost,
-        decode_read=decode_read,
-        bulk_from=pilot.survey.window + pilot.survey.sinks + PAGE,
+        bulk_from=bulk_from(pilot.survey.window, pilot.survey.sinks),
         chat=lambda attention: _chat(model, attention),
         promise=PROMISE,
         audited=AUDITED,

@@ -12,7 +12,7 @@ from pyllm.evaluate.candidates import Candidate, candidates
 from pyllm.evaluate.evaluation import Evaluation
 from pyllm.evaluate.results import Row
 from pyllm.evaluate.texts import Text
-from pyllm.pilot.choice import Recommendation, by_policy, decode_read, pool, recommend
+from pyllm.pilot.choice import Recommendation, by_policy, pool, recommend
 from pyllm.pilot.heads import Heads, observe
 from pyllm.session import Progress
 from pyllm.survey.folder import shown
@@ -118,7 +118,7 @@ def _projections(survey: Survey, rows: Sequence[Row]) -> list[Projection]:
     """Of every policy onto all documents of the folder."""
     shares = []
     for row in map(pool, by_policy(rows)):
-        read, work = decode_read(row), row.bulk_work
+        read, work = row.decode_read, row.bulk_work
         assert read is not None
         assert work is not None  # evaluated texts have a bulk
         shares.append(Share(row.name, read / 100, work / 100, f"measured on {row.text}", row.kl))

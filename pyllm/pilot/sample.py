@@ -9,7 +9,7 @@ import numpy as np
 
 from pyllm import documents
 from pyllm.errors import ArgumentError
-from pyllm.evaluate.texts import Text
+from pyllm.evaluate.texts import Text, bos
 from pyllm.llm import LLM
 from pyllm.survey.folder import Document, Folder, shown
 
@@ -49,10 +49,8 @@ def cut_at(lengths: Sequence[int], limit: int) -> int:
 
 
 def _beginning(llm: LLM, folder: Folder, document: Document, n: int) -> Text:
-    tokenizer = llm.tokenizer
-    bos = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     ids = llm.tokenize(documents.read(folder.root / document.path), parse_special=False)
-    return Text(shown(document.path), np.array([*bos, *ids][:n], np.int32))
+    return Text(shown(document.path), np.array([*bos(llm), *ids][:n], np.int32))
 
 
 def _require(folder: Folder, long_enough: Sequence[Document], n_ctx: int, limit: int, least: int) -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from pyllm.survey.projection import PAGE
+from pyllm import bulk
 from pyllm.survey.result import Survey
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def draw_lengths(axes: Axes, survey: Survey) -> None:
     """Documents by their tokens on a logarithmic axis, with the window's end and the context's."""
     from matplotlib.ticker import MaxNLocator
 
-    bulk_from = survey.window + survey.sinks + PAGE
+    bulk_from = bulk.bulk_from(survey.window, survey.sinks)
     marks = {f"bulk from {bulk_from:,}": bulk_from, f"context {survey.n_ctx:,}": survey.n_ctx}
     reach = [*survey.tokens, *marks.values()]
     axes.hist(survey.tokens, bins=np.geomspace(max(1, min(reach)) / 1.2, max(reach) * 1.2, BINS).tolist())

@@ -18,15 +18,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
+from pyllm.bulk import PAGE, Counts, bulk_tokens
 from pyllm.survey.model_file import ModelFile
 from pyllm.survey.shares import Share
 from pyllm.survey.speed import Speed
-
-PAGE = 64  # tokens
-
-Counts = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -43,12 +39,6 @@ class Projection:
     work_percent: float
     decode_ms: float | None = None
     prefill_seconds: float | None = None
-
-
-def bulk_tokens(n: Counts, window: int, sinks: int) -> Counts:
-    """Keys in the bulk of the last of n tokens, elementwise."""
-    found: Counts = PAGE * (np.maximum(0, n - window - sinks) // PAGE)
-    return found
 
 
 def bulk_pairs(n: Counts, window: int, sinks: int) -> Counts:

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pyllm.bulk import bulk_tokens
 from pyllm.survey.folder import Folder, shown
 from pyllm.survey.model_file import ModelFile
-from pyllm.survey.projection import Projection, bulk_tokens
+from pyllm.survey.projection import Projection
 from pyllm.survey.speed import Speed
 
 FORMAT = "pyllm survey 1"

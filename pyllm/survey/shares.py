@@ -94,9 +94,7 @@ def combined(others: Sequence[Share]) -> list[Share]:
 def _of_rows(rows: Sequence[Row], source: str) -> Share | None:
     """None where no query had a bulk."""
     work = [row.bulk_work for row in rows if row.bulk_work is not None]
-    # Where nothing was decoded, prefill is the only witness.
-    reads = [row.bulk_read if row.decode_bulk_read is None else row.decode_bulk_read for row in rows]
-    read = [value for value in reads if value is not None]
+    read = [row.decode_read for row in rows if row.decode_read is not None]
     if not work or not read:
         return None
     kl = fmean(row.kl for row in rows)

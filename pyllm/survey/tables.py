@@ -6,8 +6,8 @@ from rich.filesize import decimal
 from rich.table import Table
 from rich.text import Text
 
+from pyllm import bulk
 from pyllm.survey.folder import shown
-from pyllm.survey.projection import PAGE
 from pyllm.survey.result import Survey
 
 UNREADABLE_SHOWN = 20
@@ -38,7 +38,7 @@ def lengths(survey: Survey) -> Table:
     names = {0: "shortest", 50: "median", 100: "longest"}
     for p, value in survey.percentiles.items():
         table.add_row(names.get(p, f"{p} % have at most"), f"{value:,.0f}")
-    bulk_from = survey.window + survey.sinks + PAGE
+    bulk_from = bulk.bulk_from(survey.window, survey.sinks)
     for label, flags in (
         (f"beyond the window (a bulk from {bulk_from:,} tokens on)", survey.beyond_window),
         (f"beyond the context ({survey.n_ctx:,} tokens)", survey.beyond_context),

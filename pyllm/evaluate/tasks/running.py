@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyllm.attention import Dense, Policy
+from pyllm.bulk import first_with_bulk
 from pyllm.errors import ArgumentError
-from pyllm.evaluate.static_labels import first_with_bulk
 from pyllm.evaluate.tasks.answers import Answer, Answers
 from pyllm.evaluate.tasks.draft import Task
 from pyllm.evaluate.tasks.samples import Sample, Samples

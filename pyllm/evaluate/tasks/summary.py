@@ -49,7 +49,7 @@ class TaskRow:
 
 def rows(answers: Sequence[Answer]) -> list[TaskRow]:
     """Per task and policy, in the order of the answers; then per policy over all tasks, where there are
-    several and every sample was answered by dense attention too."""
+    several: of an evaluation that was interrupted, of whatever samples it came to."""
     tasks = list(dict.fromkeys(answer.task for answer in answers))
     found = [row for task in tasks for row in _rows(task, [a for a in answers if a.task == task])]
     return found + (_rows("all", answers) if len(tasks) > 1 else [])
