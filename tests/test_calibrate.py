@@ -137,7 +137,7 @@ def test_prefill_and_decode_have_shares_of_their_own() -> None:
         Curve.of({x: (factor * x, 1 / x) for x in (0.001, 0.01, 0.1)}) for factor in (1.0, 5.0)
     )
     pages = Pages(3, prefill, decode)
-    shares = pages.shares(0.02)
+    shares = (pages.prefill.share(0.02), pages.decode.share(0.02))
     assert shares == pytest.approx((0.02, 0.004), rel=1e-2)
     assert [prefill.loss(shares[0]), decode.loss(shares[1])] == pytest.approx([0.02, 0.02], rel=1e-2)
     assert [prefill.loss(0.001), decode.loss(0.01)] == pytest.approx([0.001, 0.05], rel=1e-2)
@@ -203,8 +203,8 @@ def times(m: Measured, factor: float, more: float = 0.0) -> Measured:
 class World:
     """Measures, and counts how often."""
 
-    def __init__(self, gates_lose: float = 1.0) -> None:
-        self.gates_lose = gates_lose
+    def __init__(self, gates_lose: float = 1.0, trace: float = TRACE) -> None:
+        self.gates_lose, self.trace = gates_lose, trace
         self.asked: list[Policy] = []
 
     def measure(self, policies: Sequence[Policy]) -> list[Measured]:
@@ -216,7 +216,7 @@ class World:
         shares = (policy.page_share, policy.decode_share)
         (loss, work), (own, read) = (world(policy, share, self.gates_lose) for share in shares)
         pages = BITS[policy.page_bits][0] * policy.page_share if policy.page_bits else 0.0
-        return measured((loss, work), (own + TRACE * pages, read))
+        return measured((loss, work), (own + self.trace * pages, read))
 
     def search(self, gates: Sequence[Adaptive] = (Adaptive(0.9), Adaptive(0.95))) -> Search:
         return Search(self.measure, self.measure, N_LAYERS, gates, {"window": 512, "sinks": 8}, SOME)
@@ -230,7 +230,7 @@ class World:
             gates = self.gates_lose * GATE_LOSS[on].sum()
             for factor, sketch in BITS.values():
                 prefill = shares[factor * shares + gates <= budget]
-                left = DECODE_PART * budget - gates - TRACE * factor * prefill
+                left = DECODE_PART * budget - gates - self.trace * factor * prefill
                 prefill, decode = prefill[left > 0], left[left > 0] / factor
                 cost = sketch + READ * (prefill**-0.4 + decode**-0.4) / 2
                 costs.append((1 - GATE_SAVES * np.mean(on)) * cost.min(initial=100.0))
@@ -250,10 +250,18 @@ def test_search_finds_what_is_known_to_be_cheapest(gates_lose: float) -> None:
         assert known.kl <= BUDGET[name]
         assert known.decode_kl <= DECODE_PART * BUDGET[name]
         assert trial.measured == known
-        assert trial.cost <= 1.12 * here.cheapest(BUDGET[name])
+        assert trial.cost <= 1.11 * here.cheapest(BUDGET[name])
         assert (trial.policy.window, trial.policy.sinks) in ((512, 8), (1024, 16))
     assert len(here.asked) == len(set(here.asked)), "nothing is measured twice"
     assert len(here.asked) <= most(2, 3) + N_LAYERS
+
+
+@pytest.mark.parametrize("trace", [0.02, 0.25])
+def test_a_prompt_leaves_another_trace_than_expected(trace: float) -> None:
+    here = World(1000.0, trace)
+    for name, trial in here.search().run(BUDGET).items():
+        assert trial.loss <= BUDGET[name]
+        assert trial.cost <= 1.1 * here.cheapest(BUDGET[name])
 
 
 @given(st.integers(1, 200))

@@ -82,10 +82,6 @@ class Pages:
     prefill: Curve
     decode: Curve
 
-    def shares(self, loss: float) -> tuple[float, float]:
-        """Of prefill and of decode, the largest with which neither loses more."""
-        return self.prefill.share(loss), self.decode.share(loss)
-
     def cost(self, shares: tuple[float, float]) -> float:
         return (self.prefill.cost(shares[0]) + self.decode.cost(shares[1])) / 2
 

@@ -29,6 +29,7 @@ NEAR = 0.9  # of a budget: what loses that much needs no refinement
 TRACE = 0.12  # of what a prompt's reading loses, what decode behind it loses for that, about
 OWN = DECODE_PART - TRACE  # of a budget, what decode's own choices may lose where prefill loses all of it
 AIM = 0.97  # of a budget: what is predicted to lie on it would be over it every other time
+MISSED = 0.93  # of an aim, the next one where more was lost than the budget: the trace is only about known
 NEGLIGIBLE = 1e-6  # nats; what float noise may lose
 
 # Policies in, what each loses and costs out, in the same order.
@@ -80,8 +81,7 @@ class Search:
         shares = [(share, DECODE_PART * share) for share in PAGE_SHARES]
         pages = [self._pages(bits, pair) for bits in PAGE_BITS for pair in shares]
         self._try([*pages, *self.gates])
-        for _ in range(REFINEMENTS):
-            self._try([self._refined(budget) for budget in budgets.values() if not self._is_near(budget)])
+        self._refine(list(budgets.values()))
         self._try_gates(list(budgets.values()))
         found = {name: self._within(budget) for name, budget in budgets.items()}
         met = {name: trial for name, trial in found.items() if trial}
@@ -130,9 +130,24 @@ class Search:
         pages = [trial for trial in self.trials if isinstance(trial.policy, Dense)]
         return any(NEAR * budget <= min(trial.losses) and trial.loss <= budget for trial in pages)
 
-    def _refined(self, budget: float) -> Policy:
-        """The pages that should be cheapest within the budget, by interpolation."""
-        plans = [(curves, curves.shares(AIM * budget)) for curves in self._curves()]
+    def _refine(self, budgets: Sequence[float]) -> None:
+        """Moves page shares towards every budget that none is near."""
+        aims = {budget: np.full(2, AIM * budget) for budget in budgets}  # of prefill and of decode
+        for _ in range(REFINEMENTS):
+            far = [budget for budget in budgets if not self._is_near(budget)]
+            plans = {budget: self._refined(aims[budget]) for budget in far}
+            self._try(list(plans.values()))
+            tried = {trial.policy: trial.measured for trial in self.trials}
+            for budget, plan in plans.items():
+                lost = np.array([tried[plan].kl_high, tried[plan].decode_kl_high / DECODE_PART])
+                aims[budget][lost > budget] *= MISSED
+
+    def _refined(self, aims: NDArray[np.float64]) -> Policy:
+        """The pages that should be cheapest where prefill and decode lose these, by interpolation."""
+        plans = [
+            (curves, (curves.prefill.share(aims[0]), curves.decode.share(aims[1])))
+            for curves in self._curves()
+        ]
         curves, shares = min(plans, key=lambda plan: plan[0].cost(plan[1]))
         return self._pages(curves.bits, shares)
 
