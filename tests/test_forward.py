@@ -254,6 +254,35 @@ def test_moments_restart_after_a_rewind_under_another_policy(tmp_path: Path) -> 
     assert np.array_equal(gone.eval(third, all_logits=True), never.eval(third, all_logits=True))
 
 
+@settings(parent=fresh_file, max_examples=8)
+@given(
+    seed=SEEDS,
+    start=st.integers(80, 150),
+    peeks=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(1, 2)), max_size=3),
+    step=st.sampled_from([1, 40]),
+)
+def test_looking_at_the_moments_of_one_head_changes_no_other(
+    tmp_path: Path, seed: int, start: int, peeks: list[tuple[int, int, int]], step: int
+) -> None:
+    """peeks: layer, key/value head and pages. What is judged afterwards is what numpy finds."""
+    path = tiny(tmp_path, dim=64, n_ff=96, sharp=12, seed=seed)
+    policy = Adaptive(1.1, window=32, sinks=16)  # no decision hangs on rounding
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, start + 80).tolist()
+    session = LLM(path, isa=SHARPEST, attention=policy).session()
+    session.eval(tokens[:start])
+    for layer, kv_head, n_pages in [(0, 0, 1), *peeks]:
+        session.key_moments(layer, kv_head, min(n_pages, (start - 16) // 64))
+    theirs = reference.forward(weights.load(path), tokens, reference_policy(policy), products="float").layers
+    for first in range(start, start + 80, step):
+        record = session.new_record(step)
+        session.eval(tokens[first : first + step], record=record)
+        for layer, result in enumerate(theirs):
+            for name in ("mean_score", "deviation"):
+                ours, numpys = getattr(record, name)[layer], getattr(result.decisions, name)
+                expected = numpys[first : first + step]
+                assert np.allclose(ours, expected, atol=1e-2, rtol=1e-2, equal_nan=True), name
+
+
 def test_a_full_context_and_one_token_more(tmp_path: Path) -> None:
     path = tiny(tmp_path, dim=64, n_ff=96)
     session = LLM(path, n_ctx=130, attention=Adaptive(0.6, window=16)).session()
