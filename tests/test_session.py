@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pyllm import (
     LLM,
+    AbortedError,
     Adaptive,
     ArgumentError,
     ContextError,
@@ -26,6 +27,7 @@ from pyllm import (
     Session,
     Window,
 )
+from pyllm._native import check, library
 from tiny_models import write_tiny
 
 TOLERANCE = 2e-3  # of logits of size about 1: float noise of another order of sums
@@ -298,6 +300,39 @@ def test_abort_from_another_thread(slow_llm: LLM) -> None:
         worker.join(0.01)
     assert [type(error).__name__ for error in outcome] == ["AbortedError"]
     assert session.position == 0
+
+
+def test_a_running_evaluation_is_not_copied(slow_llm: LLM) -> None:
+    """A call past the package's lock is refused by the library: what it copies would grow under its hands."""
+    session = slow_llm.session()
+    session.eval(ids(100))
+    native, (ffi, lib) = session._native, library()
+    state = np.empty(lib.pyllm_session_state_size(native.handle), np.uint8)
+    tokens = ffi.new("int32_t[]", 100)
+
+    def work() -> None:
+        with pytest.raises(AbortedError):
+            session.eval(ids(3900))
+
+    worker = threading.Thread(target=work)
+    stage = ffi.new("pyllm_stage_stats *")
+    lib.pyllm_session_stage_stats(native.handle, stage, 1)
+    before = stage.calls
+    worker.start()
+    while stage.calls == before:
+        time.sleep(0.001)
+        lib.pyllm_session_stage_stats(native.handle, stage, 1)
+    with pytest.raises(ArgumentError, match="in use by another thread"):
+        check(lib.pyllm_session_save, native.handle, ffi.from_buffer("uint8_t[]", state), len(state))
+    with pytest.raises(ArgumentError, match="in use by another thread"):
+        check(lib.pyllm_session_tokens, native.handle, tokens, 100)
+    while worker.is_alive():
+        session.abort()
+        worker.join(0.01)
+    check(lib.pyllm_session_tokens, native.handle, tokens, 100)
+    assert list(tokens) == ids(100)
+    with pytest.raises(ArgumentError, match="101 tokens asked for: the session holds 100"):
+        check(lib.pyllm_session_tokens, native.handle, tokens, 101)
 
 
 def test_threads_take_turns(tiny: LLM) -> None:

@@ -221,8 +221,8 @@ int32_t pyllm_session_rewind(pyllm_session *session, int32_t n, pyllm_error *err
 /* Rewinds to the longest common prefix with tokens, but not past n - 1, so that evaluating the rest gives logits. */
 int32_t pyllm_session_sync(pyllm_session *session, const int32_t *tokens, int32_t n, int32_t *n_kept, pyllm_error *err);
 int32_t pyllm_session_position(const pyllm_session *session);
-/* out: (position) */
-void pyllm_session_tokens(const pyllm_session *session, int32_t *out);
+/* The first n tokens of position: out (n). */
+int32_t pyllm_session_tokens(pyllm_session *session, int32_t *out, int32_t n, pyllm_error *err);
 /* From any thread: a running eval of this session returns PYLLM_ERR_ABORTED before its next layer. */
 void pyllm_session_abort(pyllm_session *session);
 
@@ -237,7 +237,7 @@ int32_t pyllm_session_moments(pyllm_session *session, int32_t layer, int32_t kv_
 
 /* Tokens and KV cache as bytes, for the same model and n_sink. load replaces the session's contents. */
 uint64_t pyllm_session_state_size(const pyllm_session *session);
-int32_t pyllm_session_save(const pyllm_session *session, void *buffer, uint64_t size, pyllm_error *err);
+int32_t pyllm_session_save(pyllm_session *session, void *buffer, uint64_t size, pyllm_error *err);
 int32_t pyllm_session_load(pyllm_session *session, const void *buffer, uint64_t size, pyllm_error *err);
 
 /* ---- sampling ---- */

@@ -251,8 +251,13 @@ int32_t pyllm_session_sync(pyllm_session *s, const int32_t *tokens, int32_t n, i
 
 int32_t pyllm_session_position(const pyllm_session *s) { return s->position; }
 
-void pyllm_session_tokens(const pyllm_session *s, int32_t *out) {
-  memcpy(out, s->tokens, (size_t)s->position * sizeof *out);
+int32_t pyllm_session_tokens(pyllm_session *s, int32_t *out, int32_t n, pyllm_error *err) {
+  int32_t status = session_enter(s, err);
+  if (status) return status;
+  if (n < 0 || n > s->position)
+    status = fail(err, PYLLM_ERR_ARGUMENT, "%d tokens asked for: the session holds %d", n, s->position);
+  else memcpy(out, s->tokens, (size_t)n * sizeof *out);
+  return session_leave(s, status);
 }
 
 void pyllm_session_abort(pyllm_session *s) { atomic_store(&s->abort, true); }

@@ -176,7 +176,7 @@ class NativeSession:
         ffi, lib = library()
         with self.lock:
             out = np.empty(lib.pyllm_session_position(self.handle), np.int32)
-            lib.pyllm_session_tokens(self.handle, ffi.from_buffer("int32_t[]", out, True))
+            check(lib.pyllm_session_tokens, self.handle, ffi.from_buffer("int32_t[]", out, True), len(out))
         return out
 
     def layer_stats(self) -> NDArray[np.uint64]:
