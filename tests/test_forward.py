@@ -162,6 +162,37 @@ def test_rope_frequencies_of_llama3(tmp_path: Path) -> None:
     compare(path, SHARPEST, list(range(50)) * 5, Dense(window=32))
 
 
+def overflowing(path: Path, token: int) -> Path:
+    """A model of float32 whose keys and values of one token overflow: alone it has a dimension that the first
+    layer's norm blows up."""
+    tensors = {tensor.name: tensor for tensor in LLM(path).tensors()}
+    table, norm = tensors["token_embd.weight"], tensors["blk.0.attn_norm.weight"]
+    file = np.memmap(path, np.uint8, "r+")
+    embedding = file[table.offset : table.offset + table.size].view(np.float32).reshape(VOCABULARY, -1)
+    embedding[:, 0] = np.arange(VOCABULARY) == token
+    file[norm.offset : norm.offset + 4].view(np.float32)[0] = 1e30
+    file.flush()
+    return path
+
+
+def test_a_batch_that_overflows_says_so(tmp_path: Path) -> None:
+    """Also where nobody asks for its logits, or only for one of a token that does not see it. Nothing of the
+    call stays behind."""
+    path = overflowing(tiny(tmp_path), 7)
+    llm = LLM(path, n_batch=32, attention=Window(window=16, sinks=4))
+    session, other = llm.session(n_ctx=300), llm.session(n_ctx=300)
+    tokens = np.random.default_rng(3).integers(10, VOCABULARY, 250).astype(np.int32)
+    for s in (session, other):
+        s.eval(tokens[:100])
+    bad = tokens[100:].copy()
+    bad[50] = 7  # in the second batch of five
+    for n_logits in (0, 1, 150):
+        with pytest.raises(pyllm.NumericError, match="after position 132"):
+            session._native.eval(bad, np.empty((n_logits, VOCABULARY), np.float32))
+        assert session.position == 100
+    assert np.array_equal(session.eval(tokens[100:]), other.eval(tokens[100:]))
+
+
 POLICIES = [Dense(window=64), Adaptive(0.6, window=64), Oracle(0.6, window=64), Window(window=64)]
 
 

@@ -213,7 +213,9 @@ void pyllm_session_close(pyllm_session *session);
 int32_t pyllm_session_set_attention(pyllm_session *session, const pyllm_attention *attention, pyllm_error *err);
 
 /* Evaluates tokens (n >= 1) after those already there. logits: (n_logits, n_vocab) of the last n_logits tokens,
- * 0 <= n_logits <= n. record: filled with what attention decided; NULL for none. On failure the session holds a whole number of batches of the tokens and stays usable. */
+ * 0 <= n_logits <= n. record: filled with what attention decided; NULL for none. On failure the
+ * session holds a whole number of batches of the tokens, after PYLLM_ERR_NUMERIC none of them, and stays usable. Every
+ * token's results are checked, of those without logits too. */
 int32_t pyllm_session_eval(pyllm_session *session, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
                            const pyllm_record *record, pyllm_error *err);
 /* Drops every token from position n on. */

@@ -127,6 +127,8 @@ struct ops {
   /* cosine, sine (n, half) = mscale times those of position * frequency (half), of the batch's positions. */
   void (*angles)(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
                  float *cosine, float *sine);
+  /* Whether x (n) holds no NaN and no infinity; returns when the stages before it are done. Once per batch at most. */
+  bool (*finite)(const backend *be, const float *x, int64_t n);
   const attention_ops *attention;
   /* out = silu(gate) * up, (n, out->cols). */
   void (*swiglu)(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);

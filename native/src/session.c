@@ -190,6 +190,7 @@ static int32_t check_eval(const pyllm_session *s, const int32_t *tokens, int32_t
 
 static int32_t eval_batches(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
                             const pyllm_record *record, pyllm_error *err) {
+  int32_t first = s->position;
   for (int32_t done = 0; done < n;) {
     int32_t m = n - done < s->n_batch ? n - done : s->n_batch, start = s->position;
     int32_t skipped = n - n_logits - done; /* tokens of this batch that need no logits */
@@ -198,7 +199,8 @@ static int32_t eval_batches(pyllm_session *s, const int32_t *tokens, int32_t n, 
     batch_record rows = {record, n, done};
     int32_t status = forward(s, tokens + done, m, out, wanted, &rows, err);
     if (status) {
-      session_cut(s, start, start + m);
+      /* What overflowed may have been stored, as a key that no token has looked at, before it showed. */
+      session_cut(s, status == PYLLM_ERR_NUMERIC ? first : start, start + m);
       return status;
     }
     done += m;
