@@ -1,6 +1,7 @@
 #include "model.h"
 #include "error.h"
 #include "gguf.h"
+#include "gguf_name.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -46,8 +47,9 @@ static int32_t read_arch(const pyllm_file *file, const arch **out, pyllm_error *
   if (status) return status;
   *out = arch_find(name, size);
   if (*out) return PYLLM_OK;
-  return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: architecture '%.*s' is not supported; supported: %s", gguf_path(file),
-              (int)(size < 64 ? size : 64), name, arch_supported());
+  gguf_shown shown;
+  return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: architecture %s is not supported; supported: %s", gguf_path(file),
+              gguf_show(name, size, &shown), arch_supported());
 }
 
 /* Features that would silently change results if they were ignored. */
@@ -131,10 +133,11 @@ static int32_t read_scaling_type(const pyllm_file *file, const config *c, rope_s
   if (size == 4 && memcmp(type, "none", 4) == 0) s->type = SCALING_NONE;
   else if (size == 6 && memcmp(type, "linear", 6) == 0) s->type = SCALING_LINEAR;
   else if (size == 4 && memcmp(type, "yarn", 4) == 0) s->type = SCALING_YARN;
-  else
-    return fail(err, PYLLM_ERR_UNSUPPORTED,
-                "%s: key %s is '%.*s'; supported: none, linear, yarn, and llama3 by rope_freqs", gguf_path(file),
-                k.text, (int)(size < 64 ? size : 64), type);
+  else {
+    gguf_shown shown;
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: key %s is %s; supported: none, linear, yarn, and llama3 by rope_freqs",
+                gguf_path(file), k.text, gguf_show(type, size, &shown));
+  }
   return PYLLM_OK;
 }
 
