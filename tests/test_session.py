@@ -27,7 +27,7 @@ from pyllm import (
     Session,
     Window,
 )
-from pyllm._native import check, library
+from pyllm._native import SessionMemory, SessionParams, check, library, session_memory
 from tiny_models import write_tiny
 
 TOLERANCE = 2e-3  # of logits of size about 1: float noise of another order of sums
@@ -122,6 +122,14 @@ def test_a_sketch_counts_as_memory(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -
     tiny.session(attention=Dense())
     with pytest.raises(InsufficientMemoryError, match=r"4096 tokens needs"):
         tiny.session(attention=Dense(page_bits=2))
+
+
+def test_no_batch_counts_more_tokens_than_the_context(tiny: LLM) -> None:
+    def needed(n_batch: int) -> SessionMemory:
+        return session_memory(tiny._model, SessionParams(64, n_batch, 16), 2)
+
+    assert needed(64) == needed(512)
+    assert needed(32).total < needed(64).total
 
 
 def test_stats_follow_the_policy(tiny: LLM) -> None:

@@ -114,7 +114,8 @@ typedef struct pyllm_model_info {
 int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *params, pyllm_model **out, pyllm_error *err);
 void pyllm_model_close(pyllm_model *model);
 void pyllm_model_get_info(const pyllm_model *model, pyllm_model_info *out);
-/* Bytes that opening a model from this file will hold resident: for a check before pyllm_model_open. */
+/* Bytes that opening a model from this file will hold resident: for a check before pyllm_model_open, which refuses a file
+ * that this refuses. */
 int32_t pyllm_model_memory(const pyllm_file *file, uint64_t *bytes, pyllm_error *err);
 
 /* ---- session ---- */

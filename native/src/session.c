@@ -15,9 +15,12 @@ static int32_t check_params(const pyllm_session_params *p, pyllm_error *err) {
   return PYLLM_OK;
 }
 
+/* No batch has more tokens than the context. */
+static int32_t batch_within(const pyllm_session_params *p) { return p->n_batch < p->n_ctx ? p->n_batch : p->n_ctx; }
+
 static attention_shape shape_of(const config *c, const pyllm_session_params *p) {
-  return (attention_shape){c->n_layers, p->n_batch, p->n_ctx,           c->n_heads,  c->n_kv_heads,
-                           c->head_dim, p->n_sink,  c->attention_scale, p->kv_window};
+  return (attention_shape){c->n_layers, batch_within(p), p->n_ctx,           c->n_heads,  c->n_kv_heads,
+                           c->head_dim, p->n_sink,       c->attention_scale, p->kv_window};
 }
 
 static int32_t logit_rows(int32_t n_batch) { return n_batch < LOGITS_AT_ONCE ? n_batch : LOGITS_AT_ONCE; }
@@ -36,9 +39,10 @@ int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_pa
                        activation_bytes(q_width) + (uint64_t)c->n_ff * 8 + activation_bytes((uint64_t)c->n_ff) +
                        (uint64_t)c->n_rot * 4;
   attention_shape shape = shape_of(c, p);
-  uint64_t tokens = (uint64_t)p->n_ctx * 4, logits = (uint64_t)logit_rows(p->n_batch) * (uint64_t)c->n_vocab * 4;
+  int32_t n_batch = batch_within(p);
+  uint64_t tokens = (uint64_t)p->n_ctx * 4, logits = (uint64_t)logit_rows(n_batch) * (uint64_t)c->n_vocab * 4;
   /* The host has its tokens and its caller's logits. */
-  out->scratch_bytes = (uint64_t)p->n_batch * per_token + (m->backend.ops->on_host ? tokens : logits);
+  out->scratch_bytes = (uint64_t)n_batch * per_token + (m->backend.ops->on_host ? tokens : logits);
   return m->backend.ops->attention->memory(&m->backend, &shape, page_bits, out, err);
 }
 
@@ -104,15 +108,13 @@ int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params 
   s->model = model;
   model_hold(model);
   s->n_ctx = params->n_ctx;
-  s->n_batch = params->n_batch < params->n_ctx ? params->n_batch : params->n_ctx;
+  s->n_batch = batch_within(params);
   s->n_sink = params->n_sink;
   s->policy = (attention_policy){.policy = PYLLM_DENSE, .granularity = PYLLM_GROUP, .n_window = 1024};
   atomic_flag_clear(&s->busy);
   trace_init(&s->trace);
   session_take_device(s);
-  pyllm_session_params fitting = *params;
-  fitting.n_batch = s->n_batch;
-  status = allocate(s, &fitting, err);
+  status = allocate(s, params, err);
   session_give_device(s);
   if (status) pyllm_session_close(s);
   else *out = s;
