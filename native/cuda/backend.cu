@@ -228,6 +228,7 @@ int32_t cuda_embed(const backend *be, const quant_type *type, const void *table,
 static const ops cuda_ops = {
     .name = "cuda",
     .on_host = false,
+    .most_rows = MOST_ROWS,
     .alloc = alloc,
     .release = release,
     .write = write,

@@ -33,6 +33,10 @@ struct device {
 enum { FEW_TOKENS = 4 };
 ANYWHERE bool few_tokens(int32_t n) { return n <= FEW_TOKENS; }
 
+/* Of a matrix: so many, 64 at least per block, are what one dimension of a grid counts (linear_gemm.cu). No vocabulary
+ * comes near. */
+enum { MOST_GRID_ROWS = 65535, MOST_ROWS = MOST_GRID_ROWS * 64 };
+
 extern const attention_ops cuda_attention_ops; /* attention.cu */
 
 /* The queue, at the head of every call that is no stage: whichever thread it comes from has used another GPU before. Stages

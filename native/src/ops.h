@@ -97,7 +97,8 @@ typedef struct attention_ops {
 
 struct ops {
   const char *name;
-  bool on_host; /* the backend's memory is the host's */
+  bool on_host;      /* the backend's memory is the host's */
+  int32_t most_rows; /* of a matrix; asked where on_host is false */
   /* The backend's memory, which holds everything that stages read or write but where a stage says otherwise. alloc:
    * zeroed, aligned to 64 bytes, NULL when refused. write and read copy from and to the host's memory; both return when
    * that is done, after all stages called before. What goes wrong on the way, sync tells. */
