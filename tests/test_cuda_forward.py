@@ -431,3 +431,10 @@ def test_heads_without_kernels(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "odd.gguf", head_dim=48, n_heads=8, tokenizer=True)
     with pytest.raises(UnsupportedError, match="heads of 48 dimensions: the GPU has kernels for 32, 64"):
         LLM(path, device="cuda").session()
+    ffi, lib = _native.library()
+    out = ffi.new("pyllm_session_memory *", (1, 2, 3, 4, 5))
+    model = _native.Model(_native.File([path]), 1, None, "cuda")
+    params = _native.SessionParams(64, 64, 16).native()
+    with pytest.raises(UnsupportedError, match="heads of 48 dimensions"):
+        _native.check(lib.pyllm_session_memory_needed, model.handle, params, 0, out)
+    assert list(ffi.unpack(ffi.cast("uint64_t *", out), 5)) == [1, 2, 3, 4, 5]

@@ -27,7 +27,7 @@ from pyllm import (
     Session,
     Window,
 )
-from pyllm._native import SessionMemory, SessionParams, check, library, session_memory
+from pyllm._native import File, Model, SessionMemory, SessionParams, check, library, session_memory
 from tiny_models import write_tiny
 
 TOLERANCE = 2e-3  # of logits of size about 1: float noise of another order of sums
@@ -130,6 +130,15 @@ def test_no_batch_counts_more_tokens_than_the_context(tiny: LLM) -> None:
 
     assert needed(64) == needed(512)
     assert needed(32).total < needed(64).total
+
+
+def test_memory_of_a_session_that_cannot_be_is_not_written(tiny: LLM) -> None:
+    ffi, lib = library()
+    out = ffi.new("pyllm_session_memory *", (1, 2, 3, 4, 5))
+    model = Model(File(tiny.paths), 1, None, "cpu")
+    with pytest.raises(ArgumentError, match="split"):
+        check(lib.pyllm_session_memory_needed, model.handle, SessionParams(64, 64, 16, 32).native(), 0, out)
+    assert list(ffi.unpack(ffi.cast("uint64_t *", out), 5)) == [1, 2, 3, 4, 5]
 
 
 def test_stats_follow_the_policy(tiny: LLM) -> None:

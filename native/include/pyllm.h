@@ -6,8 +6,9 @@
  *
  * Every function that can fail returns a pyllm_status and, where it is not PYLLM_OK, fills `err` with one sentence
  * naming the file, key or tensor, the offset or shape, and the cause. The library never exits, prints or aborts.
- * Out-parameters are written only on success. Strings are UTF-8. A model holds its file and a session its model:
- * they may be closed in any order, from any thread, once each.
+ * Out-parameters are written only on success, but for the caller's arrays: after a failure logits, records, moments and
+ * a session's bytes may be part written. Strings are UTF-8. A model holds its file and a session its model: they may be
+ * closed in any order, from any thread, once each.
  */
 #ifndef PYLLM_H
 #define PYLLM_H

@@ -42,8 +42,11 @@ int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_pa
   int32_t n_batch = batch_within(p);
   uint64_t tokens = (uint64_t)p->n_ctx * 4, logits = (uint64_t)logit_rows(n_batch) * (uint64_t)c->n_vocab * 4;
   /* The host has its tokens and its caller's logits. */
-  out->scratch_bytes = (uint64_t)n_batch * per_token + (m->backend.ops->on_host ? tokens : logits);
-  return m->backend.ops->attention->memory(&m->backend, &shape, page_bits, out, err);
+  pyllm_session_memory all = {.scratch_bytes =
+                                  (uint64_t)n_batch * per_token + (m->backend.ops->on_host ? tokens : logits)};
+  status = m->backend.ops->attention->memory(&m->backend, &shape, page_bits, &all, err);
+  if (!status) *out = all;
+  return status;
 }
 
 static bool new_activation(const backend *be, activation *a, int32_t n, int32_t cols) {
