@@ -157,8 +157,8 @@ typedef struct pyllm_attention {
    * with PYLLM_GRADED 4 bits of a quarter of their channels and 2 of another quarter; and it reads the strips of 16 tokens
    * whose estimated share of attention exceeds a cut: in decode for some long head of its group, in prefill for some query
    * of its tile. The cut is page_share, of a query that is a tile by itself, as in decode, decode_share; it is halved for a
-   * query and head until the shares it leaves out sum to at most page_drop (>= 1: no bound). Query tiles share what they
-   * read, so with page_bits results depend on how a prompt is cut into batches. */
+   * query and head until the shares it leaves out sum to at most page_drop (>= 1: no bound), but at most 16 times. Query
+   * tiles share what they read, so with page_bits results depend on how a prompt is cut into batches. */
   int32_t page_bits;
   float page_share, decode_share, page_drop;
   /* (n_layers, n_kv_heads, head_dim): each head's channels, first those that move scores most; PYLLM_GRADED. */

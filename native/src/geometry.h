@@ -75,6 +75,9 @@ ANYWHERE float attention_cut(const query_tile *tile, float page_share, float dec
   return tile->n == 1 ? decode_share : page_share;
 }
 
+/* How often such a cut is halved, at most, where it leaves out more than the policy's page_drop. */
+enum { CUT_HALVINGS = 16 };
+
 /* How many neighbouring heads of a group share a list of strips in a page tier: all where a tile has few rows of theirs, as
  * in decode, for there what is read is what costs; otherwise each has its own, for what is computed is. */
 enum { SHARED_ROWS = 64 };
