@@ -56,3 +56,33 @@ def test_memory_is_what_is_held(tmp_path: Path, tied: bool, kind: Type) -> None:
     patched(path, b"blk.1.ffn_norm.weight", b"blk.2.ffn_norm.weight")
     with pytest.raises(FormatError, match=r"tensor blk\.1\.ffn_norm\.weight is missing"):
         _native.Model.memory(_native.File([path]))
+
+
+# ---- its attention ----
+
+
+def test_a_context_past_the_sliding_window_is_refused(tmp_path: Path) -> None:
+    """Up to its end the window changes nothing."""
+    narrow = write_tiny(tmp_path / "narrow.gguf", n_ctx_train=128, sliding_window=127)
+    with pytest.raises(UnsupportedError, match=r"key llama\.attention\.sliding_window is 127: .*not supp"):
+        open_model(narrow)
+    for window in (128, 200):
+        model = open_model(write_tiny(tmp_path / "wide.gguf", n_ctx_train=128, sliding_window=window))
+        _native.NativeSession(model, _native.SessionParams(window, 64, 16))
+        with pytest.raises(UnsupportedError, match=f"{window + 1} tokens is longer .* window of {window}"):
+            _native.NativeSession(model, _native.SessionParams(window + 1, 64, 16))
+    none = open_model(write_tiny(tmp_path / "none.gguf", n_ctx_train=128, sliding_window=0))
+    _native.NativeSession(none, _native.SessionParams(500, 64, 16))
+
+
+def test_a_scale_of_zero_is_the_usual_one(tmp_path: Path) -> None:
+    """As llama.cpp has it: what a converter writes where a model has none of its own."""
+    logits = []
+    for scale in (None, 0.0, 32**-0.5, 0.5):
+        path = write_tiny(tmp_path / "tiny.gguf", attention_scale=scale, sharp=8)
+        session = _native.NativeSession(open_model(path), _native.SessionParams(64, 64, 16))
+        logits.append(np.empty((1, 320), np.float32))
+        session.eval(np.arange(50, dtype=np.int32), logits[-1])
+    assert np.array_equal(logits[0], logits[1])
+    assert np.allclose(logits[0], logits[2], atol=1e-4)
+    assert not np.array_equal(logits[0], logits[3])

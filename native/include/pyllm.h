@@ -122,7 +122,7 @@ int32_t pyllm_model_memory(const pyllm_file *file, uint64_t *bytes, pyllm_error 
 /* ---- session ---- */
 
 typedef struct pyllm_session_params {
-  int32_t n_ctx;   /* tokens the KV cache can hold */
+  int32_t n_ctx;   /* tokens the KV cache can hold; of a model with a sliding window no more than that */
   int32_t n_batch; /* tokens evaluated at once in prefill, 1..4096 */
   int32_t n_sink;  /* 0..PYLLM_PAGE attention sinks; fixed for the session, because pages start behind them */
   int32_t

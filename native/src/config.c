@@ -52,28 +52,26 @@ static int32_t read_arch(const pyllm_file *file, const arch **out, pyllm_error *
               gguf_show(name, size, &shown), arch_supported());
 }
 
-/* Features that would silently change results if they were ignored. */
-static int32_t refuse_unsupported(const pyllm_file *file, const config *c, pyllm_error *err) {
-  static const char *const names[] = {"expert_count", "attention.sliding_window"};
-  for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-    key k;
-    uint32_t value = 0;
-    int32_t status = gguf_get_u32(file, key_of(c->arch, names[i], &k), false, &value, err);
-    if (status) return status;
-    bool harmless = value == 0 || (i == 1 && value >= (uint32_t)c->n_ctx_train);
-    if (!harmless)
-      return fail(err, PYLLM_ERR_UNSUPPORTED,
-                  "%s: key %s is %u: mixtures of experts and sliding-window models are not supported", gguf_path(file),
-                  k.text, value);
-  }
-  return PYLLM_OK;
-}
-
 #define TRY(call)                                                                                                      \
   do {                                                                                                                 \
     int32_t status_ = (call);                                                                                          \
     if (status_) return status_;                                                                                       \
   } while (0)
+
+/* Features that would silently change results if they were ignored. A sliding window does so past its end only, of which
+ * sessions take care. */
+static int32_t refuse_unsupported(const pyllm_file *file, config *c, pyllm_error *err) {
+  key experts, window;
+  uint32_t n_experts = 0;
+  TRY(gguf_get_u32(file, key_of(c->arch, "expert_count", &experts), false, &n_experts, err));
+  TRY(gguf_get_u32(file, key_of(c->arch, "attention.sliding_window", &window), false, &c->sliding_window, err));
+  bool slides = c->sliding_window && c->sliding_window < (uint32_t)c->n_ctx_train;
+  if (n_experts || slides)
+    return fail(err, PYLLM_ERR_UNSUPPORTED,
+                "%s: key %s is %u: mixtures of experts and sliding-window models are not supported", gguf_path(file),
+                n_experts ? experts.text : window.text, n_experts ? n_experts : c->sliding_window);
+  return PYLLM_OK;
+}
 
 static int32_t check_heads(const pyllm_file *file, const config *c, pyllm_error *err) {
   const char *name = c->arch->name, *path = gguf_path(file);
@@ -111,8 +109,8 @@ int32_t config_read(const pyllm_file *file, config *out, pyllm_error *err) {
                 gguf_path(file), c.head_dim, value_length);
   TRY(read_size(file, c.arch, "rope.dimension_count", c.head_dim, 512, &c.n_rot, err));
   TRY(read_float(file, c.arch, "attention.layer_norm_rms_epsilon", true, &c.norm_eps, err));
-  c.attention_scale = 1.0f / sqrtf((float)c.head_dim);
   TRY(read_float(file, c.arch, "attention.scale", false, &c.attention_scale, err));
+  if (c.attention_scale == 0) c.attention_scale = 1.0f / sqrtf((float)c.head_dim); /* 0 means the usual one */
   TRY(check_heads(file, &c, err));
   TRY(refuse_unsupported(file, &c, err));
   *out = c;

@@ -102,9 +102,18 @@ static int32_t allocate(pyllm_session *s, const pyllm_session_params *params, py
   return status ? status : be->ops->attention->set_policy(be, s->attention, &s->policy, err);
 }
 
+/* Past its sliding window a model's attention is not what this library computes. */
+static int32_t check_window(const config *c, int32_t n_ctx, pyllm_error *err) {
+  if (c->sliding_window == 0 || (uint32_t)n_ctx <= c->sliding_window) return PYLLM_OK;
+  return fail(err, PYLLM_ERR_UNSUPPORTED,
+              "a context of %d tokens is longer than the model's sliding window of %u: not supported", n_ctx,
+              c->sliding_window);
+}
+
 int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params *params, pyllm_session **out,
                            pyllm_error *err) {
   int32_t status = check_params(params, err);
+  if (!status) status = check_window(&model->config, params->n_ctx, err);
   if (status) return status;
   pyllm_session *s = calloc(1, sizeof *s);
   if (!s) return fail(err, PYLLM_ERR_MEMORY, "memory for a session was refused");
