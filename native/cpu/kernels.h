@@ -6,13 +6,13 @@
  * results are bit-identical whatever the batch, the tiling and the number of threads. */
 #ifndef PYLLM_CPU_KERNELS_H
 #define PYLLM_CPU_KERNELS_H
+#include "geometry.h"
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
 enum { STRIP = 16, TILE_ROWS = 16, ACT_GROUP = 32, ACT_HALF = 16, KV_BLOCK = 64, KV_STRIPS = 4, ATTEND_ROWS = 64 };
-enum { CPU_MAX_DIM = 512 }; /* of a head */
 
 enum strip_type { STRIP_F16, STRIP_BF16, STRIP_F32 };
 
@@ -68,7 +68,7 @@ typedef struct softmax_state {
 } softmax_state;
 
 typedef struct attend_args {
-  int32_t rows, head_dim, n_strips;  /* rows <= 64, head_dim <= CPU_MAX_DIM */
+  int32_t rows, head_dim, n_strips;  /* rows <= 64, head_dim <= LARGEST_HEAD */
   const float *q;                    /* (rows, head_dim), scaled by the score scale */
   const uint16_t *k[KV_STRIPS];      /* (n_strips) keys of 16 tokens, f16 (head_dim / 2, 16, 2): see ops.h */
   const uint16_t *v[KV_STRIPS];      /* (n_strips) their values, f16 (head_dim / 16, 8, 16, 2) */

@@ -44,7 +44,7 @@ static void judge_rows(const select_job *job, int64_t row, int32_t n, const key_
   const kernels *k = job->be->kernels;
   int32_t d = b->head_dim;
   const float *q = b->q + row * d;
-  float product[ROWS_AT_ONCE * CPU_MAX_DIM];
+  float product[ROWS_AT_ONCE * LARGEST_HEAD];
   for (int32_t j = 0; j < d / STRIP; j++) {
     strips s = {STRIP_F32, 1, d / 2, {keys->strips + j * d * STRIP}, {0}};
     k->strip_gemm(n, q, d, &s, NULL, product + j * STRIP, d);

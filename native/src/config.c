@@ -78,9 +78,9 @@ static int32_t check_heads(const pyllm_file *file, const config *c, pyllm_error 
   if (c->n_heads % c->n_kv_heads)
     return fail(err, PYLLM_ERR_FORMAT, "%s: key %s.attention.head_count is %d, not a multiple of head_count_kv %d",
                 path, name, c->n_heads, c->n_kv_heads);
-  if (c->head_dim % 16 || c->head_dim > 512)
-    return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: head dimension %d is not supported: a multiple of 16 up to 512 is",
-                path, c->head_dim);
+  if (c->head_dim % 16 || c->head_dim > LARGEST_HEAD)
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: head dimension %d is not supported: a multiple of 16 up to %d is",
+                path, c->head_dim, LARGEST_HEAD);
   if (c->n_rot % 2 || c->n_rot > c->head_dim)
     return fail(err, PYLLM_ERR_FORMAT, "%s: key %s.rope.dimension_count is %d, expected an even number up to %d", path,
                 name, c->n_rot, c->head_dim);
@@ -101,13 +101,13 @@ int32_t config_read(const pyllm_file *file, config *out, pyllm_error *err) {
   TRY(read_size(file, c.arch, "context_length", -1, 1 << 30, &c.n_ctx_train, err));
   TRY(read_size(file, c.arch, "attention.head_count", -1, 1024, &c.n_heads, err));
   TRY(read_size(file, c.arch, "attention.head_count_kv", c.n_heads, c.n_heads, &c.n_kv_heads, err));
-  TRY(read_size(file, c.arch, "attention.key_length", c.dim / c.n_heads, 512, &c.head_dim, err));
+  TRY(read_size(file, c.arch, "attention.key_length", c.dim / c.n_heads, LARGEST_HEAD, &c.head_dim, err));
   int32_t value_length = 0;
-  TRY(read_size(file, c.arch, "attention.value_length", c.head_dim, 512, &value_length, err));
+  TRY(read_size(file, c.arch, "attention.value_length", c.head_dim, LARGEST_HEAD, &value_length, err));
   if (value_length != c.head_dim)
     return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: key length %d and value length %d differ: not supported",
                 gguf_path(file), c.head_dim, value_length);
-  TRY(read_size(file, c.arch, "rope.dimension_count", c.head_dim, 512, &c.n_rot, err));
+  TRY(read_size(file, c.arch, "rope.dimension_count", c.head_dim, LARGEST_HEAD, &c.n_rot, err));
   TRY(read_float(file, c.arch, "attention.layer_norm_rms_epsilon", true, &c.norm_eps, err));
   TRY(read_float(file, c.arch, "attention.scale", false, &c.attention_scale, err));
   if (c.attention_scale == 0) c.attention_scale = 1.0f / sqrtf((float)c.head_dim); /* 0 means the usual one */
