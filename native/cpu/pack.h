@@ -8,7 +8,7 @@
 typedef struct matrix {
   int32_t rows, cols;     /* y (rows) = W x (cols) */
   const quant_type *type; /* of the file */
-  bool quantized;         /* tiles and 8-bit activations; otherwise strips and float activations */
+  bool quantized;         /* tiles and 16-bit activations; otherwise strips and float activations */
   tile_format format;     /* where quantized */
   enum strip_type strip;  /* otherwise */
   size_t tile_bytes;      /* bytes of 16 rows in either form */
