@@ -154,6 +154,7 @@ class Session:
             raise ArgumentError("record: a guarded session keeps its own records; set its guard to None")
         if record.is_long.shape != expected:
             raise ArgumentError(f"record: shape {record.is_long.shape}, but this evaluation makes {expected}")
+        _native.check_record(record, self._model.info, n)
 
     def sync(self, ids: Ids, progress: Progress | None = None) -> NDArray[np.float32]:
         """Makes ids the contents: keeps the common prefix, drops what follows it, evaluates what is new.

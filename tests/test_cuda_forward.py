@@ -15,7 +15,15 @@ from emulated import GIGABYTE, fail_next, is_emulated, set_memory
 from pyllm import LLM, Adaptive, Calibration, Dense, Oracle, Session, Static, Window, _native
 from pyllm.attention import Policy
 from pyllm.device import RESERVE
-from pyllm.errors import ArgumentError, DeviceError, InsufficientMemoryError, PyllmError, UnsupportedError
+from pyllm.errors import (
+    ArgumentError,
+    DeviceError,
+    InsufficientMemoryError,
+    NumericError,
+    PyllmError,
+    UnsupportedError,
+)
+from test_forward import VOCABULARY, overflowing
 from tiny_models import write_tiny
 
 pytestmark = pytest.mark.usefixtures("emulated_gpu")
@@ -359,6 +367,29 @@ def test_a_batch_whose_memory_is_refused(path: Path) -> None:
     assert np.array_equal(session.eval(TOKENS[10:60]), other.eval(TOKENS[10:60]))
 
 
+def test_a_batch_that_overflows_says_so(tmp_path: Path) -> None:
+    path = overflowing(write_tiny(tmp_path / "tiny.gguf", n_vocab=VOCABULARY, tokenizer=True), 7)
+    policy = Window(sinks=4, window=16)
+    session, other = (LLM(path, device="cuda", attention=policy, n_ctx=256).session() for _ in range(2))
+    tokens = np.random.default_rng(3).integers(10, VOCABULARY, 60).astype(np.int32)
+    bad = tokens.copy()
+    bad[20] = 7
+    for n_logits in (0, 1, 60):
+        with pytest.raises(NumericError, match="after position 0"):
+            session._native.eval(bad, np.empty((n_logits, VOCABULARY), np.float32))
+        assert session.position == 0
+    assert np.array_equal(session.eval(tokens), other.eval(tokens))
+
+
+@pytest.mark.skipif(not is_emulated, reason="a real GPU does not fail when it is told to")
+def test_a_gpu_that_fails_in_a_batch_without_logits(path: Path) -> None:
+    session = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256).session()
+    session.eval(TOKENS[:10])
+    fail_next("cudaStreamSynchronize", 700)
+    with pytest.raises(DeviceError, match="an illegal memory access"):
+        session._native.eval(np.array(TOKENS[10:60], np.int32), np.empty((0, 300), np.float32))
+
+
 def test_sessions_of_one_model_take_turns(path: Path) -> None:
     """Two threads with a session each, one of which rewinds while the other's token may be written down."""
     llm = LLM(path, device="cuda", attention=POLICIES[4], n_ctx=256)
@@ -400,3 +431,10 @@ def test_heads_without_kernels(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "odd.gguf", head_dim=48, n_heads=8, tokenizer=True)
     with pytest.raises(UnsupportedError, match="heads of 48 dimensions: the GPU has kernels for 32, 64"):
         LLM(path, device="cuda").session()
+    ffi, lib = _native.library()
+    out = ffi.new("pyllm_session_memory *", (1, 2, 3, 4, 5))
+    model = _native.Model(_native.File([path]), 1, None, "cuda")
+    params = _native.SessionParams(64, 64, 16).native()
+    with pytest.raises(UnsupportedError, match="heads of 48 dimensions"):
+        _native.check(lib.pyllm_session_memory_needed, model.handle, params, 0, out)
+    assert list(ffi.unpack(ffi.cast("uint64_t *", out), 5)) == [1, 2, 3, 4, 5]

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from emulated import check, ffi, lib
+from pyllm.errors import UnsupportedError
 from test_cuda_rows import floats
 from test_linear import FLOATS, QUANTIZED, SEEDS, assert_close
 from tiny_models import random_matrix
@@ -148,3 +149,9 @@ def test_a_token_does_not_depend_on_its_batch(rng: np.random.Generator, kind: Ty
     for i in range(4):
         alone, _ = linear(kind, weights, x[i : i + 1], 130)
         assert np.array_equal(few[i : i + 1], alone)
+
+
+def test_more_rows_than_a_grid_counts_are_refused() -> None:
+    rows = 65535 * 64 + 1
+    with pytest.raises(UnsupportedError, match=f"test matrix has {rows} rows: on a GPU at most {rows - 1}"):
+        linear(Type.F16, np.zeros(2 * rows, np.float16), np.ones((1, 2), np.float32), rows)

@@ -77,11 +77,3 @@ def test_matrix_of_halves(rng: np.random.Generator) -> None:
     bits = [ffi.from_buffer("uint16_t[]", x) for x in (a, b)]
     check(lib.hook_emu_matrix(*bits, ffi.from_buffer("float[]", d), err), err)
     assert np.allclose(d, a.astype(np.float64) @ b.astype(np.float64), atol=1e-5)
-
-
-def test_matrix_of_bytes(rng: np.random.Generator) -> None:
-    a, b = rng.integers(-128, 128, (16, 32), np.int8), rng.integers(-128, 128, (32, 8), np.int8)
-    d, err = np.empty((16, 8), np.int32), ffi.new("pyllm_error *")
-    bytes_of = [ffi.from_buffer("int8_t[]", x) for x in (a, b)]
-    check(lib.hook_emu_matrix_s8(*bytes_of, ffi.from_buffer("int32_t[]", d), err), err)
-    assert np.array_equal(d, a.astype(np.int32) @ b.astype(np.int32))

@@ -162,6 +162,37 @@ def test_rope_frequencies_of_llama3(tmp_path: Path) -> None:
     compare(path, SHARPEST, list(range(50)) * 5, Dense(window=32))
 
 
+def overflowing(path: Path, token: int) -> Path:
+    """A model of float32 whose keys and values of one token overflow: alone it has a dimension that the first
+    layer's norm blows up."""
+    tensors = {tensor.name: tensor for tensor in LLM(path).tensors()}
+    table, norm = tensors["token_embd.weight"], tensors["blk.0.attn_norm.weight"]
+    file = np.memmap(path, np.uint8, "r+")
+    embedding = file[table.offset : table.offset + table.size].view(np.float32).reshape(VOCABULARY, -1)
+    embedding[:, 0] = np.arange(VOCABULARY) == token
+    file[norm.offset : norm.offset + 4].view(np.float32)[0] = 1e30
+    file.flush()
+    return path
+
+
+def test_a_batch_that_overflows_says_so(tmp_path: Path) -> None:
+    """Also where nobody asks for its logits, or only for one of a token that does not see it. Nothing of the
+    call stays behind."""
+    path = overflowing(tiny(tmp_path), 7)
+    llm = LLM(path, n_batch=32, attention=Window(window=16, sinks=4))
+    session, other = llm.session(n_ctx=300), llm.session(n_ctx=300)
+    tokens = np.random.default_rng(3).integers(10, VOCABULARY, 250).astype(np.int32)
+    for s in (session, other):
+        s.eval(tokens[:100])
+    bad = tokens[100:].copy()
+    bad[50] = 7  # in the second batch of five
+    for n_logits in (0, 1, 150):
+        with pytest.raises(pyllm.NumericError, match="after position 132"):
+            session._native.eval(bad, np.empty((n_logits, VOCABULARY), np.float32))
+        assert session.position == 100
+    assert np.array_equal(session.eval(tokens[100:]), other.eval(tokens[100:]))
+
+
 POLICIES = [Dense(window=64), Adaptive(0.6, window=64), Oracle(0.6, window=64), Window(window=64)]
 
 
@@ -252,6 +283,35 @@ def test_moments_restart_after_a_rewind_under_another_policy(tmp_path: Path) -> 
         session.eval(second)
         session.attention = Adaptive(0.6, window=32)
     assert np.array_equal(gone.eval(third, all_logits=True), never.eval(third, all_logits=True))
+
+
+@settings(parent=fresh_file, max_examples=8)
+@given(
+    seed=SEEDS,
+    start=st.integers(80, 150),
+    peeks=st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(1, 2)), max_size=3),
+    step=st.sampled_from([1, 40]),
+)
+def test_looking_at_the_moments_of_one_head_changes_no_other(
+    tmp_path: Path, seed: int, start: int, peeks: list[tuple[int, int, int]], step: int
+) -> None:
+    """peeks: layer, key/value head and pages. What is judged afterwards is what numpy finds."""
+    path = tiny(tmp_path, dim=64, n_ff=96, sharp=12, seed=seed)
+    policy = Adaptive(1.1, window=32, sinks=16)  # no decision hangs on rounding
+    tokens = np.random.default_rng(seed).integers(0, VOCABULARY, start + 80).tolist()
+    session = LLM(path, isa=SHARPEST, attention=policy).session()
+    session.eval(tokens[:start])
+    for layer, kv_head, n_pages in [(0, 0, 1), *peeks]:
+        session.key_moments(layer, kv_head, min(n_pages, (start - 16) // 64))
+    theirs = reference.forward(weights.load(path), tokens, reference_policy(policy), products="float").layers
+    for first in range(start, start + 80, step):
+        record = session.new_record(step)
+        session.eval(tokens[first : first + step], record=record)
+        for layer, result in enumerate(theirs):
+            for name in ("mean_score", "deviation"):
+                ours, numpys = getattr(record, name)[layer], getattr(result.decisions, name)
+                expected = numpys[first : first + step]
+                assert np.allclose(ours, expected, atol=1e-2, rtol=1e-2, equal_nan=True), name
 
 
 def test_a_full_context_and_one_token_more(tmp_path: Path) -> None:

@@ -238,3 +238,32 @@ def test_wrong_records_evaluate_nothing(model: Path, rng: np.random.Generator) -
         session.eval(tokens(rng, 101), record=record)
     assert np.isnan(record.local_mass).all()
     assert session.position == 0
+
+
+def test_arrays_that_do_not_fit_are_named(model: Path, rng: np.random.Generator) -> None:
+    """The library writes as many values as the model has, so every array is checked; nothing is evaluated."""
+    session = LLM(model).session(n_ctx=100)
+    ids, good = tokens(rng, 10), session.new_record(10, audit=True, queries=True)
+    masses = np.empty((2, 10, 8), np.float32)
+    wrong: dict[str, list[NDArray[Any]]] = {
+        "audit": [np.ones(9, bool), np.ones(10, np.uint8)],
+        "queries": [np.empty((2, 10, 8, 1), np.float32), masses],
+        "is_long": [masses],
+    }
+    for name in MASSES:
+        wrong[name] = [masses[:, :9], masses[:1], masses[:, :, :7], masses.astype(np.float64)]
+    for name, arrays in wrong.items():
+        for array in arrays:
+            record = replace(good, **{name: array})
+            with pytest.raises(ArgumentError, match=f"^record: ({name} of )?shape"):
+                session.eval(ids, record=record)
+            with pytest.raises(ArgumentError, match=f"^record: {name} of shape"):
+                session._native.eval(np.array(ids, np.int32), np.empty((0, 320), np.float32), record)
+    for name in ("local_mass", "queries"):
+        record = replace(good, **{name: np.asfortranarray(getattr(good, name))})
+        with pytest.raises(ArgumentError, match=f"^record: {name} is not contiguous"):
+            session._native.eval(np.array(ids, np.int32), np.empty((0, 320), np.float32), record)
+    assert session.position == 0
+    session.eval(ids, record=good)
+    assert good.queries is not None
+    assert np.isfinite(good.queries).all()

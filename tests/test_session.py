@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from pyllm import (
     LLM,
+    AbortedError,
     Adaptive,
     ArgumentError,
     ContextError,
@@ -26,7 +27,7 @@ from pyllm import (
     Session,
     Window,
 )
-from pyllm._native import library
+from pyllm._native import File, Model, SessionMemory, SessionParams, check, library, session_memory
 from pyllm.bulk import PAGE
 from tiny_models import write_tiny
 
@@ -122,6 +123,23 @@ def test_a_sketch_counts_as_memory(tiny: LLM, monkeypatch: pytest.MonkeyPatch) -
     tiny.session(attention=Dense())
     with pytest.raises(InsufficientMemoryError, match=r"4096 tokens needs"):
         tiny.session(attention=Dense(page_bits=2))
+
+
+def test_no_batch_counts_more_tokens_than_the_context(tiny: LLM) -> None:
+    def needed(n_batch: int) -> SessionMemory:
+        return session_memory(tiny._model, SessionParams(64, n_batch, 16), 2)
+
+    assert needed(64) == needed(512)
+    assert needed(32).total < needed(64).total
+
+
+def test_memory_of_a_session_that_cannot_be_is_not_written(tiny: LLM) -> None:
+    ffi, lib = library()
+    out = ffi.new("pyllm_session_memory *", (1, 2, 3, 4, 5))
+    model = Model(File(tiny.paths), 1, None, "cpu")
+    with pytest.raises(ArgumentError, match="split"):
+        check(lib.pyllm_session_memory_needed, model.handle, SessionParams(64, 64, 16, 32).native(), 0, out)
+    assert list(ffi.unpack(ffi.cast("uint64_t *", out), 5)) == [1, 2, 3, 4, 5]
 
 
 def test_stats_follow_the_policy(tiny: LLM) -> None:
@@ -303,6 +321,39 @@ def test_abort_from_another_thread(slow_llm: LLM) -> None:
         worker.join(0.01)
     assert [type(error).__name__ for error in outcome] == ["AbortedError"]
     assert session.position == 0
+
+
+def test_a_running_evaluation_is_not_copied(slow_llm: LLM) -> None:
+    """A call past the package's lock is refused by the library: what it copies would grow under its hands."""
+    session = slow_llm.session()
+    session.eval(ids(100))
+    native, (ffi, lib) = session._native, library()
+    state = np.empty(lib.pyllm_session_state_size(native.handle), np.uint8)
+    tokens = ffi.new("int32_t[]", 100)
+
+    def work() -> None:
+        with pytest.raises(AbortedError):
+            session.eval(ids(3900))
+
+    worker = threading.Thread(target=work)
+    stage = ffi.new("pyllm_stage_stats *")
+    lib.pyllm_session_stage_stats(native.handle, stage, 1)
+    before = stage.calls
+    worker.start()
+    while stage.calls == before:
+        time.sleep(0.001)
+        lib.pyllm_session_stage_stats(native.handle, stage, 1)
+    with pytest.raises(ArgumentError, match="in use by another thread"):
+        check(lib.pyllm_session_save, native.handle, ffi.from_buffer("uint8_t[]", state), len(state))
+    with pytest.raises(ArgumentError, match="in use by another thread"):
+        check(lib.pyllm_session_tokens, native.handle, tokens, 100)
+    while worker.is_alive():
+        session.abort()
+        worker.join(0.01)
+    check(lib.pyllm_session_tokens, native.handle, tokens, 100)
+    assert list(tokens) == ids(100)
+    with pytest.raises(ArgumentError, match="101 tokens asked for: the session holds 100"):
+        check(lib.pyllm_session_tokens, native.handle, tokens, 101)
 
 
 def test_threads_take_turns(tiny: LLM) -> None:

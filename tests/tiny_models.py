@@ -86,6 +86,7 @@ def write_tiny(
     rope_scaling: RopeScaling | None = None,
     rope_freqs: np.ndarray | None = None,
     attention_scale: float | None = None,
+    sliding_window: int | None = None,
     n_ctx_train: int = 4096,
     sharp: float = 1.0,
     tokenizer: bool = False,
@@ -106,6 +107,8 @@ def write_tiny(
     shape = Shape(n_layers, n_heads, n_kv_heads, head_dim, dim, n_ff, n_embeddings or n_vocab)
     writer = gguf.GGUFWriter(str(path), arch)
     _write_config(writer, shape, rope_base, rope_scaling, attention_scale, n_ctx_train)
+    if sliding_window is not None:
+        writer.add_sliding_window(sliding_window)
     if tokenizer:
         _write_tokenizer(writer, n_vocab)
     rng = np.random.default_rng(seed)

@@ -12,13 +12,15 @@ static int32_t check_shape(const attention_shape *s, pyllm_error *err) {
 
 static int32_t memory_needed(const backend *be, const attention_shape *s, int32_t page_bits, pyllm_session_memory *out,
                              pyllm_error *err) {
+  int32_t status = check_shape(s, err);
+  if (status) return status;
   uint64_t heads = (uint64_t)s->n_layers * (uint64_t)s->n_kv_heads, blocks = (uint64_t)kv_blocks(s->n_ctx, s->n_sink);
   out->kv_bytes = heads * blocks * kv_block_bytes(s->head_dim);
   out->host_bytes = 0;
   out->moment_bytes = heads * moment_floats((size_t)s->head_dim) * sizeof(float);
   out->sketch_bytes = page_bits ? heads * blocks * sketch_page_bytes(page_bits, s->head_dim) : 0;
   out->scratch_bytes += attention_bytes(s) + cpu_scratch_bytes(pool_size(be->pool), s);
-  return check_shape(s, err);
+  return PYLLM_OK;
 }
 
 static void free_state(const backend *be, attention_state *a) {

@@ -13,6 +13,7 @@ const ops cpu_ops = {
     .norm = cpu_norm,
     .linear = cpu_linear,
     .angles = cpu_angles,
+    .finite = cpu_finite,
     .attention = &cpu_attention_ops,
     .swiglu = cpu_swiglu,
 };

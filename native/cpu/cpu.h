@@ -111,6 +111,7 @@ void cpu_select(const backend *be, attention_batch *b, const layer_cache *cache,
 void cpu_record(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy,
                 const pyllm_record *out);
 void cpu_finish(const backend *be, const attention_batch *b, bool rounded, activation *out);
+bool cpu_finite(const backend *be, const float *x, int64_t n);
 void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
 
 /* scratch.c: memory that the attention stages of one session work in; NULL when it is refused. */

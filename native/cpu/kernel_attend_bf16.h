@@ -102,7 +102,7 @@ static inline __attribute__((always_inline)) void bf16_gemm(bool half, int32_t r
 /* As few rows as one pass takes read keys and values as they lie; for more, they are converted once. */
 static inline void bf16_product(int32_t rows, int32_t n_blocks, const bf16_pair *a, int64_t lda, bf16_operand *b,
                                 const float *alpha, float *out, int64_t ldo) {
-  uint16_t buffer[KV_BLOCK * CPU_MAX_DIM];
+  uint16_t buffer[KV_BLOCK * LARGEST_HEAD];
   if (rows <= BF16_ROWS) {
     bf16_gemm(true, rows, n_blocks, a, lda, b, alpha, out, ldo);
     return;
@@ -118,7 +118,7 @@ static inline void bf16_product(int32_t rows, int32_t n_blocks, const bf16_pair 
 }
 
 static void attend_scores(const attend_args *a) {
-  bf16_pair q[ATTEND_ROWS * CPU_MAX_DIM / 2];
+  bf16_pair q[ATTEND_ROWS * LARGEST_HEAD / 2];
   int32_t d = a->head_dim;
   for (int32_t i = 0; i < a->rows * d; i += STRIP) bf16_store(vload(a->q + i), q + i / 2);
   bf16_operand keys = {1, d / 2, {{0}}, {{0}}};

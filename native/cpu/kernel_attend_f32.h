@@ -9,7 +9,7 @@ static inline void f32_convert(const uint16_t *from, int32_t n, float *to) {
 
 /* scores (rows, 64) = q k */
 static void attend_scores(const attend_args *a) {
-  float wide[STRIP * CPU_MAX_DIM];
+  float wide[STRIP * LARGEST_HEAD];
   for (int s = 0; s < a->n_strips; s++) {
     float *scores = a->scores + s * STRIP;
     if (a->rows >= F32_FROM_ROWS) {

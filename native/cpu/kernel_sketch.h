@@ -57,13 +57,13 @@ static void sketch_fold(const uint16_t *keys, int32_t page_bits, int32_t head_di
 
 /* A query, in the order of a page's channels, against it: weights q * step rounded to 8 bits, their scale, and the part that lo gives. */
 typedef struct sketch_query {
-  int8_t weight[CPU_MAX_DIM];
+  int8_t weight[LARGEST_HEAD];
   float scale, base;
 } sketch_query;
 
 static inline void sketch_weights(const float *q, const uint8_t *page, int32_t head_dim, int32_t n, sketch_query *out) {
   const uint16_t *lo = (const uint16_t *)(const void *)page, *step = lo + head_dim;
-  float product[CPU_MAX_DIM];
+  float product[LARGEST_HEAD];
   vf top = vset(0), base = vset(0);
   for (int32_t i = 0; i < n; i += VL) {
     vf w = vload(q + i) * vload_f16(step + i);

@@ -1,4 +1,4 @@
-/* The kernels of one instruction set: compiled with -DISA=generic, avx2 and avx512. */
+/* The kernels of one instruction set: compiled once for each, with -DISA=generic, avx2 and so on. */
 #include "kernel_strip.h"
 #include "kernel_tile.h"
 #include "kernel_attend.h"

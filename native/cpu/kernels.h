@@ -6,13 +6,13 @@
  * results are bit-identical whatever the batch, the tiling and the number of threads. */
 #ifndef PYLLM_CPU_KERNELS_H
 #define PYLLM_CPU_KERNELS_H
+#include "geometry.h"
 #include <stdbool.h>
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
 
 enum { STRIP = 16, TILE_ROWS = 16, ACT_GROUP = 32, ACT_HALF = 16, KV_BLOCK = 64, KV_STRIPS = 4, ATTEND_ROWS = 64 };
-enum { CPU_MAX_DIM = 512 }; /* of a head */
 
 enum strip_type { STRIP_F16, STRIP_BF16, STRIP_F32 };
 
@@ -68,9 +68,9 @@ typedef struct softmax_state {
 } softmax_state;
 
 typedef struct attend_args {
-  int32_t rows, head_dim, n_strips;  /* rows <= 64, head_dim <= CPU_MAX_DIM */
+  int32_t rows, head_dim, n_strips;  /* rows <= 64, head_dim <= LARGEST_HEAD */
   const float *q;                    /* (rows, head_dim), scaled by the score scale */
-  const uint16_t *k[KV_STRIPS];      /* (n_strips) keys of 16 tokens, f16 (head_dim / 2, 16, 2): see ops.h */
+  const uint16_t *k[KV_STRIPS];      /* (n_strips) keys of 16 tokens, f16 (head_dim / 2, 16, 2): see cpu.h */
   const uint16_t *v[KV_STRIPS];      /* (n_strips) their values, f16 (head_dim / 16, 8, 16, 2) */
   const uint16_t *next_k[KV_STRIPS]; /* (n_strips) what will be read after these; NULL where nothing is */
   const int32_t *n_valid;            /* (rows) keys the row may see, 0..16 n_strips, counted from the first */
@@ -117,7 +117,7 @@ typedef struct kernels {
   /* Rotates the first n_rot values of a head in place; cosine, sine: (n_rot / 2). pairs: (x[2i], x[2i+1]), otherwise
    * (x[i], x[i + n_rot/2]). */
   void (*rope)(float *x, const float *cosine, const float *sine, int32_t n_rot, bool pairs);
-  /* Rounds one key and one value (head_dim) to f16 and puts them into token `slot` of a KV block (ops.h). */
+  /* Rounds one key and one value (head_dim) to f16 and puts them into token `slot` of a KV block (cpu.h, geometry.h). */
   void (*kv_store)(const float *k, const float *v, int32_t head_dim, int32_t slot, uint16_t *keys, uint16_t *values);
   float (*dot)(const float *x, const float *y, int32_t n);
 } kernels;
@@ -126,7 +126,7 @@ typedef struct kernels {
 size_t tile_scale_bytes(const tile_format *format, int32_t cols);
 size_t tile_bytes(const tile_format *format, int32_t cols);
 
-/* The named instruction set ("generic", "avx2", "avx512"), or the best one for NULL; NULL where this build or this
+/* The named instruction set, as pyllm_model_params has it, or the best one for NULL; NULL where this build or this
  * processor lacks it. */
 const kernels *kernels_find(const char *isa);
 /* "generic, avx2": what this processor can run, for messages. */

@@ -5,8 +5,7 @@
 /* Keys of a block as (64, head_dim) floats. */
 static void load_keys(const uint16_t *block, int32_t d, float *keys) {
   for (int32_t t = 0; t < KV_BLOCK; t++)
-    for (int32_t i = 0; i < d; i++)
-      keys[t * d + i] = f16_to_f32(block[((t / STRIP) * (d / 2) + i / 2) * 2 * STRIP + t % STRIP * 2 + i % 2]);
+    for (int32_t i = 0; i < d; i++) keys[t * d + i] = f16_to_f32(block[block_key_index(d, t, i)]);
 }
 
 static void center(float *keys, int32_t d, float *mean) {
@@ -36,7 +35,7 @@ static void add_outer(const kernels *k, const float *keys, int32_t d, float *m2)
 
 /* Chan, Golub, LeVeque (1979): merging a page's mean and centred squares into the running ones. */
 static void fold_page(const kernels *k, key_moments *m, const uint16_t *block, int32_t d) {
-  float keys[KV_BLOCK * CPU_MAX_DIM], mean[CPU_MAX_DIM];
+  float keys[KV_BLOCK * LARGEST_HEAD], mean[LARGEST_HEAD];
   load_keys(block, d, keys);
   center(keys, d, mean);
   add_outer(k, keys, d, m->m2);

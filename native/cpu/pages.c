@@ -57,7 +57,7 @@ static void sum_pages(const page_job *job, int32_t begin, int32_t end, page_scra
 /* The share above which a strip is read: the policy's, halved until what is left out is at most page_drop. */
 static float cut_share(const attention_policy *policy, const query_tile *tile, const float *share, int32_t n_strips) {
   float cut = attention_cut(tile, policy->page_share, policy->decode_share);
-  for (int i = 0; i < 16 && policy->page_drop < 1; i++, cut /= 2) {
+  for (int32_t i = 0; i < CUT_HALVINGS && policy->page_drop < 1; i++, cut /= 2) {
     float dropped = 0;
     for (int32_t s = 0; s < n_strips; s++) dropped += share[s] > cut ? 0 : share[s];
     if (dropped <= policy->page_drop) break;

@@ -159,3 +159,14 @@ void cpu_rope_store(const backend *be, const rope_job *job, int32_t n, layer_cac
   rope_run run = {be->kernels, job, cache};
   pool_run(be->pool, n, TOKENS_PER_PIECE, rope_rows, &run);
 }
+
+bool cpu_finite(const backend *be, const float *x, int64_t n) {
+  (void)be;
+  uint32_t bad = 0;
+  for (int64_t i = 0; i < n; i++) {
+    uint32_t bits;
+    memcpy(&bits, &x[i], sizeof bits);
+    bad |= (bits & 0x7f800000) == 0x7f800000;
+  }
+  return !bad;
+}

@@ -8,9 +8,9 @@ static int32_t most_partial_rows(const attention_shape *s) {
   return (s->n_ctx / (STRIP * SPAN_STRIPS) + 2) * s->n_heads;
 }
 
-static size_t max_strips(const attention_shape *s) { return (size_t)(s->n_ctx / KV_BLOCK + 1) * KV_STRIPS; }
-
-static size_t page_floats(const attention_shape *s) { return SHARED_ROWS * (1 + (size_t)s->head_dim + max_strips(s)); }
+static size_t page_floats(const attention_shape *s) {
+  return SHARED_ROWS * (1 + (size_t)s->head_dim + (size_t)most_strips(s->n_ctx));
+}
 
 static void place_panel(panel *p, float *memory, int32_t head_dim) {
   p->q = memory;

@@ -1,7 +1,7 @@
 /* The head-selection stage: how heavy is the bulk for each query head, judged by its keys' first two moments.
  *
  * With keys of mean mu and covariance S, scores c q.k have mean c q.mu and variance c^2 q'Sq; what follows from these is
- * estimate.c's. */
+ * estimate.h's. */
 #include "cpu.h"
 #include "estimate.h"
 #include <math.h>
@@ -44,7 +44,7 @@ static void judge_rows(const select_job *job, int64_t row, int32_t n, const key_
   const kernels *k = job->be->kernels;
   int32_t d = b->head_dim;
   const float *q = b->q + row * d;
-  float product[ROWS_AT_ONCE * CPU_MAX_DIM];
+  float product[ROWS_AT_ONCE * LARGEST_HEAD];
   for (int32_t j = 0; j < d / STRIP; j++) {
     strips s = {STRIP_F32, 1, d / 2, {keys->strips + j * d * STRIP}, {0}};
     k->strip_gemm(n, q, d, &s, NULL, product + j * STRIP, d);
@@ -76,13 +76,19 @@ static void judge_queries(void *context, int32_t begin, int32_t end, int32_t thr
     for (int32_t g = 0; g < job->b->n_kv_heads; g++) judge(job, job->tile->first + i, g);
 }
 
+/* In decode mostly; of every head, for pyllm_session_moments folds one alone. */
+static bool all_folded(const select_job *job) {
+  for (int32_t g = 0; g < job->b->n_kv_heads; g++)
+    if (job->cache->moments[g].n_pages != job->tile->n_pages) return false;
+  return true;
+}
+
 static void estimate_bulk_mass(const backend *be, attention_batch *b, const layer_cache *cache,
                                const attention_policy *policy, int32_t layer) {
   for (int32_t t = 0; t < b->n_tiles; t++) {
     if (b->tiles[t].n_pages == 0) continue;
     select_job job = {be, b, cache, policy, layer, &b->tiles[t]};
-    bool ready = policy->means || cache->moments[0].n_pages == job.tile->n_pages;
-    if (!ready) pool_run(be->pool, b->n_kv_heads, 1, fold_heads, &job);
+    if (!policy->means && !all_folded(&job)) pool_run(be->pool, b->n_kv_heads, 1, fold_heads, &job);
     pool_run(be->pool, job.tile->n, 4, judge_queries, &job);
   }
 }

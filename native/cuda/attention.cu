@@ -34,13 +34,15 @@ int32_t check_shape(const attention_shape *s, pyllm_error *err) {
 
 int32_t memory_needed(const backend *, const attention_shape *s, int32_t page_bits, pyllm_session_memory *out,
                       pyllm_error *err) {
+  int32_t status = check_shape(s, err);
+  if (status) return status;
   uint64_t heads = (uint64_t)s->n_layers * (uint64_t)s->n_kv_heads, d = (uint64_t)s->head_dim;
   out->kv_bytes = (uint64_t)s->n_layers * layer_kv_bytes(shape_of(*s));
   out->host_bytes = (uint64_t)s->n_layers * layer_host_bytes(shape_of(*s));
   out->moment_bytes = heads * d * (d + d / MOMENT_ROWS) * sizeof(float);
   out->sketch_bytes = page_bits ? (uint64_t)s->n_layers * layer_sketch_bytes(shape_of(*s), page_bits) : 0;
   out->scratch_bytes += attention_memory_bytes(shape_of(*s), s->n_batch);
-  return check_shape(s, err);
+  return PYLLM_OK;
 }
 
 /* ---- the policy on the device ---- */

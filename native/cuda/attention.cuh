@@ -219,9 +219,6 @@ void layer_sketch_free(const backend *be, layer_sketch &sketch);
 /* Blocks that sketch one page apart. */
 ANYWHERE int32_t sketch_parts(int32_t head_dim) { return (head_dim + SKETCH_CHANNELS - 1) / SKETCH_CHANNELS; }
 
-/* Tiles of a batch of n queries, at most. */
-inline int32_t most_tiles(int32_t n) { return n == 1 ? 1 : n / PYLLM_PAGE + 4; }
-
 /* Lists of a tile of a batch of n queries at most; paged: with a page tier. */
 inline int32_t most_lists(const device_attention &a, bool paged, int32_t n) {
   bool may_share = (int64_t)n * (a.n_heads / a.n_kv_heads) <= SHARED_ROWS; /* and then all do */

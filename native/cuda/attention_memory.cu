@@ -79,7 +79,7 @@ device_attention attention_of(const attention_shape &s, int32_t n_blocks) {
   a.n_heads = s.n_heads, a.n_kv_heads = s.n_kv_heads, a.head_dim = s.head_dim, a.n_sink = s.n_sink, a.scale = s.scale;
   a.n_blocks = n_blocks;
   a.n_recent = recent_blocks(s, n_blocks);
-  a.max_strips = (s.n_ctx / PYLLM_PAGE + 1) * STRIPS_PER_PAGE;
+  a.max_strips = most_strips(s.n_ctx);
   a.max_tiles = most_tiles(s.n_batch);
   a.max_spans = (s.n_ctx / PYLLM_READ_PAGE + STRIPS_PER_PAGE + 1 + SPAN - 1) / SPAN;
   return a;

@@ -208,7 +208,7 @@ void cuda_begin(const backend *be, int32_t position, int32_t n) {
   device *d = (device *)be->device;
   queue *q = cuda_enter(be);
   if (!q->error) check(q, cudaStreamSynchronize(q->stream)); /* the last batch has been read from the staging memory */
-  step now = {position, n};
+  step now = {position, n, 0};
   memcpy(d->staging, &now, sizeof now);
   from_staging(d, d->step, 0, sizeof now);
 }
@@ -228,6 +228,7 @@ int32_t cuda_embed(const backend *be, const quant_type *type, const void *table,
 static const ops cuda_ops = {
     .name = "cuda",
     .on_host = false,
+    .most_rows = MOST_ROWS,
     .alloc = alloc,
     .release = release,
     .write = write,
@@ -242,6 +243,7 @@ static const ops cuda_ops = {
     .norm = cuda_norm,
     .linear = cuda_linear,
     .angles = cuda_angles,
+    .finite = cuda_finite,
     .attention = &cuda_attention_ops,
     .swiglu = cuda_swiglu,
 };

@@ -199,35 +199,33 @@ __device__ inline float block_max(float x, float *partial) {
 /* ---- the matrix units ---- */
 
 /* Fragments of one warp, as PTX lays them out; lane = 4 group + pair. A register holds neighbours, the first one low.
- *   a (16, K) row-major: a[0] row group, a[1] row group + 8, columns from C pair; a[2], a[3] the same K / 2 columns on.
- *   b (K, 8) by columns: b[0] rows from C pair of column group, b[1] K / 2 rows on.
- *   d (16, 8): d[0], d[1] row group, columns 2 pair and 2 pair + 1; d[2], d[3] row group + 8.
- * with K = 16, C = 2 for halves; K = 32, C = 4 for bytes. */
+ *   a (16, 16) row-major: a[0] row group, a[1] row group + 8, columns from 2 pair; a[2], a[3] the same 8 columns on.
+ *   b (16, 8) by columns: b[0] rows from 2 pair of column group, b[1] 8 rows on.
+ *   d (16, 8): d[0], d[1] row group, columns 2 pair and 2 pair + 1; d[2], d[3] row group + 8. */
 
 #ifndef __CUDACC__
 namespace emu {
-template <class T, int PER_REGISTER> struct fragments {
-  T a[4][PER_REGISTER], b[2][PER_REGISTER];
+struct fragments {
+  float a[4][2], b[2][2];
 };
-inline void unpack_register(uint32_t bits, float *out) {
+inline void unpack_halves(uint32_t bits, float (&out)[2]) {
   out[0] = half_to_float((uint16_t)bits);
   out[1] = half_to_float((uint16_t)(bits >> 16));
 }
-inline void unpack_register(uint32_t bits, int8_t *out) { memcpy(out, &bits, sizeof bits); }
 
 /* d += a b; each lane computes its four elements from what all lanes hand in. */
-template <class T, int PER_REGISTER, class D> void mma(D (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  fragments<T, PER_REGISTER> mine;
-  for (int i = 0; i < 4; i++) unpack_register(a[i], mine.a[i]);
-  for (int i = 0; i < 2; i++) unpack_register(b[i], mine.b[i]);
+inline void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+  fragments mine;
+  for (int i = 0; i < 4; i++) unpack_halves(a[i], mine.a[i]);
+  for (int i = 0; i < 2; i++) unpack_halves(b[i], mine.b[i]);
   hand_in(~0u, mine, __LINE__);
   unsigned group = lane() / 4, pair = lane() % 4;
   for (unsigned i = 0; i < 4; i++)
     for (unsigned half = 0; half < 2; half++)
       for (unsigned from = 0; from < 4; from++) {
-        const auto *left = (const fragments<T, PER_REGISTER> *)received(4 * group + from);
-        const auto *right = (const fragments<T, PER_REGISTER> *)received(4 * (2 * pair + i % 2) + from);
-        for (int j = 0; j < PER_REGISTER; j++) d[i] += (D)left->a[2 * half + i / 2][j] * (D)right->b[half][j];
+        const auto *left = (const fragments *)received(4 * group + from);
+        const auto *right = (const fragments *)received(4 * (2 * pair + i % 2) + from);
+        for (int j = 0; j < 2; j++) d[i] += left->a[2 * half + i / 2][j] * right->b[half][j];
       }
 }
 } // namespace emu
@@ -236,7 +234,7 @@ template <class T, int PER_REGISTER, class D> void mma(D (&d)[4], const uint32_t
 /* d (16, 8) += a (16, 16) b (16, 8): halves, summed in floats. */
 __device__ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
 #ifndef __CUDACC__
-  emu::mma<float, 2>(d, a, b);
+  emu::mma(d, a, b);
 #elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
   asm volatile(
       "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
@@ -248,23 +246,6 @@ __device__ inline void mma_f16(float (&d)[4], const uint32_t (&a)[4], const uint
     asm volatile("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
                  : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
                  : "r"(a[2 * i]), "r"(a[2 * i + 1]), "r"(b[i]));
-#endif
-}
-
-/* d (16, 8) += a (16, 32) b (32, 8): signed bytes, summed in 32 bits. */
-__device__ inline void mma_s8(int (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-#ifndef __CUDACC__
-  emu::mma<int8_t, 4>(d, a, b);
-#elif !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 800
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-      : "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-#else
-  for (int i = 0; i < 4; i++)
-    asm volatile("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%0, %1};"
-                 : "+r"(d[2 * (i % 2)]), "+r"(d[2 * (i % 2) + 1])
-                 : "r"(a[i]), "r"(b[i / 2]));
 #endif
 }
 #endif

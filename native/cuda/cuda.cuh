@@ -11,6 +11,7 @@ extern "C" {
 /* The batch that the stages work on, in the GPU's memory: kernels that run again from a graph read it there. */
 struct step {
   int32_t position, n;
+  int32_t overflowed; /* 0 as a batch begins; cuda_finite's */
 };
 
 /* backend.device: what belongs to one opened model. */
@@ -32,6 +33,10 @@ struct device {
 enum { FEW_TOKENS = 4 };
 ANYWHERE bool few_tokens(int32_t n) { return n <= FEW_TOKENS; }
 
+/* Of a matrix: so many, 64 at least per block, are what one dimension of a grid counts (linear_gemm.cu). No vocabulary
+ * comes near. */
+enum { MOST_GRID_ROWS = 65535, MOST_ROWS = MOST_GRID_ROWS * 64 };
+
 extern const attention_ops cuda_attention_ops; /* attention.cu */
 
 /* The queue, at the head of every call that is no stage: whichever thread it comes from has used another GPU before. Stages
@@ -50,6 +55,7 @@ int32_t cuda_embed(const backend *be, const quant_type *type, const void *table,
 void cuda_angles(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
                  float *cosine, float *sine);
 void cuda_linear(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs);
+bool cuda_finite(const backend *be, const float *x, int64_t n);
 void cuda_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
 void cuda_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out);
 #endif

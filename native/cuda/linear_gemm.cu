@@ -144,6 +144,7 @@ __global__ void __launch_bounds__(WARPS *WARP, T::BLOCKS)
 }
 
 template <class T> dim3 grid_of(int32_t rows, int32_t n) {
+  static_assert((int64_t)T::ROWS * MOST_GRID_ROWS >= MOST_ROWS, "a grid has blocks for all rows");
   return dim3((unsigned)(n + T::TOKENS - 1) / T::TOKENS, (unsigned)(rows + T::ROWS - 1) / T::ROWS);
 }
 

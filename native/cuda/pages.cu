@@ -273,7 +273,7 @@ struct want_shared {
 
 /* The share above which a strip is read: `cut`, halved until what is left out is at most page_drop. */
 __device__ float cut_share(float cut, float page_drop, const float *share, int32_t n, float *partial) {
-  for (int32_t i = 0; i < HALVINGS && page_drop < 1; i++, cut /= 2) {
+  for (int32_t i = 0; i < CUT_HALVINGS && page_drop < 1; i++, cut /= 2) {
     float dropped = 0;
     for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) dropped += share[s] > cut ? 0 : share[s];
     if (block_sum(dropped, partial) <= page_drop) break;

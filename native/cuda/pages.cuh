@@ -3,8 +3,6 @@
 #define PYLLM_CUDA_PAGES_CUH
 #include "attention.cuh"
 
-enum { HALVINGS = 16 }; /* of a policy's share, at most */
-
 /* (max_strips) of the r-th row scored for the list that begins with this head. */
 __device__ inline float *strip_mass_at(const device_attention &a, int32_t head, int32_t r) {
   return a.strip_mass + ((int64_t)head * SCORED_MOST + r) * a.max_strips;

@@ -10,7 +10,7 @@ struct pick_shared {
   float top[PICK_WARPS], sum[PICK_WARPS];            /* of a row's part each */
   float row_top[PICK_WARPS], inverse[PICK_WARPS];    /* of a row */
   float wanted_above[PICK_WARPS];                    /* likewise: the mass above which it wants a strip */
-  int32_t above[HALVINGS];                           /* 1: a row leaves out too much after so many halvings */
+  int32_t above[CUT_HALVINGS];                       /* 1: a row leaves out too much after so many halvings */
   int32_t before[PICK_TURNS * PICK_WARPS], n_picked; /* of 32 strips: how many are picked, then how many before them */
 };
 
@@ -53,7 +53,7 @@ __device__ void weigh_rows(const scored_list &l, float local_mass, pick_shared &
 __device__ void cut_rows(const scored_list &l, const query_tile &tile, const device_policy &policy, pick_shared &s) {
   int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, row = warp / l.parts;
   float cut = attention_cut(&tile, policy.page_share, policy.decode_share);
-  for (int32_t i = 0; i < HALVINGS && policy.page_drop < 1; i++) {
+  for (int32_t i = 0; i < CUT_HALVINGS && policy.page_drop < 1; i++) {
     float dropped = 0;
     if (row < l.n_rows)
       each_mass(l, [&](float mass) {
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(PICK_THREADS)
   scored_list l = {strip_mass_at(a, head, 0), a.max_strips, read.n_scored, tile.n_pages * STRIPS_PER_PAGE, 1};
   if (l.n_rows) l.parts = PICK_WARPS / l.n_rows;
   int32_t row = threadIdx.x / WARP / l.parts;
-  if (threadIdx.x < HALVINGS) s.above[threadIdx.x] = 0;
+  if (threadIdx.x < CUT_HALVINGS) s.above[threadIdx.x] = 0;
   weigh_rows(l, row < l.n_rows ? a.local_mass[a.scored_rows[head * SCORED_MOST + row]] : 0, s);
   __syncthreads();
   cut_rows(l, tile, policy, s);

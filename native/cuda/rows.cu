@@ -37,6 +37,14 @@ __global__ void swiglu_kernel(const float *gate, const float *up, int32_t n, boo
     return g * sigmoid * up[first + i];
   });
 }
+
+/* Any grid: all threads share x (n). */
+__global__ void finite_kernel(const float *x, int64_t n, step *now) {
+  float poison = 0;
+  for (int64_t i = (int64_t)blockIdx.x * ROW_THREADS + threadIdx.x; i < n; i += (int64_t)gridDim.x * ROW_THREADS)
+    poison += x[i] * 0.0f;
+  if (poison != 0) now->overflowed = 1; /* all write the same */
+}
 } // namespace
 
 void cuda_angles(const backend *be, const double *frequency, int32_t half, float mscale, int32_t, int32_t n,
@@ -53,4 +61,12 @@ void cuda_norm(const backend *be, const float *x, const float *w, float eps, int
 void cuda_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out) {
   launch(queue_of(be), swiglu_kernel, row_grid(n, out->cols), dim3(ROW_THREADS), sizeof(row_shared), gate, up, n,
          rounded, *out);
+}
+
+bool cuda_finite(const backend *be, const float *x, int64_t n) {
+  device *d = (device *)be->device;
+  launch(&d->queue, finite_kernel, dim3((unsigned)d->processors), dim3(ROW_THREADS), 0, x, n, d->step);
+  int32_t overflowed;
+  be->ops->read(be, &overflowed, &d->step->overflowed, sizeof overflowed);
+  return !overflowed;
 }

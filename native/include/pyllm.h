@@ -6,8 +6,9 @@
  *
  * Every function that can fail returns a pyllm_status and, where it is not PYLLM_OK, fills `err` with one sentence
  * naming the file, key or tensor, the offset or shape, and the cause. The library never exits, prints or aborts.
- * Out-parameters are written only on success. Strings are UTF-8. A model holds its file and a session its model:
- * they may be closed in any order, from any thread, once each.
+ * Out-parameters are written only on success, but for the caller's arrays: after a failure logits, records, moments and
+ * a session's bytes may be part written. Strings are UTF-8. A model holds its file and a session its model: they may be
+ * closed in any order, from any thread, once each.
  */
 #ifndef PYLLM_H
 #define PYLLM_H
@@ -114,13 +115,14 @@ typedef struct pyllm_model_info {
 int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *params, pyllm_model **out, pyllm_error *err);
 void pyllm_model_close(pyllm_model *model);
 void pyllm_model_get_info(const pyllm_model *model, pyllm_model_info *out);
-/* Bytes that opening a model from this file will hold resident: for a check before pyllm_model_open. */
+/* Bytes that opening a model from this file will hold resident: for a check before pyllm_model_open, which refuses a file
+ * that this refuses. */
 int32_t pyllm_model_memory(const pyllm_file *file, uint64_t *bytes, pyllm_error *err);
 
 /* ---- session ---- */
 
 typedef struct pyllm_session_params {
-  int32_t n_ctx;   /* tokens the KV cache can hold */
+  int32_t n_ctx;   /* tokens the KV cache can hold; of a model with a sliding window no more than that */
   int32_t n_batch; /* tokens evaluated at once in prefill, 1..4096 */
   int32_t n_sink;  /* 0..PYLLM_PAGE attention sinks; fixed for the session, because pages start behind them */
   int32_t
@@ -155,8 +157,8 @@ typedef struct pyllm_attention {
    * with PYLLM_GRADED 4 bits of a quarter of their channels and 2 of another quarter; and it reads the strips of 16 tokens
    * whose estimated share of attention exceeds a cut: in decode for some long head of its group, in prefill for some query
    * of its tile. The cut is page_share, of a query that is a tile by itself, as in decode, decode_share; it is halved for a
-   * query and head until the shares it leaves out sum to at most page_drop (>= 1: no bound). Query tiles share what they
-   * read, so with page_bits results depend on how a prompt is cut into batches. */
+   * query and head until the shares it leaves out sum to at most page_drop (>= 1: no bound), but at most 16 times. Query
+   * tiles share what they read, so with page_bits results depend on how a prompt is cut into batches. */
   int32_t page_bits;
   float page_share, decode_share, page_drop;
   /* (n_layers, n_kv_heads, head_dim): each head's channels, first those that move scores most; PYLLM_GRADED. */
@@ -213,7 +215,9 @@ void pyllm_session_close(pyllm_session *session);
 int32_t pyllm_session_set_attention(pyllm_session *session, const pyllm_attention *attention, pyllm_error *err);
 
 /* Evaluates tokens (n >= 1) after those already there. logits: (n_logits, n_vocab) of the last n_logits tokens,
- * 0 <= n_logits <= n. record: filled with what attention decided; NULL for none. On failure the session holds a whole number of batches of the tokens and stays usable. */
+ * 0 <= n_logits <= n. record: filled with what attention decided; NULL for none. On failure the
+ * session holds a whole number of batches of the tokens, after PYLLM_ERR_NUMERIC none of them, and stays usable. Every
+ * token's results are checked, of those without logits too. */
 int32_t pyllm_session_eval(pyllm_session *session, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
                            const pyllm_record *record, pyllm_error *err);
 /* Drops every token from position n on. */
@@ -221,8 +225,8 @@ int32_t pyllm_session_rewind(pyllm_session *session, int32_t n, pyllm_error *err
 /* Rewinds to the longest common prefix with tokens, but not past n - 1, so that evaluating the rest gives logits. */
 int32_t pyllm_session_sync(pyllm_session *session, const int32_t *tokens, int32_t n, int32_t *n_kept, pyllm_error *err);
 int32_t pyllm_session_position(const pyllm_session *session);
-/* out: (position) */
-void pyllm_session_tokens(const pyllm_session *session, int32_t *out);
+/* The first n tokens of position: out (n). */
+int32_t pyllm_session_tokens(pyllm_session *session, int32_t *out, int32_t n, pyllm_error *err);
 /* From any thread: a running eval of this session returns PYLLM_ERR_ABORTED before its next layer. */
 void pyllm_session_abort(pyllm_session *session);
 
@@ -237,7 +241,7 @@ int32_t pyllm_session_moments(pyllm_session *session, int32_t layer, int32_t kv_
 
 /* Tokens and KV cache as bytes, for the same model and n_sink. load replaces the session's contents. */
 uint64_t pyllm_session_state_size(const pyllm_session *session);
-int32_t pyllm_session_save(const pyllm_session *session, void *buffer, uint64_t size, pyllm_error *err);
+int32_t pyllm_session_save(pyllm_session *session, void *buffer, uint64_t size, pyllm_error *err);
 int32_t pyllm_session_load(pyllm_session *session, const void *buffer, uint64_t size, pyllm_error *err);
 
 /* ---- sampling ---- */

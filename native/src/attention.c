@@ -2,20 +2,15 @@
 #include "estimate.h"
 #include <stdlib.h>
 
-/* Tiles of n queries: full ones, and cut ones at both ends and where the first page leaves the window. */
-static int64_t most_tiles(int32_t n) { return n / PYLLM_PAGE + 4; }
-
 /* Each tile and head ends with at most one panel that is not full. */
 static int64_t most_items(int32_t n, int32_t n_heads) {
-  return (int64_t)n * n_heads / PANEL_ROWS + most_tiles(n) * n_heads;
+  return (int64_t)n * n_heads / PANEL_ROWS + (int64_t)most_tiles(n) * n_heads;
 }
 
 /* Ranges of a (tile, head): at most every other strip begins one; the local list has sinks and window. */
 static int64_t most_ranges(const attention_shape *s) {
-  return most_tiles(s->n_batch) * s->n_heads * (s->n_ctx / STRIP / 2 + 3);
+  return (int64_t)most_tiles(s->n_batch) * s->n_heads * (s->n_ctx / STRIP / 2 + 3);
 }
-
-static int32_t most_strips(const attention_shape *s) { return (s->n_ctx / PYLLM_PAGE + 1) * KV_STRIPS; }
 
 static bool list_new(work_list *list, const attention_shape *s) {
   list->items = malloc((size_t)most_items(s->n_batch, s->n_heads) * sizeof *list->items);
@@ -36,7 +31,7 @@ bool attention_new(attention_batch *b, const attention_shape *s) {
                          .head_dim = s->head_dim,
                          .n_sink = s->n_sink,
                          .scale = s->scale,
-                         .max_strips = most_strips(s)};
+                         .max_strips = most_strips(s->n_ctx)};
   size_t rows = (size_t)s->n_batch * (size_t)s->n_heads;
   size_t reads = (size_t)most_tiles(s->n_batch) * (size_t)s->n_heads;
   b->tiles = malloc((size_t)most_tiles(s->n_batch) * sizeof *b->tiles);
@@ -77,7 +72,7 @@ uint64_t attention_bytes(const attention_shape *s) {
   uint64_t items = (uint64_t)most_items(s->n_batch, s->n_heads);
   uint64_t reads = (uint64_t)most_tiles(s->n_batch) * (uint64_t)s->n_heads;
   return rows * (2 * sizeof(softmax_state) + 4 * sizeof(float) + 1 + 2 * sizeof(int32_t) + (uint64_t)s->head_dim * 4) +
-         reads * ((uint64_t)most_strips(s) + sizeof(tile_read)) +
+         reads * ((uint64_t)most_strips(s->n_ctx) + sizeof(tile_read)) +
          2 * (items * sizeof(work_item) + (uint64_t)most_ranges(s) * sizeof(key_range));
 }
 

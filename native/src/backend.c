@@ -56,6 +56,11 @@ void *backend_copy(const backend *be, const void *data, size_t bytes) {
 
 int32_t backend_place(const backend *be, matrix *m, const char *where, pyllm_error *err) {
   if (be->ops->on_host) return PYLLM_OK;
+  if (m->rows > be->ops->most_rows) {
+    pack_free(m);
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "%s has %d rows: on a GPU at most %d are supported", where, m->rows,
+                be->ops->most_rows);
+  }
   size_t bytes = (size_t)tiles_of_rows(m->rows) * m->tile_bytes;
   unsigned char *host = m->data;
   m->data = backend_copy(be, host, bytes);

@@ -16,7 +16,8 @@ void backend_free_matrix(const backend *be, matrix *m);
 
 /* What the CUDA library offers through its one exported function, `const cuda_library *pyllm_cuda(void)`. */
 typedef struct cuda_library {
-  uint32_t interface; /* CUDA_INTERFACE: a checksum of the headers, so that libraries of two builds never meet */
+  /* CUDA_INTERFACE: a checksum of the headers and of what packs weights, so that libraries of two builds never meet. */
+  uint32_t interface;
   const ops *ops;
   int32_t (*info)(int32_t number, pyllm_device_info *out, pyllm_error *err);
   int32_t (*open)(int32_t number, void **device, pyllm_error *err);

@@ -1,6 +1,7 @@
 #include "model.h"
 #include "error.h"
 #include "gguf.h"
+#include "gguf_name.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -46,25 +47,9 @@ static int32_t read_arch(const pyllm_file *file, const arch **out, pyllm_error *
   if (status) return status;
   *out = arch_find(name, size);
   if (*out) return PYLLM_OK;
-  return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: architecture '%.*s' is not supported; supported: %s", gguf_path(file),
-              (int)(size < 64 ? size : 64), name, arch_supported());
-}
-
-/* Features that would silently change results if they were ignored. */
-static int32_t refuse_unsupported(const pyllm_file *file, const config *c, pyllm_error *err) {
-  static const char *const names[] = {"expert_count", "attention.sliding_window"};
-  for (size_t i = 0; i < sizeof names / sizeof *names; i++) {
-    key k;
-    uint32_t value = 0;
-    int32_t status = gguf_get_u32(file, key_of(c->arch, names[i], &k), false, &value, err);
-    if (status) return status;
-    bool harmless = value == 0 || (i == 1 && value >= (uint32_t)c->n_ctx_train);
-    if (!harmless)
-      return fail(err, PYLLM_ERR_UNSUPPORTED,
-                  "%s: key %s is %u: mixtures of experts and sliding-window models are not supported", gguf_path(file),
-                  k.text, value);
-  }
-  return PYLLM_OK;
+  gguf_shown shown;
+  return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: architecture %s is not supported; supported: %s", gguf_path(file),
+              gguf_show(name, size, &shown), arch_supported());
 }
 
 #define TRY(call)                                                                                                      \
@@ -73,14 +58,29 @@ static int32_t refuse_unsupported(const pyllm_file *file, const config *c, pyllm
     if (status_) return status_;                                                                                       \
   } while (0)
 
+/* Features that would silently change results if they were ignored. A sliding window does so past its end only, of which
+ * sessions take care. */
+static int32_t refuse_unsupported(const pyllm_file *file, config *c, pyllm_error *err) {
+  key experts, window;
+  uint32_t n_experts = 0;
+  TRY(gguf_get_u32(file, key_of(c->arch, "expert_count", &experts), false, &n_experts, err));
+  TRY(gguf_get_u32(file, key_of(c->arch, "attention.sliding_window", &window), false, &c->sliding_window, err));
+  bool slides = c->sliding_window && c->sliding_window < (uint32_t)c->n_ctx_train;
+  if (n_experts || slides)
+    return fail(err, PYLLM_ERR_UNSUPPORTED,
+                "%s: key %s is %u: mixtures of experts and sliding-window models are not supported", gguf_path(file),
+                n_experts ? experts.text : window.text, n_experts ? n_experts : c->sliding_window);
+  return PYLLM_OK;
+}
+
 static int32_t check_heads(const pyllm_file *file, const config *c, pyllm_error *err) {
   const char *name = c->arch->name, *path = gguf_path(file);
   if (c->n_heads % c->n_kv_heads)
     return fail(err, PYLLM_ERR_FORMAT, "%s: key %s.attention.head_count is %d, not a multiple of head_count_kv %d",
                 path, name, c->n_heads, c->n_kv_heads);
-  if (c->head_dim % 16 || c->head_dim > 512)
-    return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: head dimension %d is not supported: a multiple of 16 up to 512 is",
-                path, c->head_dim);
+  if (c->head_dim % 16 || c->head_dim > LARGEST_HEAD)
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: head dimension %d is not supported: a multiple of 16 up to %d is",
+                path, c->head_dim, LARGEST_HEAD);
   if (c->n_rot % 2 || c->n_rot > c->head_dim)
     return fail(err, PYLLM_ERR_FORMAT, "%s: key %s.rope.dimension_count is %d, expected an even number up to %d", path,
                 name, c->n_rot, c->head_dim);
@@ -101,16 +101,16 @@ int32_t config_read(const pyllm_file *file, config *out, pyllm_error *err) {
   TRY(read_size(file, c.arch, "context_length", -1, 1 << 30, &c.n_ctx_train, err));
   TRY(read_size(file, c.arch, "attention.head_count", -1, 1024, &c.n_heads, err));
   TRY(read_size(file, c.arch, "attention.head_count_kv", c.n_heads, c.n_heads, &c.n_kv_heads, err));
-  TRY(read_size(file, c.arch, "attention.key_length", c.dim / c.n_heads, 512, &c.head_dim, err));
+  TRY(read_size(file, c.arch, "attention.key_length", c.dim / c.n_heads, LARGEST_HEAD, &c.head_dim, err));
   int32_t value_length = 0;
-  TRY(read_size(file, c.arch, "attention.value_length", c.head_dim, 512, &value_length, err));
+  TRY(read_size(file, c.arch, "attention.value_length", c.head_dim, LARGEST_HEAD, &value_length, err));
   if (value_length != c.head_dim)
     return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: key length %d and value length %d differ: not supported",
                 gguf_path(file), c.head_dim, value_length);
-  TRY(read_size(file, c.arch, "rope.dimension_count", c.head_dim, 512, &c.n_rot, err));
+  TRY(read_size(file, c.arch, "rope.dimension_count", c.head_dim, LARGEST_HEAD, &c.n_rot, err));
   TRY(read_float(file, c.arch, "attention.layer_norm_rms_epsilon", true, &c.norm_eps, err));
-  c.attention_scale = 1.0f / sqrtf((float)c.head_dim);
   TRY(read_float(file, c.arch, "attention.scale", false, &c.attention_scale, err));
+  if (c.attention_scale == 0) c.attention_scale = 1.0f / sqrtf((float)c.head_dim); /* 0 means the usual one */
   TRY(check_heads(file, &c, err));
   TRY(refuse_unsupported(file, &c, err));
   *out = c;
@@ -131,10 +131,11 @@ static int32_t read_scaling_type(const pyllm_file *file, const config *c, rope_s
   if (size == 4 && memcmp(type, "none", 4) == 0) s->type = SCALING_NONE;
   else if (size == 6 && memcmp(type, "linear", 6) == 0) s->type = SCALING_LINEAR;
   else if (size == 4 && memcmp(type, "yarn", 4) == 0) s->type = SCALING_YARN;
-  else
-    return fail(err, PYLLM_ERR_UNSUPPORTED,
-                "%s: key %s is '%.*s'; supported: none, linear, yarn, and llama3 by rope_freqs", gguf_path(file),
-                k.text, (int)(size < 64 ? size : 64), type);
+  else {
+    gguf_shown shown;
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "%s: key %s is %s; supported: none, linear, yarn, and llama3 by rope_freqs",
+                gguf_path(file), k.text, gguf_show(type, size, &shown));
+  }
   return PYLLM_OK;
 }
 

@@ -106,6 +106,13 @@ static int32_t check_logits(const pyllm_session *s, const float *logits, int32_t
               s->position);
 }
 
+/* Of the batch's first n tokens, whose logits nobody sees: what overflowed stays in the residual stream to its end. */
+static int32_t check_activations(const pyllm_session *s, int32_t n, pyllm_error *err) {
+  const backend *be = &s->model->backend;
+  if (be->ops->finite(be, s->buffers.x, (int64_t)n * s->model->config.dim)) return PYLLM_OK;
+  return fail(err, PYLLM_ERR_NUMERIC, "activations after position %d overflowed to NaN or infinity", s->position);
+}
+
 /* What comes before the layers, but for what the host does. */
 static void before_layers(pyllm_session *s, int32_t n) {
   const pyllm_model *m = s->model;
@@ -176,11 +183,10 @@ int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logit
     before_layers(s, n);
     status = layers(s, n, record, err);
     if (!status && n_logits > 0) logits_to_host(s, n - n_logits, n, logits);
+    if (!status && n_logits < n) status = check_activations(s, n - n_logits, err);
   }
-  if (!status && n_logits > 0) {
-    status = be->ops->sync(be, err);
-    if (!status) status = check_logits(s, logits, n_logits, err);
-  }
+  if (!status) status = be->ops->sync(be, err);
+  if (!status) status = check_logits(s, logits, n_logits, err);
   if (status) return status;
   s->graph.warm |= n == 1 && n_logits == 1;
   for (int32_t i = 0; i < n; i++) s->tokens[s->position + i] = tokens[i];

@@ -6,6 +6,9 @@
 
 enum { STRIPS_PER_PAGE = PYLLM_PAGE / PYLLM_READ_PAGE };
 
+/* Dimensions of a head, at most; a GPU has kernels for fewer. */
+enum { LARGEST_HEAD = 512 };
+
 /* Where a token lives: block 0 holds the sinks, block 1 + i the i-th page behind them. */
 ANYWHERE int32_t kv_block_of(int32_t n_sink, int32_t position) {
   return position < n_sink ? 0 : 1 + (position - n_sink) / PYLLM_PAGE;
@@ -43,6 +46,9 @@ ANYWHERE int32_t bulk_pages(int32_t n_sink, int32_t n_window, int32_t position) 
   return older > 0 ? (int32_t)(older / PYLLM_PAGE) : 0;
 }
 
+/* Strips of a bulk in a context of n_ctx tokens, at most. */
+ANYWHERE int32_t most_strips(int32_t n_ctx) { return (n_ctx / PYLLM_PAGE + 1) * STRIPS_PER_PAGE; }
+
 /* Consecutive queries with the same bulk, at most 64. */
 typedef struct query_tile {
   int32_t first, n; /* queries of the batch */
@@ -57,6 +63,9 @@ ANYWHERE query_tile tile_from(int32_t n_sink, int32_t n_window, int32_t position
   if (tile.n > moves) tile.n = (int32_t)moves;
   return tile;
 }
+
+/* Tiles of a batch of n queries, at most: full ones, and cut ones at both ends and where the first page leaves the window. */
+ANYWHERE int32_t most_tiles(int32_t n) { return n == 1 ? 1 : n / PYLLM_PAGE + 4; }
 
 /* Queries of a tile that a page tier scores, from the last one back: up to 16, so every 4th one of a whole tile, and all
  * of a short question, each of which may look for something else. i < attention_scored(tile). */
@@ -74,6 +83,9 @@ ANYWHERE int32_t attention_scored_query(const query_tile *tile, int32_t i) {
 ANYWHERE float attention_cut(const query_tile *tile, float page_share, float decode_share) {
   return tile->n == 1 ? decode_share : page_share;
 }
+
+/* How often such a cut is halved, at most, where it leaves out more than the policy's page_drop. */
+enum { CUT_HALVINGS = 16 };
 
 /* How many neighbouring heads of a group share a list of strips in a page tier: all where a tile has few rows of theirs, as
  * in decode, for there what is read is what costs; otherwise each has its own, for what is computed is. */

@@ -22,7 +22,6 @@ const pyllm_tensor *gguf_find_tensor(const pyllm_file *file, const char *name);
  * type in range, floats accept f32 and f64; gguf_get_string points at bytes that are not NUL-terminated. */
 int32_t gguf_get_u32(const pyllm_file *file, const char *key, bool required, uint32_t *out, pyllm_error *err);
 int32_t gguf_get_f32(const pyllm_file *file, const char *key, bool required, float *out, pyllm_error *err);
-int32_t gguf_get_bool(const pyllm_file *file, const char *key, bool required, bool *out, pyllm_error *err);
 int32_t gguf_get_string(const pyllm_file *file, const char *key, bool required, const char **out, uint64_t *size,
                         pyllm_error *err);
 

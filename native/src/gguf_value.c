@@ -96,15 +96,6 @@ int32_t gguf_get_f32(const pyllm_file *file, const char *key, bool required, flo
   return PYLLM_OK;
 }
 
-int32_t gguf_get_bool(const pyllm_file *file, const char *key, bool required, bool *out, pyllm_error *err) {
-  const pyllm_value *v;
-  int32_t status = find(file, key, required, &v, err);
-  if (!v) return status;
-  if (v->type != VALUE_BOOL) return wrong_type(gguf_path(file), v, "bool", err);
-  *out = *(const uint8_t *)v->data != 0;
-  return PYLLM_OK;
-}
-
 int32_t gguf_get_string(const pyllm_file *file, const char *key, bool required, const char **out, uint64_t *size,
                         pyllm_error *err) {
   const pyllm_value *v;

@@ -12,6 +12,7 @@ typedef struct binder {
   pyllm_model *model;
   pyllm_error *err;
   int32_t status;
+  bool counting; /* nothing is read, and no memory taken: the model counts what binding would take */
 } binder;
 
 static const pyllm_tensor *find_tensor(binder *b, const char *name, bool required) {
@@ -42,9 +43,13 @@ static void count(pyllm_model *m, const pyllm_tensor *t, uint64_t resident) {
 static void bind_matrix(binder *b, const char *name, int32_t rows, int32_t cols, matrix *out) {
   const pyllm_tensor *t = find_tensor(b, name, true);
   if (!t || !check_shape(b, t, name, rows, cols)) return;
+  const quant_type *type = quant_find(t->type);
+  if (b->counting) {
+    count(b->model, t, pack_bytes(type, rows, cols));
+    return;
+  }
   char where[512];
   snprintf(where, sizeof where, "%s: tensor %s", gguf_part_path(b->model->file, t->part), name);
-  const quant_type *type = quant_find(t->type);
   b->status = pack(b->model->backend.pool, type, t->data, rows, cols, where, out, b->err);
   if (!b->status) b->status = backend_place(&b->model->backend, out, where, b->err);
   if (b->status) return;
@@ -56,6 +61,10 @@ static void bind_matrix(binder *b, const char *name, int32_t rows, int32_t cols,
 static float *bind_vector(binder *b, const char *name, int32_t n, bool required) {
   const pyllm_tensor *t = find_tensor(b, name, required);
   if (!t || !check_shape(b, t, name, 1, n)) return NULL;
+  if (b->counting) {
+    count(b->model, t, (uint64_t)n * sizeof(float));
+    return NULL;
+  }
   float *host = malloc((size_t)n * sizeof *host), *v = NULL;
   const char *path = gguf_part_path(b->model->file, t->part);
   if (host) {
@@ -143,20 +152,25 @@ static int32_t bind_rope(pyllm_model *m, pyllm_error *err) {
   return alloc_failure(&m->backend, fail(err, PYLLM_ERR_MEMORY, "%s: RoPE table refused", gguf_path(m->file)), err);
 }
 
-static int32_t bind_weights(pyllm_model *m, pyllm_error *err) {
-  binder b = {m, err, PYLLM_OK};
+static int32_t bind_weights(pyllm_model *m, bool counting, pyllm_error *err) {
+  binder b = {m, err, PYLLM_OK, counting};
   m->layers = calloc((size_t)m->config.n_layers, sizeof *m->layers);
   if (!m->layers)
     return fail(err, PYLLM_ERR_MEMORY, "%s: memory for %d layers refused", gguf_path(m->file), m->config.n_layers);
-  pool_begin(m->backend.pool);
   bind_embedding(&b);
   for (int32_t i = 0; i < m->config.n_layers && !b.status; i++) {
     bind_attention(&b, i, &m->layers[i]);
     bind_feed_forward(&b, i, &m->layers[i]);
   }
   bind_output(&b);
-  pool_end(m->backend.pool);
   return b.status;
+}
+
+static int32_t load_weights(pyllm_model *m, pyllm_error *err) {
+  pool_begin(m->backend.pool);
+  int32_t status = bind_weights(m, false, err);
+  pool_end(m->backend.pool);
+  return status;
 }
 
 int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *params, pyllm_model **out,
@@ -169,7 +183,7 @@ int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *param
   int32_t status = config_read(file, &m->config, err);
   if (!status) status = backend_open(params->device, params->n_threads, params->isa, &m->backend, err);
   if (!status) status = bind_rope(m, err);
-  if (!status) status = bind_weights(m, err);
+  if (!status) status = load_weights(m, err);
   if (status) {
     pyllm_model_close(m);
     return status;
@@ -221,17 +235,10 @@ void pyllm_model_get_info(const pyllm_model *m, pyllm_model_info *out) {
 }
 
 int32_t pyllm_model_memory(const pyllm_file *file, uint64_t *bytes, pyllm_error *err) {
-  config c;
-  int32_t status = config_read(file, &c, err);
-  if (status) return status;
-  uint64_t total = 0;
-  for (uint64_t i = 0; i < pyllm_file_n_tensors(file); i++) {
-    const pyllm_tensor *t = pyllm_file_tensor(file, i);
-    uint64_t rows = t->shape[1] * t->shape[2] * t->shape[3];
-    if (rows > INT32_MAX || t->shape[0] > INT32_MAX) continue; /* no such matrix can be bound */
-    total += t->n_dims == 1 ? t->shape[0] * sizeof(float)
-                            : pack_bytes(quant_find(t->type), (int32_t)rows, (int32_t)t->shape[0]);
-  }
-  *bytes = total;
-  return PYLLM_OK;
+  pyllm_model m = {.file = file};
+  int32_t status = config_read(file, &m.config, err);
+  if (!status) status = bind_weights(&m, true, err);
+  free(m.layers);
+  if (!status) *bytes = m.resident_bytes;
+  return status;
 }

@@ -10,7 +10,8 @@ typedef struct config {
   const arch *arch;
   int32_t n_layers, n_heads, n_kv_heads, head_dim;
   int32_t dim, n_ff, n_vocab, n_ctx_train;
-  int32_t n_rot; /* dimensions of a head that RoPE rotates; even */
+  uint32_t sliding_window; /* tokens a query sees at most, not less than n_ctx_train; 0: all */
+  int32_t n_rot;           /* dimensions of a head that RoPE rotates; even */
   float norm_eps;
   float attention_scale; /* c: score = c * q . k */
   float rope_mscale;     /* factor on cosine and sine (YaRN) */

@@ -97,7 +97,8 @@ typedef struct attention_ops {
 
 struct ops {
   const char *name;
-  bool on_host; /* the backend's memory is the host's */
+  bool on_host;      /* the backend's memory is the host's */
+  int32_t most_rows; /* of a matrix; asked where on_host is false */
   /* The backend's memory, which holds everything that stages read or write but where a stage says otherwise. alloc:
    * zeroed, aligned to 64 bytes, NULL when refused. write and read copy from and to the host's memory; both return when
    * that is done, after all stages called before. What goes wrong on the way, sync tells. */
@@ -127,6 +128,8 @@ struct ops {
   /* cosine, sine (n, half) = mscale times those of position * frequency (half), of the batch's positions. */
   void (*angles)(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
                  float *cosine, float *sine);
+  /* Whether x (n) holds no NaN and no infinity; returns when the stages before it are done. Once per batch at most. */
+  bool (*finite)(const backend *be, const float *x, int64_t n);
   const attention_ops *attention;
   /* out = silu(gate) * up, (n, out->cols). */
   void (*swiglu)(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);

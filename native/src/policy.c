@@ -1,5 +1,6 @@
 #include "policy.h"
 #include "error.h"
+#include "geometry.h"
 #include <math.h>
 #include <stdlib.h>
 #include <string.h>
@@ -65,12 +66,10 @@ static bool is_covariance(const float *cov, int32_t d) {
   return true;
 }
 
-enum { MAX_CHANNELS = 512 }; /* of a head: config.c refuses more */
-
 /* channels (heads, d): each head's are 0 to d - 1 in some order. */
 static int32_t check_channels(const uint16_t *channels, size_t heads, size_t d, pyllm_error *err) {
   for (size_t i = 0; channels && i < heads; i++) {
-    bool seen[MAX_CHANNELS] = {false};
+    bool seen[LARGEST_HEAD] = {false};
     for (size_t j = 0; j < d; j++) {
       size_t channel = channels[i * d + j];
       if (channel >= d || seen[channel])

@@ -1,5 +1,6 @@
 /* Drawing the next token: penalties, then top_k, top_p, min_p, then temperature, as pyllm.h orders them. */
 #include "error.h"
+#include <float.h>
 #include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
@@ -26,6 +27,15 @@ static bool has_penalties(const pyllm_sampling *s) {
   return s->repeat_penalty != 1.0f || s->frequency_penalty != 0 || s->presence_penalty != 0;
 }
 
+/* Penalties may take a logit past what floats hold, where the difference of two would be no number. */
+static float within_floats(float x) { return fminf(fmaxf(x, -FLT_MAX), FLT_MAX); }
+
+static float penalized(float logit, int32_t times, const pyllm_sampling *s) {
+  if (logit == -INFINITY) return logit; /* not allowed, and stays so */
+  float repeated = within_floats(logit > 0 ? logit / s->repeat_penalty : logit * s->repeat_penalty);
+  return within_floats(repeated - within_floats((float)times * s->frequency_penalty + s->presence_penalty));
+}
+
 /* Applies the penalties to each distinct recent token; false when memory is refused. */
 static bool penalize(candidate *c, int32_t n_vocab, const pyllm_sampling *s, const int32_t *recent, int32_t n_recent) {
   if (n_recent == 0 || !has_penalties(s)) return true;
@@ -37,8 +47,7 @@ static bool penalize(candidate *c, int32_t n_vocab, const pyllm_sampling *s, con
     for (end = i; end < n_recent && sorted[end] == sorted[i];) end++;
     if (sorted[i] < 0 || sorted[i] >= n_vocab) continue;
     float *logit = &c[sorted[i]].logit;
-    *logit = *logit > 0 ? *logit / s->repeat_penalty : *logit * s->repeat_penalty;
-    *logit -= (float)(end - i) * s->frequency_penalty + s->presence_penalty;
+    *logit = penalized(*logit, end - i, s);
   }
   free(sorted);
   return true;

@@ -15,9 +15,12 @@ static int32_t check_params(const pyllm_session_params *p, pyllm_error *err) {
   return PYLLM_OK;
 }
 
+/* No batch has more tokens than the context. */
+static int32_t batch_within(const pyllm_session_params *p) { return p->n_batch < p->n_ctx ? p->n_batch : p->n_ctx; }
+
 static attention_shape shape_of(const config *c, const pyllm_session_params *p) {
-  return (attention_shape){c->n_layers, p->n_batch, p->n_ctx,           c->n_heads,  c->n_kv_heads,
-                           c->head_dim, p->n_sink,  c->attention_scale, p->kv_window};
+  return (attention_shape){c->n_layers, batch_within(p), p->n_ctx,           c->n_heads,  c->n_kv_heads,
+                           c->head_dim, p->n_sink,       c->attention_scale, p->kv_window};
 }
 
 static int32_t logit_rows(int32_t n_batch) { return n_batch < LOGITS_AT_ONCE ? n_batch : LOGITS_AT_ONCE; }
@@ -36,10 +39,14 @@ int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_pa
                        activation_bytes(q_width) + (uint64_t)c->n_ff * 8 + activation_bytes((uint64_t)c->n_ff) +
                        (uint64_t)c->n_rot * 4;
   attention_shape shape = shape_of(c, p);
-  uint64_t tokens = (uint64_t)p->n_ctx * 4, logits = (uint64_t)logit_rows(p->n_batch) * (uint64_t)c->n_vocab * 4;
+  int32_t n_batch = batch_within(p);
+  uint64_t tokens = (uint64_t)p->n_ctx * 4, logits = (uint64_t)logit_rows(n_batch) * (uint64_t)c->n_vocab * 4;
   /* The host has its tokens and its caller's logits. */
-  out->scratch_bytes = (uint64_t)p->n_batch * per_token + (m->backend.ops->on_host ? tokens : logits);
-  return m->backend.ops->attention->memory(&m->backend, &shape, page_bits, out, err);
+  pyllm_session_memory all = {.scratch_bytes =
+                                  (uint64_t)n_batch * per_token + (m->backend.ops->on_host ? tokens : logits)};
+  status = m->backend.ops->attention->memory(&m->backend, &shape, page_bits, &all, err);
+  if (!status) *out = all;
+  return status;
 }
 
 static bool new_activation(const backend *be, activation *a, int32_t n, int32_t cols) {
@@ -95,24 +102,31 @@ static int32_t allocate(pyllm_session *s, const pyllm_session_params *params, py
   return status ? status : be->ops->attention->set_policy(be, s->attention, &s->policy, err);
 }
 
+/* Past its sliding window a model's attention is not what this library computes. */
+static int32_t check_window(const config *c, int32_t n_ctx, pyllm_error *err) {
+  if (c->sliding_window == 0 || (uint32_t)n_ctx <= c->sliding_window) return PYLLM_OK;
+  return fail(err, PYLLM_ERR_UNSUPPORTED,
+              "a context of %d tokens is longer than the model's sliding window of %u: not supported", n_ctx,
+              c->sliding_window);
+}
+
 int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params *params, pyllm_session **out,
                            pyllm_error *err) {
   int32_t status = check_params(params, err);
+  if (!status) status = check_window(&model->config, params->n_ctx, err);
   if (status) return status;
   pyllm_session *s = calloc(1, sizeof *s);
   if (!s) return fail(err, PYLLM_ERR_MEMORY, "memory for a session was refused");
   s->model = model;
   model_hold(model);
   s->n_ctx = params->n_ctx;
-  s->n_batch = params->n_batch < params->n_ctx ? params->n_batch : params->n_ctx;
+  s->n_batch = batch_within(params);
   s->n_sink = params->n_sink;
   s->policy = (attention_policy){.policy = PYLLM_DENSE, .granularity = PYLLM_GROUP, .n_window = 1024};
   atomic_flag_clear(&s->busy);
   trace_init(&s->trace);
   session_take_device(s);
-  pyllm_session_params fitting = *params;
-  fitting.n_batch = s->n_batch;
-  status = allocate(s, &fitting, err);
+  status = allocate(s, params, err);
   session_give_device(s);
   if (status) pyllm_session_close(s);
   else *out = s;
@@ -190,6 +204,7 @@ static int32_t check_eval(const pyllm_session *s, const int32_t *tokens, int32_t
 
 static int32_t eval_batches(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
                             const pyllm_record *record, pyllm_error *err) {
+  int32_t first = s->position;
   for (int32_t done = 0; done < n;) {
     int32_t m = n - done < s->n_batch ? n - done : s->n_batch, start = s->position;
     int32_t skipped = n - n_logits - done; /* tokens of this batch that need no logits */
@@ -198,7 +213,8 @@ static int32_t eval_batches(pyllm_session *s, const int32_t *tokens, int32_t n, 
     batch_record rows = {record, n, done};
     int32_t status = forward(s, tokens + done, m, out, wanted, &rows, err);
     if (status) {
-      session_cut(s, start, start + m);
+      /* What overflowed may have been stored, as a key that no token has looked at, before it showed. */
+      session_cut(s, status == PYLLM_ERR_NUMERIC ? first : start, start + m);
       return status;
     }
     done += m;
@@ -251,8 +267,13 @@ int32_t pyllm_session_sync(pyllm_session *s, const int32_t *tokens, int32_t n, i
 
 int32_t pyllm_session_position(const pyllm_session *s) { return s->position; }
 
-void pyllm_session_tokens(const pyllm_session *s, int32_t *out) {
-  memcpy(out, s->tokens, (size_t)s->position * sizeof *out);
+int32_t pyllm_session_tokens(pyllm_session *s, int32_t *out, int32_t n, pyllm_error *err) {
+  int32_t status = session_enter(s, err);
+  if (status) return status;
+  if (n < 0 || n > s->position)
+    status = fail(err, PYLLM_ERR_ARGUMENT, "%d tokens asked for: the session holds %d", n, s->position);
+  else memcpy(out, s->tokens, (size_t)n * sizeof *out);
+  return session_leave(s, status);
 }
 
 void pyllm_session_abort(pyllm_session *s) { atomic_store(&s->abort, true); }

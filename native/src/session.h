@@ -23,8 +23,8 @@ typedef struct batch_buffers {
 struct pyllm_session {
   const pyllm_model *model;
   int32_t n_ctx, n_batch, n_sink;
-  int32_t position; /* tokens evaluated */
-  int32_t *tokens;  /* (n_ctx) */
+  _Atomic int32_t position; /* tokens evaluated; may be asked for while another thread evaluates */
+  int32_t *tokens;          /* (n_ctx) */
   attention_policy policy;
   attention_state *attention;
   batch_buffers buffers;
@@ -36,7 +36,7 @@ struct pyllm_session {
   } graph;
   trace trace;
   atomic_bool abort;
-  atomic_flag busy; /* held while a call changes the session */
+  atomic_flag busy; /* held while a call changes the session, or copies of it what another one changes */
 };
 
 /* forward.c: evaluates 1 <= n <= n_batch tokens at the session's position and advances it; logits (n_logits, n_vocab)
@@ -55,7 +55,7 @@ void session_cut(pyllm_session *s, int32_t from, int32_t to);
 void session_take_device(const pyllm_session *s);
 void session_give_device(const pyllm_session *s);
 
-/* One caller at a time changes a session; the second gets an error instead of a corrupted cache. Takes the device. */
+/* One caller at a time works on a session; the second gets an error instead of a corrupted cache. Takes the device. */
 int32_t session_enter(pyllm_session *s, pyllm_error *err);
 int32_t session_leave(pyllm_session *s, int32_t status);
 

@@ -33,26 +33,30 @@ static uint64_t state_bytes(const pyllm_session *s, int32_t position) {
 
 uint64_t pyllm_session_state_size(const pyllm_session *s) { return state_bytes(s, s->position); }
 
-int32_t pyllm_session_save(const pyllm_session *s, void *buffer, uint64_t size, pyllm_error *err) {
-  if (size < pyllm_session_state_size(s))
+static int32_t save(const pyllm_session *s, void *buffer, uint64_t size, pyllm_error *err) {
+  int32_t position = s->position, blocks = head_blocks(s, position);
+  uint64_t needed = state_bytes(s, position), bytes = head_bytes(s, position);
+  if (size < needed)
     return fail(err, PYLLM_ERR_ARGUMENT, "saving the session needs %llu bytes, the buffer has %llu",
-                (unsigned long long)pyllm_session_state_size(s), (unsigned long long)size);
+                (unsigned long long)needed, (unsigned long long)size);
   unsigned char *at = (unsigned char *)buffer + sizeof(state_header);
-  memcpy(at, s->tokens, (size_t)s->position * sizeof(int32_t));
-  at += (size_t)s->position * sizeof(int32_t);
+  memcpy(at, s->tokens, (size_t)position * sizeof(int32_t));
+  at += (size_t)position * sizeof(int32_t);
   const backend *be = &s->model->backend;
-  uint64_t bytes = head_bytes(s, s->position);
-  session_take_device(s);
   for (int32_t i = 0; i < s->model->config.n_layers; i++)
     for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += bytes)
-      be->ops->attention->read_blocks(be, s->attention, i, g, head_blocks(s, s->position), at);
+      be->ops->attention->read_blocks(be, s->attention, i, g, blocks, at);
   int32_t status = be->ops->sync(be, err);
-  session_give_device(s);
   if (status) return status;
-  state_header h = {"pyllmkv", STATE_VERSION, s->n_sink, s->position, 0, pyllm_file_fingerprint(s->model->file), 0};
-  h.checksum = hash_bytes(0, (unsigned char *)buffer + sizeof h, pyllm_session_state_size(s) - sizeof h);
+  state_header h = {"pyllmkv", STATE_VERSION, s->n_sink, position, 0, pyllm_file_fingerprint(s->model->file), 0};
+  h.checksum = hash_bytes(0, (unsigned char *)buffer + sizeof h, needed - sizeof h);
   memcpy(buffer, &h, sizeof h);
   return PYLLM_OK;
+}
+
+int32_t pyllm_session_save(pyllm_session *s, void *buffer, uint64_t size, pyllm_error *err) {
+  int32_t status = session_enter(s, err);
+  return status ? status : session_leave(s, save(s, buffer, size, err));
 }
 
 static int32_t check_state(const pyllm_session *s, const state_header *h, const void *buffer, uint64_t size,

@@ -92,18 +92,6 @@ __global__ void matrix_f16(const uint16_t *a, const uint16_t *b, float *d) {
   for (int i = 0; i < 4; i++) d[(group + i / 2 * 8) * 8 + 2 * pair + i % 2] = sum[i];
 }
 
-/* d (16, 8) = a (16, 32) b (32, 8). */
-__global__ void matrix_s8(const int8_t *a, const int8_t *b, int *d) {
-  int group = threadIdx.x / 4, pair = threadIdx.x % 4;
-  uint32_t left[4], right[2] = {};
-  int sum[4] = {};
-  for (int i = 0; i < 4; i++) memcpy(&left[i], a + (group + i % 2 * 8) * 32 + i / 2 * 16 + 4 * pair, 4);
-  for (int i = 0; i < 2; i++)
-    for (int j = 0; j < 4; j++) right[i] |= (uint32_t)(uint8_t)b[(16 * i + 4 * pair + j) * 8 + group] << 8 * j;
-  mma_s8(sum, left, right);
-  for (int i = 0; i < 4; i++) d[(group + i / 2 * 8) * 8 + 2 * pair + i % 2] = sum[i];
-}
-
 int32_t finish(queue *q, pyllm_error *err) {
   check(q, cudaStreamSynchronize(q->stream));
   cudaStreamDestroy(q->stream);
@@ -131,12 +119,6 @@ int32_t hook_emu(const char *name, int32_t blocks, int32_t threads, const float 
 int32_t hook_emu_matrix(const uint16_t *a, const uint16_t *b, float *d, pyllm_error *err) {
   queue q = open_queue();
   launch(&q, matrix_f16, dim3(1), dim3(WARP), 0, a, b, d);
-  return finish(&q, err);
-}
-
-int32_t hook_emu_matrix_s8(const int8_t *a, const int8_t *b, int32_t *d, pyllm_error *err) {
-  queue q = open_queue();
-  launch(&q, matrix_s8, dim3(1), dim3(WARP), 0, a, b, d);
   return finish(&q, err);
 }
 

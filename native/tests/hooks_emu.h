@@ -7,9 +7,8 @@
 
 /* Runs a kernel of hooks_emu.cu by name; in, out: (blocks, threads). What the emulator finds wrong is PYLLM_ERR_DEVICE. */
 int32_t hook_emu(const char *kernel, int32_t blocks, int32_t threads, const float *in, float *out, pyllm_error *err);
-/* The matrix instructions: halves as bits a (16, 16), b (16, 8), d (16, 8); bytes a (16, 32), b (32, 8). */
+/* The matrix instruction: halves as bits a (16, 16), b (16, 8), d (16, 8). */
 int32_t hook_emu_matrix(const uint16_t *a, const uint16_t *b, float *d, pyllm_error *err);
-int32_t hook_emu_matrix_s8(const int8_t *a, const int8_t *b, int32_t *d, pyllm_error *err);
 
 /* The memory of the emulated device. */
 void hook_emu_memory(uint64_t bytes);

@@ -177,7 +177,6 @@ static void integers_are_read_in_range(const pyllm_file *file) {
 
 static void other_types_are_read(const pyllm_file *file) {
   float x = 0;
-  bool yes = false;
   const char *text;
   uint64_t size;
   EXPECT(!gguf_get_f32(file, "f32", true, &x, NULL) && x == 0.1f, "%g", (double)x);
@@ -185,8 +184,6 @@ static void other_types_are_read(const pyllm_file *file) {
   EXPECT(!gguf_get_f32(file, "f64 infinite", true, &x, NULL) && isinf(x), "%g", (double)x);
   EXPECT(gguf_get_f32(file, "f64 huge", true, &x, NULL) == PYLLM_ERR_FORMAT, "%g", (double)x);
   EXPECT(gguf_get_f32(file, "u8", true, &x, NULL) == PYLLM_ERR_FORMAT, "%g", (double)x);
-  EXPECT(!gguf_get_bool(file, "bool", true, &yes, NULL) && yes, "bool");
-  EXPECT(gguf_get_bool(file, "u8", true, &yes, NULL) == PYLLM_ERR_FORMAT, "u8 as bool");
   EXPECT(!gguf_get_string(file, "string", true, &text, &size, NULL), "string");
   EXPECT(size == 9 && memcmp(text, "some text", 9) == 0, "%.*s", (int)size, text);
   EXPECT(gguf_get_string(file, "strings", true, &text, &size, NULL) == PYLLM_ERR_FORMAT, "array as string");
@@ -195,17 +192,15 @@ static void other_types_are_read(const pyllm_file *file) {
 static void missing_keys_are_optional_or_not(const pyllm_file *file) {
   uint32_t n = 5;
   float x = 6;
-  bool yes = true;
   const char *text = "seven";
   uint64_t size = 8;
   for (int required = 0; required < 2; required++) {
     int32_t expected = required ? PYLLM_ERR_FORMAT : PYLLM_OK;
     EXPECT(gguf_get_u32(file, "absent", required, &n, NULL) == expected, "u32");
     EXPECT(gguf_get_f32(file, "absent", required, &x, NULL) == expected, "f32");
-    EXPECT(gguf_get_bool(file, "absent", required, &yes, NULL) == expected, "bool");
     EXPECT(gguf_get_string(file, "absent", required, &text, &size, NULL) == expected, "string");
   }
-  EXPECT(n == 5 && x == 6 && yes && strcmp(text, "seven") == 0 && size == 8, "written though absent");
+  EXPECT(n == 5 && x == 6 && strcmp(text, "seven") == 0 && size == 8, "written though absent");
 }
 
 /* Whether the page at an address is in this process's memory: bit 63 of its entry in the kernel's page map.

@@ -8,7 +8,13 @@ from pyllm._native.file import File, Tensor
 from pyllm._native.loading import ERRORS, check, declarations, library
 from pyllm._native.model import DeviceInfo, Model, ModelInfo, device_info
 from pyllm._native.sampling import sample
-from pyllm._native.session import NativeSession, SessionMemory, SessionParams, session_memory
+from pyllm._native.session import (
+    NativeSession,
+    SessionMemory,
+    SessionParams,
+    check_record,
+    session_memory,
+)
 
 __all__ = [
     "ERRORS",
@@ -21,6 +27,7 @@ __all__ = [
     "SessionParams",
     "Tensor",
     "check",
+    "check_record",
     "declarations",
     "device_info",
     "library",

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from pyllm import errors
 from pyllm._native.loading import check, library
-from pyllm._native.model import Model
+from pyllm._native.model import Model, ModelInfo
 from pyllm.interruptible import interruptible
 from pyllm.record import Record
 
@@ -80,9 +80,12 @@ class NativeSession:
         """Evaluates tokens (n,) and fills logits (n_logits, n_vocab) with those of the last n_logits <= n
         tokens, and record, of n tokens and contiguous arrays, with what attention decided.
 
-        Ctrl-C stops it between two layers; the session then holds whole batches of what it was given.
+        Ctrl-C stops it between two layers; the session then holds whole batches of what it was given. Raises
+        ArgumentError for a record of other arrays, before anything is evaluated.
         """
         ffi, lib = library()
+        if record is not None:
+            check_record(record, self.info, len(tokens))
         ids, out = ffi.from_buffer("int32_t[]", tokens), ffi.from_buffer("float[]", logits, True)
 
         def call() -> None:
@@ -173,7 +176,7 @@ class NativeSession:
         ffi, lib = library()
         with self.lock:
             out = np.empty(lib.pyllm_session_position(self.handle), np.int32)
-            lib.pyllm_session_tokens(self.handle, ffi.from_buffer("int32_t[]", out, True))
+            check(lib.pyllm_session_tokens, self.handle, ffi.from_buffer("int32_t[]", out, True), len(out))
         return out
 
     def layer_stats(self) -> NDArray[np.uint64]:
@@ -223,10 +226,30 @@ class NativeSession:
             check(lib.pyllm_session_load, self.handle, ffi.from_buffer("uint8_t[]", state), len(state))
 
 
+def check_record(record: Record, info: ModelInfo, n: int) -> None:
+    """Raises ArgumentError, naming it, for an array of another shape or type than n tokens of a model have.
+
+    The library writes as many values as these are, whatever there is room for.
+    """
+    masses = (info.n_layers, n, info.n_heads)
+    shapes = {"audit": (n,), "queries": (*masses, info.head_dim)}
+    for name in (f.name for f in fields(record)):
+        array, shape = getattr(record, name), shapes.get(name, masses)
+        kind = np.dtype(bool if name in ("audit", "is_long") else np.float32)
+        if array is not None and (array.shape != shape or array.dtype != kind):
+            raise errors.ArgumentError(
+                f"record: {name} of shape {array.shape} and type {array.dtype}, "
+                f"but this evaluation makes {shape} of {kind}"
+            )
+
+
 def _record_arrays(record: Record) -> dict[str, Any]:
-    """The fields of pyllm_record."""
+    """The fields of pyllm_record. Raises ArgumentError for arrays that are not contiguous."""
     ffi, _ = library()
     given = {f.name: getattr(record, f.name) for f in fields(record)}
+    for name, array in given.items():
+        if array is not None and not array.flags.c_contiguous:
+            raise errors.ArgumentError(f"record: {name} is not contiguous")
     return {
         name: ffi.from_buffer(C_TYPES[array.dtype.name], array, name != "audit")
         for name, array in given.items()

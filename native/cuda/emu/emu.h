@@ -18,7 +18,6 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -46,10 +45,6 @@ struct alignas(16) uint4 {
   unsigned x, y, z, w;
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
-inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
-inline int2 make_int2(int x, int y) { return {x, y}; }
-inline int4 make_int4(int x, int y, int z, int w) { return {x, y, z, w}; }
-inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
 /* ---- threads ---- */
@@ -90,19 +85,10 @@ template <class T> T shuffle(unsigned mask, T value, unsigned from, int line) {
   if (from >= WARP || !(mask >> from & 1)) fail("a shuffle reads a lane that is not in its mask", line);
   return value_of<T>(from);
 }
-
-template <class T, class F> T reduce(unsigned mask, T value, F combine, int line) {
-  hand_in(mask, value, line);
-  for (unsigned i = 0; i < WARP; i++)
-    if (mask >> i & 1 && i != lane()) value = combine(value, value_of<T>(i));
-  return value;
-}
 } // namespace emu
 
 inline void __syncthreads(int line = __builtin_LINE()) { emu::wait_block(line); }
 inline void __syncwarp(unsigned mask = ~0u, int line = __builtin_LINE()) { emu::hand_in(mask, 0, line); }
-inline void __threadfence() {}
-inline void __threadfence_block() {}
 
 template <class T> T __shfl_sync(unsigned mask, T value, int from, int line = __builtin_LINE()) {
   return emu::shuffle(mask, value, (unsigned)from, line);
@@ -110,71 +96,41 @@ template <class T> T __shfl_sync(unsigned mask, T value, int from, int line = __
 template <class T> T __shfl_xor_sync(unsigned mask, T value, int bits, int line = __builtin_LINE()) {
   return emu::shuffle(mask, value, emu::lane() ^ (unsigned)bits, line);
 }
-/* Lanes past the end keep their own value. */
-template <class T> T __shfl_down_sync(unsigned mask, T value, unsigned delta, int line = __builtin_LINE()) {
-  unsigned from = emu::lane() + delta;
-  return emu::shuffle(mask, value, from < emu::WARP ? from : emu::lane(), line);
-}
 template <class T> T __shfl_up_sync(unsigned mask, T value, unsigned delta, int line = __builtin_LINE()) {
   return emu::shuffle(mask, value, emu::lane() < delta ? emu::lane() : emu::lane() - delta, line);
 }
 inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-  unsigned bit = predicate ? 1u << emu::lane() : 0;
-  return emu::reduce(mask, bit, [](unsigned a, unsigned b) { return a | b; }, line);
+  unsigned bits = 0;
+  emu::hand_in(mask, predicate, line);
+  for (unsigned i = 0; i < emu::WARP; i++)
+    if (mask >> i & 1 && emu::value_of<int>(i)) bits |= 1u << i;
+  return bits;
 }
 inline int __any_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
   return __ballot_sync(mask, predicate, line) != 0;
 }
-inline int __all_sync(unsigned mask, int predicate, int line = __builtin_LINE()) {
-  return __ballot_sync(mask, predicate, line) == mask;
-}
 
-/* ---- atomics: threads never run at the same time ---- */
-
-template <class T, class U> T emu_atomic(T *at, U result) {
-  T before = *at;
-  *at = (T)result(before);
-  return before;
-}
+/* Threads never run at the same time. */
 template <class T> T atomicAdd(T *at, T value) {
-  return emu_atomic(at, [=](T x) { return x + value; });
-}
-template <class T> T atomicMax(T *at, T value) {
-  return emu_atomic(at, [=](T x) { return x > value ? x : value; });
-}
-template <class T> T atomicMin(T *at, T value) {
-  return emu_atomic(at, [=](T x) { return x < value ? x : value; });
-}
-template <class T> T atomicOr(T *at, T value) {
-  return emu_atomic(at, [=](T x) { return x | value; });
-}
-template <class T> T atomicExch(T *at, T value) {
-  return emu_atomic(at, [=](T) { return value; });
-}
-template <class T> T atomicCAS(T *at, T expected, T value) {
-  return emu_atomic(at, [=](T x) { return x == expected ? value : x; });
+  T before = *at;
+  *at += value;
+  return before;
 }
 
 /* ---- arithmetic ---- */
 
 template <class T> T __ldg(const T *at) { return *at; }
-inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
-inline float __expf(float x) { return expf(x); }
 inline float __fmul_rn(float x, float y) { return x * y; }
-inline float __logf(float x) { return logf(x); }
-inline float __fdividef(float x, float y) { return x / y; }
-inline float __int_as_float(int x) {
+inline float __uint_as_float(unsigned x) {
   float y;
   memcpy(&y, &x, sizeof y);
   return y;
 }
-inline int __float_as_int(float x) {
-  int y;
+inline unsigned __float_as_uint(float x) {
+  unsigned y;
   memcpy(&y, &x, sizeof y);
   return y;
 }
-inline float __uint_as_float(unsigned x) { return __int_as_float((int)x); }
-inline unsigned __float_as_uint(float x) { return (unsigned)__float_as_int(x); }
 inline int __float2int_rn(float x) { return (int)lrintf(x); }
 inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   unsigned long long bytes = (unsigned long long)y << 32 | x;
@@ -184,14 +140,12 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
-inline int __clz(int x) { return x ? __builtin_clz((unsigned)x) : 32; }
 inline int __ffs(int x) { return __builtin_ffs(x); }
 inline int __dp4a(int a, int b, int sum) {
   for (int i = 0; i < 32; i += 8) sum += (int8_t)(a >> i) * (int8_t)(b >> i);
   return sum;
 }
 template <class T> constexpr T min(T a, T b) { return a < b ? a : b; }
-template <class T> constexpr T max(T a, T b) { return a < b ? b : a; }
 
 #include "runtime.h"
 #endif
