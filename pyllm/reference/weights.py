@@ -115,7 +115,7 @@ def read_config(reader: gguf.GGUFReader, tensors: Mapping[str, Tensor]) -> Confi
         n_vocab=len(tensors["token_embd.weight"].values),
         n_ctx_train=int(keys.required("context_length")),
         rms_eps=float(keys.required("attention.layer_norm_rms_epsilon")),
-        scale=float(keys.get("attention.scale", 1.0 / math.sqrt(head_dim))),
+        scale=float(keys.get("attention.scale", 0) or 1.0 / math.sqrt(head_dim)),
         sliding_window=keys.get("attention.sliding_window", None),
         rope=_read_rope(keys, head_dim, tensors),
     )
