@@ -47,8 +47,7 @@ def read(path: str | os.PathLike[str]) -> str:
         raise DocumentError(f"{str(path)!r}: cannot be read: {error}") from None
     if not data:
         raise DocumentError(f"{path}: the file is empty")
-    text = _without_surrogates(_line_ends(_reader(path, data)(path, data)))
-    text = re.sub(r"\n{4,}", "\n\n\n", text).strip("\n")
+    text = re.sub(r"\n{4,}", "\n\n\n", _line_ends(_reader(path, data)(path, data))).strip("\n")
     if not text.strip():
         raise DocumentError(f"{path}: there is no text in it")
     return text + "\n"
@@ -166,7 +165,7 @@ def _pdf(path: Path, data: bytes) -> str:
         reader = pypdf.PdfReader(io.BytesIO(data))
         if reader.is_encrypted and not reader.decrypt(""):
             raise DocumentError(f"{path}: the PDF is protected by a password")
-        pages = [page.extract_text() for page in reader.pages]
+        pages = [_without_surrogates(page.extract_text()) for page in reader.pages]
     except DocumentError:
         raise
     except Exception as error:  # a broken PDF raises whatever the parser stumbles on

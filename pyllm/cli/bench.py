@@ -112,14 +112,7 @@ def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
     """The result as the JSON has it."""
 
     def open_llm() -> LLM:
-        return LLM(
-            args.model,
-            n_batch=args.batch,
-            n_threads=args.threads,
-            device=args.device,
-            kv=args.kv,
-            isa=args.isa,
-        )
+        return LLM(args.model, **options.machine(args))
 
     with ExitStack() as stack:
         engine = Engine(open_llm, plan, lambda llm: _policies(llm, args.attention))

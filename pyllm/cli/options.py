@@ -70,16 +70,23 @@ def policy_or_preset(text: str) -> attention.Policy | str:
     return text if attention.needs_profile(text) else policy(text)
 
 
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """Keyword arguments for `LLM`: `--batch`, and those of `add_machine_options`."""
+    return {
+        "n_batch": args.batch,
+        "n_threads": args.threads,
+        "device": args.device,
+        "kv": args.kv,
+        "isa": args.isa,
+    }
+
+
 def open_llm(args: argparse.Namespace) -> LLM:
     return LLM(
         args.model,
         n_ctx=args.ctx,
-        n_batch=args.batch,
-        n_threads=args.threads,
-        device=args.device,
-        kv=args.kv,
         attention=args.attention,
-        isa=args.isa,
+        **machine(args),
         guard=guard(args),
     )
 

@@ -16,7 +16,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.attention import PRESETS, Adaptive, Policy
-from pyllm.bulk import first_with_bulk
 from pyllm.calibration import Calibration
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import recall, search, tradeoff
@@ -70,7 +69,7 @@ class Plan:
     @property
     def least(self) -> int:
         """Tokens of a text that is of use: some of its prefill's queries have a bulk."""
-        return first_with_bulk(self.window, self.sinks) + BLOCK + 1 + self.n_decode + 1
+        return tradeoff.least(self.window, self.sinks, self.n_decode) + BLOCK
 
 
 def calibrate(

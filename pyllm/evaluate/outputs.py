@@ -31,13 +31,13 @@ def require_outputs(files: Mapping[str, Path | None]) -> None:
     require_apart(files)
 
 
-def require_plot(path: Path | None, option: str = "--plot") -> None:
+def require_plot(path: Path | None) -> None:
     """Raises ArgumentError where a path's ending names no kind of image, and UnsupportedError where nothing
     could draw one."""
     if path is None:
         return
     if path.suffix[1:].lower() not in IMAGES:
-        raise ArgumentError(f"{option} {path}: expected a name that ends in .{', .'.join(IMAGES)}")
+        raise ArgumentError(f"--plot {path}: expected a name that ends in .{', .'.join(IMAGES)}")
     require_matplotlib()
 
 

@@ -17,7 +17,7 @@ from pyllm.calibration import Calibration
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.curves import Bands, Curve, Pages
 from pyllm.evaluate.static_labels import NEVER_LOCAL
-from pyllm.profile import DECODE_PART, Measured
+from pyllm.profile import DECODE_PART, Measured, counted
 
 PAGE_BITS: tuple[PageBits, ...] = (GRADED, 3)  # 2 and 4 were never the cheapest
 PAGE_SHARES = (0.003, 0.01, 0.03)
@@ -139,7 +139,7 @@ class Search:
             self._try(list(plans.values()))
             tried = {trial.policy: trial.measured for trial in self.trials}
             for budget, plan in plans.items():
-                lost = np.array([tried[plan].kl_high, tried[plan].decode_kl_high / DECODE_PART])
+                lost = np.array([counted(tried[plan].kl_high, 0), counted(0, tried[plan].decode_kl_high)])
                 aims[budget][lost > budget] *= MISSED
 
     def _refined(self, aims: NDArray[np.float64]) -> Policy:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pyllm.attention import Dense, Policy
-from pyllm.bulk import first_with_bulk
+from pyllm.bulk import bulk_from, first_with_bulk
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.tasks.answers import Answer, Answers
 from pyllm.evaluate.tasks.draft import Task
@@ -60,7 +60,7 @@ def with_dense(policies: Mapping[str, Policy]) -> dict[str, Policy]:
 def require_bulk(policies: Mapping[str, Policy], length: int) -> None:
     """Raises ArgumentError where a policy would have nothing to leave out."""
     for name, policy in policies.items():
-        needed = first_with_bulk(policy.window, policy.sinks) + 1
+        needed = bulk_from(policy.window, policy.sinks)
         if policy != Dense() and length < needed:
             raise ArgumentError(
                 f"attention {name}: with a window of {policy.window} and {policy.sinks} sinks a query has a "
