@@ -57,22 +57,29 @@ static int32_t next_strips(strip_cursor *c, int32_t most, int32_t out[KV_STRIPS]
 
 static void load_panel(const attend_job *job, const work_item *item, panel *p) {
   const attention_batch *b = job->b;
+  p->earliest = INT32_MAX;
   for (int32_t r = 0; r < item->n_rows; r++) {
-    const float *q = b->q + (int64_t)job->list->rows[item->first_row + r] * b->head_dim;
+    int32_t row = job->list->rows[item->first_row + r], position = b->position + row / b->n_heads;
+    const float *q = b->q + (int64_t)row * b->head_dim;
     for (int32_t i = 0; i < b->head_dim; i++) p->q[r * b->head_dim + i] = q[i] * b->scale;
+    p->position[r] = position;
+    if (position < p->earliest) p->earliest = position;
   }
 }
 
+static int32_t keys_visible(int32_t n_sink, const int32_t *strip, int32_t n, int32_t position) {
+  int32_t visible = 0;
+  for (int32_t s = 0; s < n; s++) visible += strip_visible(n_sink, strip[s], position);
+  return visible;
+}
+
 /* Keys of the strips that each row may see; returns the number of strips that any row sees. */
-static int32_t find_visible(const attend_job *job, const work_item *item, const int32_t *strip, int32_t n,
-                            int32_t *n_valid) {
-  const attention_batch *b = job->b;
-  int32_t most = 0;
+static int32_t find_visible(const attend_job *job, const work_item *item, const int32_t *strip, int32_t n, panel *p) {
+  int32_t n_sink = job->b->n_sink, most = 0, least = keys_visible(n_sink, strip, n, p->earliest);
+  bool all = least == n * STRIP; /* what the earliest row sees, later ones do too */
   for (int32_t r = 0; r < item->n_rows; r++) {
-    int32_t position = b->position + job->list->rows[item->first_row + r] / b->n_heads;
-    n_valid[r] = 0;
-    for (int32_t s = 0; s < n; s++) n_valid[r] += strip_visible(b->n_sink, strip[s], position);
-    if (n_valid[r] > most) most = n_valid[r];
+    p->n_valid[r] = all ? least : keys_visible(n_sink, strip, n, p->position[r]);
+    if (p->n_valid[r] > most) most = p->n_valid[r];
   }
   return (most + STRIP - 1) / STRIP;
 }
@@ -94,7 +101,7 @@ static void fold_span(const attend_job *job, const work_item *item, int32_t span
   while (n > 0) {
     memcpy(strip, next, sizeof strip);
     left -= n;
-    int32_t n_next = next_strips(&cursor, left, next), n_seen = find_visible(job, item, strip, n, p->n_valid);
+    int32_t n_next = next_strips(&cursor, left, next), n_seen = find_visible(job, item, strip, n, p);
     attend_args args = {.rows = item->n_rows,
                         .head_dim = d,
                         .n_strips = n_seen,

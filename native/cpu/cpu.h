@@ -63,6 +63,7 @@ typedef struct panel {
   float *q, *out;        /* (PANEL_ROWS, head_dim) */
   float *scores, *alpha; /* (PANEL_ROWS, 64), (PANEL_ROWS) */
   softmax_state state[PANEL_ROWS];
+  int32_t position[PANEL_ROWS], earliest; /* of the rows' tokens */
   int32_t n_valid[PANEL_ROWS];
 } panel;
 

@@ -90,17 +90,17 @@ static inline __attribute__((always_inline)) void sketch_sixteen(int rows, int b
   }
 #pragma GCC unroll 4
   for (int i = 0; i < 4; i++) {
-    uint8_t codes[4 * STRIP];
+    vbytes codes[SKETCH_VECS];
     for (int v = 0; v < SKETCH_VECS; v++) {
       vbytes b = vshift(l[v], 2 * i) & 3;
       if (bits == 3) b |= vshift(h[v], odd ? 2 + i : i - 2) & 4;
       if (bits == 4) b |= vshift(h[v], 2 * i - 2) & 12;
-      memcpy(codes + 4 * VL * v, &b, sizeof b);
+      codes[v] = b;
     }
     for (int r = 0; r < rows; r++) {
       int32_t weights;
       memcpy(&weights, q[r].weight + at + 4 * i, sizeof weights);
-      for (int v = 0; v < SKETCH_VECS; v++) part[r][v] = dot_bytes(part[r][v], codes + 4 * VL * v, weights);
+      for (int v = 0; v < SKETCH_VECS; v++) part[r][v] = dot_bytes(part[r][v], codes[v], weights);
     }
   }
   for (int r = 0; r < rows; r++)

@@ -20,6 +20,27 @@ static inline vf strip_load(const void *data, enum strip_type type, int64_t i) {
   }
 }
 
+/* Adds the products with one row pair, at `at`. What there is less of is loaded first, and the other one by one: with the
+ * sums they must fit the registers. */
+static inline __attribute__((always_inline)) void strip_pair(int rows, enum strip_type type, const float *pair,
+                                                             int64_t lda, const void *data, int64_t at,
+                                                             vf acc[STRIP_ROWS][STRIP_VECS]) {
+  vf x[STRIP_ROWS], w[STRIP_VECS];
+  if (rows < STRIP_VECS) {
+    for (int r = 0; r < rows; r++) x[r] = vset_pair(pair + r * lda);
+    for (int v = 0; v < STRIP_VECS; v++) {
+      w[v] = strip_load(data, type, at + v * VL);
+      for (int r = 0; r < rows; r++) acc[r][v] += x[r] * w[v];
+    }
+  } else {
+    for (int v = 0; v < STRIP_VECS; v++) w[v] = strip_load(data, type, at + v * VL);
+    for (int r = 0; r < rows; r++) {
+      x[r] = vset_pair(pair + r * lda);
+      for (int v = 0; v < STRIP_VECS; v++) acc[r][v] += x[r] * w[v];
+    }
+  }
+}
+
 /* Even and odd rows of b accumulate apart, in order, and are added at the end: the same for every `rows`. */
 static inline __attribute__((always_inline)) void strip_rows(int rows, enum strip_type type, const float *a,
                                                              int64_t lda, const strips *b, const float *alpha,
@@ -31,14 +52,9 @@ static inline __attribute__((always_inline)) void strip_rows(int rows, enum stri
   for (int32_t piece = 0; piece < b->n_pieces; piece++) {
     const char *ahead = b->ahead[piece];
     for (int32_t i = 0; i < b->n_pairs; i++) {
-      vf w[STRIP_VECS];
       if (ahead) __builtin_prefetch(ahead + i * pair_bytes, 0, 1);
-      for (int v = 0; v < STRIP_VECS; v++) w[v] = strip_load(b->data[piece], type, (int64_t)i * 2 * STRIP + v * VL);
-      const float *pair = a + (int64_t)(piece * b->n_pairs + i) * 2;
-      for (int r = 0; r < rows; r++) {
-        vf x = vset_pair(pair + r * lda);
-        for (int v = 0; v < STRIP_VECS; v++) acc[r][v] += x * w[v];
-      }
+      strip_pair(rows, type, a + (int64_t)(piece * b->n_pairs + i) * 2, lda, b->data[piece], (int64_t)i * 2 * STRIP,
+                 acc);
     }
   }
   for (int r = 0; r < rows; r++)

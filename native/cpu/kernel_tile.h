@@ -21,7 +21,7 @@ enum { TILE_WORDS = 0, SLAB_TILES = 2, SLAB_TOKENS = 4 };
 #elif VL == 16
 enum { TILE_WORDS = 1, SLAB_TILES = 2, SLAB_TOKENS = 6 };
 #elif VL == 8
-enum { TILE_WORDS = 1, SLAB_TILES = 1, SLAB_TOKENS = 3 };
+enum { TILE_WORDS = 1, SLAB_TILES = 1, SLAB_TOKENS = 4 };
 #else
 enum { TILE_WORDS = 1, SLAB_TILES = 1, SLAB_TOKENS = 1 };
 #endif
@@ -92,9 +92,13 @@ static inline __attribute__((always_inline)) void load_quants(tile_format f, con
 }
 
 /* acc with the products of half of four columns and activations in words, or of four columns and one plane. */
-static inline vi add_products(vi acc, const uint8_t *four, int v, int half, int32_t x) {
-  if (TILE_WORDS) return dot_words(acc, four + VEC_BYTES * (2 * v + half), x);
-  return dot_bytes(acc, four + VEC_BYTES * v, x);
+static inline vi add_products(vi acc, vbytes w, int32_t x) {
+  return TILE_WORDS ? dot_words(acc, w, x) : dot_bytes(acc, w, x);
+}
+
+/* What one vector of rows has for that half, or for either plane. */
+static inline vbytes half_of(const uint8_t *four, int v, int half) {
+  return vload_bytes(four + VEC_BYTES * (TILE_WORDS ? 2 * v + half : v));
 }
 
 /* Two neighbouring tiles; the same one twice where there is one. */
@@ -122,22 +126,31 @@ typedef vf tile_totals[SLAB_TILES][TILE_VECS];                       /* of one t
 static inline __attribute__((always_inline)) void sum_products(int tiles, int tokens, int n,
                                                                const four_columns (*quants)[SLAB_TILES],
                                                                const int8_t *x, int64_t cols, tile_sums sum) {
+  const int8_t *token[SLAB_TOKENS];
+  for (int t = 0; t < tokens; t++) {
+    token[t] = x + 2 * t * cols;
+    KEEP_POINTER(token[t]);
+  }
   for (int p = 0; p < TILE_SUMS; p++)
     for (int t = 0; t < tokens; t++)
       for (int k = 0; k < tiles; k++)
         for (int v = 0; v < TILE_VECS; v++) sum[p][t][k][v] = viset(0);
 #pragma GCC unroll 8
   for (int i = 0; i < n; i++)
-    for (int p = 0; p < 2; p++)
+    for (int p = 0; p < 2; p++) {
+      vbytes w[SLAB_TILES][TILE_VECS];
+      for (int k = 0; k < tiles; k++)
+        for (int v = 0; v < TILE_VECS; v++) w[k][v] = half_of(quants[i][k], v, p);
       for (int t = 0; t < tokens; t++) {
         int32_t half;
-        memcpy(&half, x + 2 * t * cols + 8 * i + 4 * p, sizeof half);
+        memcpy(&half, token[t] + 8 * i + 4 * p, sizeof half);
         for (int k = 0; k < tiles; k++)
           for (int v = 0; v < TILE_VECS; v++) {
             vi *to = &sum[p % TILE_SUMS][t][k][v];
-            *to = add_products(*to, quants[i][k], v, p, half);
+            *to = add_products(*to, w[k][v], half);
           }
       }
+    }
 }
 
 /* Adds group g of the activations times its quants, or half of both, to the tokens' totals. */

@@ -27,10 +27,7 @@ typedef double vpair __attribute__((vector_size(VL * 4))); /* VL / 2 pairs of fl
 #if VL == 16
 #define EVENS 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30
 #define ODDS 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31
-#elif VL == 8
-#define EVENS 0, 2, 4, 6, 8, 10, 12, 14
-#define ODDS 1, 3, 5, 7, 9, 11, 13, 15
-#else
+#elif VL == 4
 #define EVENS 0, 2, 4, 6
 #define ODDS 1, 3, 5, 7
 #endif
@@ -78,7 +75,12 @@ static inline vf vset_pair(const float *x) {
 
 /* Sum of neighbouring lanes of (lo, hi): 2 VL lanes to VL. */
 static inline vf vsum_pairs(vf lo, vf hi) {
+#if VL == 8
+  __m256d halves = _mm256_castps_pd(_mm256_hadd_ps((__m256)lo, (__m256)hi)); /* of each, sums from lo and from hi */
+  return (vf)_mm256_permute4x64_pd(halves, 0xd8);
+#else
   return __builtin_shufflevector(lo, hi, EVENS) + __builtin_shufflevector(lo, hi, ODDS);
+#endif
 }
 
 /* Lane i with lane i + n of the first 2 n; what is in the others does not matter. */
@@ -222,6 +224,9 @@ static inline vf vexp_below(vf x, float max) {
 #define MAKE_NOW(v) __asm__("" : "+x"(v))
 #endif
 
+/* Has a pointer stand in a register of its own. GCC would rather keep one for every offset that is used from it. */
+#define KEEP_POINTER(p) __asm__("" : "+r"(p))
+
 /* acc[lane] += sum over j < 4 of w[4 lane + j] * x[j], w unsigned of up to 4 bits, x signed bytes. Without
  * DOT_IN_32_BITS a lane of acc is two sums of 16 bits, which hold up to 8 of these; dot_sum makes 32 bits of them. */
 #if defined(__AVX512VNNI__) || VL == 4
@@ -230,23 +235,24 @@ enum { DOT_IN_32_BITS = 1 };
 enum { DOT_IN_32_BITS = 0 };
 #endif
 
-static inline vi dot_bytes(vi acc, const uint8_t *w, int32_t x) {
+static inline vi dot_bytes(vi acc, vbytes w, int32_t x) {
 #if defined(__AVX512VNNI__)
-  return (vi)_mm512_dpbusd_epi32((__m512i)acc, _mm512_loadu_si512(w), _mm512_set1_epi32(x));
+  return (vi)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
 #elif VL == 16
-  acc = (vi)_mm512_add_epi16((__m512i)acc, _mm512_maddubs_epi16(_mm512_loadu_si512(w), _mm512_set1_epi32(x)));
+  acc = (vi)_mm512_add_epi16((__m512i)acc, _mm512_maddubs_epi16((__m512i)w, _mm512_set1_epi32(x)));
   MAKE_NOW(acc);
   return acc;
 #elif VL == 8
-  __m256i weights = _mm256_loadu_si256((const __m256i *)w);
-  acc = (vi)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16(weights, _mm256_set1_epi32(x)));
+  acc = (vi)_mm256_add_epi16((__m256i)acc, _mm256_maddubs_epi16((__m256i)w, _mm256_set1_epi32(x)));
   MAKE_NOW(acc);
   return acc;
 #else
   int8_t four[4];
+  uint8_t weights[4 * VL];
   memcpy(four, &x, sizeof four);
+  memcpy(weights, &w, sizeof weights);
   for (int lane = 0; lane < VL; lane++)
-    for (int j = 0; j < 4; j++) acc[lane] += w[4 * lane + j] * four[j];
+    for (int j = 0; j < 4; j++) acc[lane] += weights[4 * lane + j] * four[j];
   return acc;
 #endif
 }
@@ -262,18 +268,17 @@ static inline vi dot_sum(vi acc) {
 }
 
 /* acc[lane] += sum over j < 2 of w[2 lane + j] * x[j], words. */
-static inline vi dot_words(vi acc, const void *w, int32_t x) {
+static inline vi dot_words(vi acc, vbytes w, int32_t x) {
 #if VL == 16
-  acc += (vi)_mm512_madd_epi16(_mm512_loadu_si512(w), _mm512_set1_epi32(x));
+  acc += (vi)_mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(x));
   MAKE_NOW(acc);
 #elif VL == 8
-  acc += (vi)_mm256_madd_epi16(_mm256_loadu_si256((const __m256i *)w), _mm256_set1_epi32(x));
+  acc += (vi)_mm256_madd_epi16((__m256i)w, _mm256_set1_epi32(x));
   MAKE_NOW(acc);
 #elif defined(__SSE2__)
-  acc += (vi)_mm_madd_epi16(_mm_loadu_si128((const __m128i *)w), _mm_set1_epi32(x));
+  acc += (vi)_mm_madd_epi16((__m128i)w, _mm_set1_epi32(x));
 #else
-  vi words;
-  memcpy(&words, w, sizeof words);
+  vi words = (vi)w;
   acc += (words << 16 >> 16) * (int16_t)x + (words >> 16) * (x >> 16);
 #endif
   return acc;

@@ -29,7 +29,7 @@ NEAR = 0.9  # of a budget: what loses that much needs no refinement
 TRACE = 0.12  # of what a prompt's reading loses, what decode behind it loses for that, about
 OWN = DECODE_PART - TRACE  # of a budget, what decode's own choices may lose where prefill loses all of it
 AIM = 0.97  # of a budget: what is predicted to lie on it would be over it every other time
-MISSED = 0.93  # of an aim, the next one where more was lost than the budget: the trace is only about known
+MISSED = 0.9  # of an aim, the next one from the second miss on: the trace is only about known
 NEGLIGIBLE = 1e-6  # nats; what float noise may lose
 
 # Policies in, what each loses and costs out, in the same order.
@@ -131,16 +131,18 @@ class Search:
         return any(NEAR * budget <= min(trial.losses) and trial.loss <= budget for trial in pages)
 
     def _refine(self, budgets: Sequence[float]) -> None:
-        """Moves page shares towards every budget that none is near."""
-        aims = {budget: np.full(2, AIM * budget) for budget in budgets}  # of prefill and of decode
+        """Moves page shares towards every budget that none is near. The first miss bends the curve that is
+        read; what misses again is aimed lower."""
+        misses = {budget: np.zeros(2) for budget in budgets}  # of prefill and of decode
         for _ in range(REFINEMENTS):
             far = [budget for budget in budgets if not self._is_near(budget)]
+            aims = {budget: AIM * budget * MISSED ** np.maximum(misses[budget] - 1, 0) for budget in far}
             plans = {budget: self._refined(aims[budget]) for budget in far}
             self._try(list(plans.values()))
             tried = {trial.policy: trial.measured for trial in self.trials}
             for budget, plan in plans.items():
                 lost = np.array([counted(tried[plan].kl_high, 0), counted(0, tried[plan].decode_kl_high)])
-                aims[budget][lost > budget] *= MISSED
+                misses[budget] += lost > budget
 
     def _refined(self, aims: NDArray[np.float64]) -> Policy:
         """The pages that should be cheapest where prefill and decode lose these, by interpolation."""
