@@ -71,9 +71,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-ceilings", action="store_true", help="do not measure what the machine can do at most"
     )
     group = parser.add_argument_group("how it runs")
-    group.add_argument(
-        "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: %(default)s)"
-    )
     options.add_machine_options(group)
     group = parser.add_argument_group("output")
     group.add_argument("--all-stages", action="store_true", help="the stages of every measurement")

@@ -66,9 +66,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="default: beside the model, where presets are looked up"
     )
-    parser.add_argument(
-        "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: %(default)s)"
-    )
     options.add_machine_options(parser)
     # An older profile, perhaps a broken one, must not keep the model from being opened.
     parser.set_defaults(attention=Dense())

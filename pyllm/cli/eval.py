@@ -108,9 +108,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help=f"KL against bytes read, as {', '.join(IMAGES)}"
     )
-    parser.add_argument(
-        "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: %(default)s)"
-    )
     options.add_machine_options(parser)
     parser.add_argument(
         "--compare",

@@ -20,9 +20,6 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "-m", "--model", default=DEFAULT_MODEL, help="known name, path or file name (default: %(default)s)"
     )
     group.add_argument("--ctx", type=int, metavar="N", help="tokens of context (default: the model's)")
-    group.add_argument(
-        "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: 512)"
-    )
     add_machine_options(group)
     group.add_argument(
         "--attention",
@@ -33,7 +30,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 
 def add_machine_options(group: argparse._ActionsContainer) -> None:
-    """What a model runs on."""
+    """What a model runs on, and how."""
+    group.add_argument(
+        "--batch", type=int, metavar="N", default=512, help="tokens evaluated at once (default: %(default)s)"
+    )
     group.add_argument("--threads", type=int, metavar="N", help="default: the CPUs this process may use")
     group.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument(
@@ -71,7 +71,7 @@ def policy_or_preset(text: str) -> attention.Policy | str:
 
 
 def machine(args: argparse.Namespace) -> dict[str, Any]:
-    """Keyword arguments for `LLM`: `--batch`, and those of `add_machine_options`."""
+    """Keyword arguments for `LLM`: those of `add_machine_options`."""
     return {
         "n_batch": args.batch,
         "n_threads": args.threads,

@@ -55,7 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--limit", int, 16384, "tokens of the sample"),
         ("--decode", int, 32, "tokens at the end of each document evaluated one by one"),
         ("--seed", int, 0, "draws documents and audited queries"),
-        ("--batch", int, 512, "tokens evaluated at once"),
     ):
         metavar = "X" if kind is float else "N"
         parser.add_argument(
