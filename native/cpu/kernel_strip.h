@@ -25,18 +25,19 @@ static inline vf strip_load(const void *data, enum strip_type type, int64_t i) {
 static inline __attribute__((always_inline)) void strip_pair(int rows, enum strip_type type, const float *pair,
                                                              int64_t lda, const void *data, int64_t at,
                                                              vf acc[STRIP_ROWS][STRIP_VECS]) {
-  vf x[STRIP_ROWS], w[STRIP_VECS];
   if (rows < STRIP_VECS) {
+    vf x[STRIP_ROWS];
     for (int r = 0; r < rows; r++) x[r] = vset_pair(pair + r * lda);
     for (int v = 0; v < STRIP_VECS; v++) {
-      w[v] = strip_load(data, type, at + v * VL);
-      for (int r = 0; r < rows; r++) acc[r][v] += x[r] * w[v];
+      vf w = strip_load(data, type, at + v * VL);
+      for (int r = 0; r < rows; r++) acc[r][v] += x[r] * w;
     }
   } else {
+    vf w[STRIP_VECS];
     for (int v = 0; v < STRIP_VECS; v++) w[v] = strip_load(data, type, at + v * VL);
     for (int r = 0; r < rows; r++) {
-      x[r] = vset_pair(pair + r * lda);
-      for (int v = 0; v < STRIP_VECS; v++) acc[r][v] += x[r] * w[v];
+      vf x = vset_pair(pair + r * lda);
+      for (int v = 0; v < STRIP_VECS; v++) acc[r][v] += x * w[v];
     }
   }
 }

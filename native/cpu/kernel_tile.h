@@ -91,12 +91,12 @@ static inline __attribute__((always_inline)) void load_quants(tile_format f, con
   }
 }
 
-/* acc with the products of half of four columns and activations in words, or of four columns and one plane. */
+/* acc with the products of a vector of quants, from half_of, and activations in words, or one plane of them. */
 static inline vi add_products(vi acc, vbytes w, int32_t x) {
   return TILE_WORDS ? dot_words(acc, w, x) : dot_bytes(acc, w, x);
 }
 
-/* What one vector of rows has for that half, or for either plane. */
+/* Of one vector of rows half of the four columns, in words; in bytes all four, for either plane of the activations. */
 static inline vbytes half_of(const uint8_t *four, int v, int half) {
   return vload_bytes(four + VEC_BYTES * (TILE_WORDS ? 2 * v + half : v));
 }

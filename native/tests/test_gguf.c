@@ -5,6 +5,7 @@
 #include "quant.h"
 #include <fcntl.h>
 #include <math.h>
+#include <sys/mman.h>
 #include <unistd.h>
 
 /* ---- a writer ---- */
@@ -105,15 +106,15 @@ static void put_file(buffer *b) {
 
 /* As a pyllm_file of one part; the caller closes it. */
 static pyllm_file *open_buffer(const buffer *b) {
-  char path[] = "/tmp/test_gguf_XXXXXX";
+  char path[32];
   const char *paths[] = {path};
   pyllm_error err;
   pyllm_file *file = NULL;
-  int fd = mkstemp(path);
-  EXPECT(fd >= 0 && write(fd, b->bytes, b->size) == (ssize_t)b->size, "cannot write %s", path);
-  close(fd);
+  int fd = memfd_create("test_gguf", 0); /* in no folder */
+  EXPECT(fd >= 0 && write(fd, b->bytes, b->size) == (ssize_t)b->size, "cannot write to memory");
+  snprintf(path, sizeof path, "/proc/self/fd/%d", fd);
   int32_t status = pyllm_file_open(paths, 1, &file, &err);
-  unlink(path);
+  close(fd);
   EXPECT(!status, "%s", err.message);
   return file;
 }
