@@ -19,8 +19,9 @@ class Calibration:
 
     coefficients: (n_layers, n_heads, 3), b0, b1 and b2 of M̂ = ln N + c·q·μ + b0 + b1 s² + b2 s. means:
     (n_layers, n_kv_heads, head_dim) and covariances: (n_layers, n_kv_heads, head_dim, head_dim), ddof 0, of
-    keys as stored, RoPE applied. query_squares: (n_layers, n_kv_heads, head_dim), mean squares of the queries
-    that read them, RoPE applied. positions: [first, stop) of the keys that these moments stand for. moments:
+    keys as stored, RoPE applied. page_variances: (n_layers, n_kv_heads, head_dim), the mean variance of these
+    keys inside a page. query_squares: likewise, mean squares of the queries that read them, RoPE applied.
+    positions: [first, stop) of the keys that these moments stand for. moments:
     "prompt" or "calibrated", those whose μ and s the coefficients were fitted with. model: the fingerprint of
     the model that it was fitted to, where that is known: no other takes it. Raises ArgumentError for shapes
     that do not belong together, and for what is not finite.
@@ -29,6 +30,7 @@ class Calibration:
     coefficients: NDArray[np.float32]
     means: NDArray[np.float32]
     covariances: NDArray[np.float32]
+    page_variances: NDArray[np.float32]
     query_squares: NDArray[np.float32]
     positions: tuple[int, int]
     moments: str = "prompt"
@@ -40,22 +42,30 @@ class Calibration:
         coefficients: ArrayLike,
         means: ArrayLike,
         covariances: ArrayLike,
+        page_variances: ArrayLike,
         query_squares: ArrayLike,
         positions: tuple[int, int],
         moments: str = "prompt",
         model: str | None = None,
     ) -> None:
-        b, mean, cov, squares = map(_constant, (coefficients, means, covariances, query_squares))
-        shapes = b.shape, mean.shape, cov.shape, squares.shape
+        given = coefficients, means, covariances, page_variances, query_squares
+        b, mean, cov, inside, squares = map(_constant, given)
+        shapes = b.shape, mean.shape, cov.shape, inside.shape, squares.shape
         if b.ndim != 3 or mean.ndim != 3 or b.shape[2] != 3 or len(b) != len(mean) or not b.size * mean.size:
             raise ArgumentError(
                 f"calibration: coefficients of shape {shapes[0]} and means of shape {shapes[1]}, expected "
                 f"(n_layers, n_heads, 3) and (n_layers, n_kv_heads, head_dim)"
             )
-        belong = cov.shape == (*mean.shape, mean.shape[2]) and squares.shape == mean.shape
+        belong = cov.shape == (*mean.shape, mean.shape[2]) and inside.shape == squares.shape == mean.shape
         if not belong or b.shape[1] % mean.shape[1]:
             raise ArgumentError(f"calibration: arrays of shapes {shapes} do not belong to one model")
-        arrays = {"coefficients": b, "means": mean, "covariances": cov, "query_squares": squares}
+        arrays = {
+            "coefficients": b,
+            "means": mean,
+            "covariances": cov,
+            "page_variances": inside,
+            "query_squares": squares,
+        }
         for name, array in arrays.items():
             if not np.isfinite(array).all():
                 raise ArgumentError(f"calibration: {name} hold NaN or infinity")
@@ -77,9 +87,9 @@ class Calibration:
         """(n_layers, n_kv_heads, head_dim): the channels of each head, first those that move scores most.
 
         A score is a sum over channels of q_i k_i, of which the part of channel i varies from key to key by
-        q_i² times the variance of its keys.
+        q_i² times the variance of its keys: of those of a page, for a sketch has every page's own level.
         """
-        moved = self.query_squares * np.diagonal(self.covariances, axis1=2, axis2=3)
+        moved = self.query_squares * self.page_variances
         return np.argsort(-moved, axis=2, kind="stable").astype(np.uint16)
 
     def __eq__(self, other: object) -> bool:

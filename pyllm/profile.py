@@ -21,7 +21,7 @@ from pyllm.attention import PARSED, PRESETS, Policy
 from pyllm.calibration import Calibration
 from pyllm.errors import FileError, FormatError, PyllmError
 
-FORMAT, VERSION = "pyllm profile", 2
+FORMAT, VERSION = "pyllm profile", 3
 DESCRIPTION = "profile.json"  # the zip file's member that is no array
 LARGEST = 2**28  # bytes of a member: more is no profile
 # Of a budget, what decode may lose. A prompt that was read with the whole of it costs little in what is
@@ -236,13 +236,14 @@ def _calibration_arrays(calibration: Calibration) -> dict[str, NDArray[np.float3
         "coefficients": calibration.coefficients,
         "means": calibration.means,
         "covariances": calibration.covariances[..., upper[0], upper[1]],
+        "page_variances": calibration.page_variances,
         "query_squares": calibration.query_squares,
     }
 
 
 def _calibration(archive: zipfile.ZipFile, description: Mapping[str, Any]) -> Calibration:
-    names = ("coefficients", "means", "covariances", "query_squares")
-    coefficients, means, packed, squares = (_array(archive, f"{name}.npy") for name in names)
+    names = ("coefficients", "means", "covariances", "page_variances", "query_squares")
+    coefficients, means, packed, inside, squares = (_array(archive, f"{name}.npy") for name in names)
     n = means.shape[-1]
     rows, columns = np.triu_indices(n)
     covariances = np.empty((*packed.shape[:-1], n, n), np.float32)
@@ -250,7 +251,7 @@ def _calibration(archive: zipfile.ZipFile, description: Mapping[str, Any]) -> Ca
     covariances[..., columns, rows] = packed
     first, stop = description["positions"]
     model = str(description["fingerprint"])
-    arrays = (coefficients, means, covariances, squares)
+    arrays = (coefficients, means, covariances, inside, squares)
     return Calibration(*arrays, (first, stop), description["moments"], model)
 
 

@@ -168,7 +168,12 @@ GATE_SAVES = 0.6  # of a layer's cost
 # Factor on the loss, cost of the sketch in %.
 BITS: dict[PageBits, tuple[float, float]] = {"graded": (1.3, 7.0), 3: (1.0, 12.0)}
 SOME = Calibration(
-    np.zeros((1, 1, 3)), np.zeros((1, 1, 1)), np.zeros((1, 1, 1, 1)), np.zeros((1, 1, 1)), (0, 1)
+    np.zeros((1, 1, 3)),
+    np.zeros((1, 1, 1)),
+    np.zeros((1, 1, 1, 1)),
+    np.zeros((1, 1, 1)),
+    np.zeros((1, 1, 1)),
+    (0, 1),
 )
 READ = 1.5  # % of the cost, at a share of 1
 
@@ -262,6 +267,14 @@ def test_a_prompt_leaves_another_trace_than_expected(trace: float) -> None:
     for name, trial in here.search().run(BUDGET).items():
         assert trial.loss <= BUDGET[name]
         assert trial.cost <= 1.1 * here.cheapest(BUDGET[name])
+
+
+def test_a_share_that_is_right_stays_while_the_other_moves() -> None:
+    here = World(1000.0, trace=0.25)
+    here.search(gates=[]).run({"balanced": 0.005})
+    refined = [policy for policy in here.asked[6:] if isinstance(policy, Dense)]
+    assert len({policy.page_share for policy in refined}) == 1
+    assert len({policy.decode_share for policy in refined}) == len(refined) > 1
 
 
 @given(st.integers(1, 200))

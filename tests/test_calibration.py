@@ -18,6 +18,7 @@ def arrays(rng: np.random.Generator) -> dict[str, Any]:
         "coefficients": rng.standard_normal((2, 4, 3)),
         "means": rng.standard_normal((2, 2, 16)),
         "covariances": root @ root.swapaxes(-1, -2),
+        "page_variances": rng.random((2, 2, 16)),
         "query_squares": rng.random((2, 2, 16)),
         "positions": (16, 4096),
     }
@@ -39,6 +40,7 @@ def test_equal_by_contents(rng: np.random.Generator) -> None:
         {"coefficients": given["coefficients"] + 1},
         {"means": given["means"] + 1},
         {"covariances": given["covariances"] + 1},
+        {"page_variances": given["page_variances"] + 1},
         {"query_squares": given["query_squares"] + 1},
     ):
         assert Calibration(**{**given, **change}) != calibration
@@ -48,7 +50,7 @@ def test_equal_by_contents(rng: np.random.Generator) -> None:
 def test_arrays_are_constant_copies(rng: np.random.Generator) -> None:
     given = arrays(rng)
     calibration = Calibration(**given)
-    for name in ("coefficients", "means", "covariances", "query_squares"):
+    for name in ("coefficients", "means", "covariances", "page_variances", "query_squares"):
         held = getattr(calibration, name)
         assert held.dtype == np.float32
         np.testing.assert_array_equal(held, given[name].astype(np.float32))
@@ -63,8 +65,8 @@ def test_channels_that_move_scores_most_come_first(rng: np.random.Generator) -> 
     found = Calibration(**given).channels
     assert found.dtype == np.uint16
     for layer, head in np.ndindex(2, 2):
-        variances = np.diag(given["covariances"][layer, head])
-        moved = [given["query_squares"][layer, head, i] * variances[i] for i in found[layer, head]]
+        squares, variances = (given[name][layer, head] for name in ("query_squares", "page_variances"))
+        moved = [squares[i] * variances[i] for i in found[layer, head]]
         assert sorted(found[layer, head]) == list(range(16))
         assert moved == sorted(moved, reverse=True)
 
@@ -79,6 +81,8 @@ def test_channels_that_move_scores_most_come_first(rng: np.random.Generator) -> 
         ({"coefficients": np.zeros((2, 0, 3))}, "shape"),
         ({"means": np.zeros((2, 2, 15))}, "one model"),
         ({"covariances": np.zeros((2, 2, 16, 15))}, "one model"),
+        ({"page_variances": np.zeros((2, 2, 15))}, "one model"),
+        ({"page_variances": np.full((2, 2, 16), np.inf)}, "page_variances hold NaN or infinity"),
         ({"query_squares": np.zeros((2, 2, 15))}, "one model"),
         ({"query_squares": np.full((2, 2, 16), np.nan)}, "query_squares hold NaN"),
         ({"coefficients": np.full((2, 4, 3), np.nan)}, "coefficients hold NaN"),

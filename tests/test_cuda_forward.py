@@ -41,6 +41,7 @@ def calibration(moments: str) -> Calibration:
         rng.standard_normal((2, 2, 32)) / 3,
         root @ root.swapaxes(-1, -2),
         rng.random((2, 2, 32)),
+        rng.random((2, 2, 32)),
         (0, 128),
         moments,
     )

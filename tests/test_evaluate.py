@@ -148,6 +148,7 @@ def calibration(rng: np.random.Generator, moments: str) -> Calibration:
         rng.normal(size=(2, 2, 32)),
         covariances,
         rng.random((2, 2, 32)),
+        rng.random((2, 2, 32)),
         (4, 300),
         moments,
     )

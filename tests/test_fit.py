@@ -84,6 +84,30 @@ def test_moments_of_all_texts(llm: LLM, rng: np.random.Generator) -> None:
     np.testing.assert_allclose(found.covariances[1, 1], square - np.outer(mean, mean), atol=1e-4)
 
 
+def page_variance(
+    llm: LLM, tokens: NDArray[np.int32], layer: int, kv_head: int, page: int
+) -> NDArray[np.float64]:
+    """By what the sums of keys and of their squares gain with the page."""
+    session = llm.session(attention=Dense(window=WINDOW, sinks=SINKS))
+    session.eval(tokens)
+    sums = [np.zeros((2, llm.info.head_dim))]
+    for n in range(1, page + 2):
+        mean, cov = (x.astype(np.float64) for x in session.key_moments(layer, kv_head, n))
+        sums.append(n * np.stack([mean, np.diag(cov) + mean**2]))
+    mean, square = sums[-1] - sums[-2]
+    variance: NDArray[np.float64] = square - mean**2
+    return variance
+
+
+def test_variance_inside_pages(llm: LLM, rng: np.random.Generator) -> None:
+    tokens = [ids(rng, 210), ids(rng, 300), ids(rng, 50)]
+    found = fit(llm, tokens, window=WINDOW, sinks=SINKS).page_variances
+    for layer, kv_head in np.ndindex(found.shape[:2]):
+        pages = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
+        inside = [page_variance(llm, tokens[text], layer, kv_head, page) for text, page in pages]
+        np.testing.assert_allclose(found[layer, kv_head], np.mean(inside, axis=0), rtol=1e-3, atol=1e-5)
+
+
 def test_batches_make_one_fit(llm: LLM, rng: np.random.Generator) -> None:
     tokens = ids(rng)
     seen: list[tuple[int, int]] = []

@@ -248,7 +248,8 @@ def graded(channels: list[int]) -> Dense:
     squares = np.empty((2, 2, 32))
     squares[..., channels] = np.arange(32, 0, -1)
     covariances = np.broadcast_to(np.eye(32), (2, 2, 32, 32))
-    calibration = Calibration(np.zeros((2, 8, 3)), np.zeros((2, 2, 32)), covariances, squares, (0, 1))
+    heads = np.ones((2, 2, 32))
+    calibration = Calibration(np.zeros((2, 8, 3)), heads, covariances, heads, squares, (0, 1))
     return Dense(window=32, sinks=16, page_bits="graded", page_share=0.05, calibration=calibration)
 
 

@@ -100,6 +100,7 @@ def calibration(rng: np.random.Generator, moments: str = "prompt") -> Calibratio
         rng.standard_normal((2, 2, 32)),
         covariances,
         rng.random((2, 2, 32)),
+        rng.random((2, 2, 32)),
         (16, 500),
         moments,
     )
@@ -107,7 +108,8 @@ def calibration(rng: np.random.Generator, moments: str = "prompt") -> Calibratio
 
 def test_calibrations_are_part_of_the_value(rng: np.random.Generator) -> None:
     one, other = calibration(rng), calibration(rng)
-    copy = Calibration(one.coefficients, one.means, one.covariances, one.query_squares, one.positions)
+    by_channel = one.page_variances, one.query_squares
+    copy = Calibration(one.coefficients, one.means, one.covariances, *by_channel, one.positions)
     assert Adaptive(estimate="maximum", calibration=one) == Adaptive(estimate="maximum", calibration=copy)
     assert hash(Adaptive(calibration=one)) == hash(Adaptive(calibration=copy))
     assert Adaptive(calibration=one) != Adaptive(calibration=other)
@@ -141,6 +143,7 @@ def zero_calibration(n_layers: int, n_kv_heads: int, d: int) -> Calibration:
         np.zeros((*heads, d)),
         np.zeros((*heads, d, d)),
         np.zeros((*heads, d)),
+        np.zeros((*heads, d)),
         (0, 1),
     )
 
@@ -159,7 +162,8 @@ def test_calibrations_of_other_models_are_refused(tiny: LLM, rng: np.random.Gene
             session.attention = Adaptive(calibration=wrong, **options)  # type: ignore[arg-type]
     lopsided = fits.covariances.copy()
     lopsided[1, 0, 3, 5] += 10
-    skewed = Calibration(fits.coefficients, fits.means, lopsided, fits.query_squares, fits.positions)
+    by_channel = fits.page_variances, fits.query_squares
+    skewed = Calibration(fits.coefficients, fits.means, lopsided, *by_channel, fits.positions)
     with pytest.raises(ArgumentError, match="layer 1, key/value head 0: not symmetric"):
         session.attention = Adaptive(moments="calibrated", calibration=skewed)
     assert session.attention == before

@@ -45,6 +45,7 @@ CALIBRATION = Calibration(
     np.arange(48).reshape(*SHAPE, 3),
     np.ones((2, 2, 32)),
     np.tile(np.eye(32), (2, 2, 1, 1)),
+    np.ones((2, 2, 32)),
     np.linspace(0, 1, 128).reshape(2, 2, 32),
     (16, 600),
 )
@@ -112,6 +113,7 @@ def random_calibration(rng: np.random.Generator, moments: str) -> Calibration:
         rng.normal(size=(*SHAPE, 3)),
         rng.normal(size=(2, 2, 16)),
         covariances,
+        rng.random((2, 2, 16)),
         rng.random((2, 2, 16)),
         (4, 99),
         moments,
@@ -195,7 +197,7 @@ def at(path: str, value: Any) -> Callable[[dict[str, Any]], object]:
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other format": (at("format", "zip"), "not of the format"),
-    "version": (at("version", 1), "version 1, but this pyllm reads 2"),
+    "version": (at("version", 1), "version 1, but this pyllm reads 3"),
     "no version": (at("version", None), "version None"),
     "no presets": (at("presets", None), "presets"),
     "a list of presets": (at("presets", [1]), "not a profile"),
@@ -316,7 +318,7 @@ def test_a_policy_takes_the_calibration_of_a_profile(profile: Profile, model: Pa
     with pytest.raises(FileError, match="nowhere: the profile cannot be read"):
         Adaptive(estimate="maximum", profile=tmp_path / "nowhere")
     kv = np.zeros((3, 2, 32))
-    larger = Calibration(np.zeros((3, 8, 3)), kv, np.zeros((3, 2, 32, 32)), kv, (0, 1))
+    larger = Calibration(np.zeros((3, 8, 3)), kv, np.zeros((3, 2, 32, 32)), kv, kv, (0, 1))
     other = replace(profile, calibration=larger, local_shares=np.zeros((3, 8), np.float32))
     with pytest.raises(ArgumentError, match="but the model has"):
         llm.session(attention=Adaptive(estimate="maximum", profile=other))

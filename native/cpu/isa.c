@@ -13,40 +13,44 @@ size_t tile_bytes(const tile_format *f, int32_t cols) {
   return tile_scale_bytes(f, cols) + (size_t)cols * TILE_ROWS * (size_t)f->bits / 8;
 }
 
-#define DECLARE(isa) extern const kernels kernels_##isa;
-DECLARE(generic)
-#ifdef HAVE_avx2
+/* A build may leave out what it has no use for: what is not linked is NULL. */
+#define DECLARE(isa) extern const kernels kernels_##isa __attribute__((weak));
+extern const kernels kernels_generic;
 DECLARE(avx2)
 DECLARE(avx512)
 DECLARE(avx512vnni)
 DECLARE(avx512bf16)
+
+#ifdef EMULATED_AVX512 /* make wide */
+#define HAS(feature) true
+#elif defined __x86_64__
+#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
+#else
+#define HAS(feature) false
 #endif
 
 enum { MOST_ISAS = 5 };
 
 /* From the narrowest to the widest that this processor runs, each needing all before it; returns their number. */
 static int32_t present(const kernels *out[MOST_ISAS]) {
-  int32_t n = 0;
-  out[n++] = &kernels_generic;
-#ifdef HAVE_avx2
-#ifdef EMULATED_AVX512 /* make wide */
-#define HAS(feature) true
-#else
-#define HAS(feature) (__builtin_cpu_supports(feature) != 0)
-#endif
+#ifdef __x86_64__
   __builtin_cpu_init();
+#endif
   const struct {
     const kernels *kernels;
     bool here;
-  } wider[] = {
+  } all[MOST_ISAS] = {
+      {&kernels_generic, true},
       {&kernels_avx2, HAS("avx2") && HAS("fma") && HAS("f16c")},
       {&kernels_avx512, HAS("avx512f") && HAS("avx512bw") && HAS("avx512dq") && HAS("avx512vl")},
       {&kernels_avx512vnni, HAS("avx512vnni")},
       {&kernels_avx512bf16, HAS("avx512bf16")},
   };
-  for (int32_t i = 0; n == i + 1 && i < MOST_ISAS - 1; i++)
-    if (wider[i].here) out[n++] = wider[i].kernels;
-#endif
+  int32_t n = 0;
+  while (n < MOST_ISAS && all[n].kernels && all[n].here) {
+    out[n] = all[n].kernels;
+    n++;
+  }
   return n;
 }
 

@@ -174,10 +174,17 @@ static void fold_sketches(void *context, int32_t begin, int32_t end, int32_t thr
   }
 }
 
+/* In decode mostly. */
+static bool all_sketched(const fold_job *job, int32_t n_kv_heads) {
+  for (int32_t g = 0; g < n_kv_heads; g++)
+    if (job->cache->sketches[g].n_pages < job->n_pages) return false;
+  return true;
+}
+
 void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy) {
   cpu_scratch *scratch = b->backend_scratch;
   fold_job fold = {be, cache, b->head_dim, b->tiles[b->n_tiles - 1].n_pages};
-  pool_run(be->pool, b->n_kv_heads, 1, fold_sketches, &fold);
+  if (!all_sketched(&fold, b->n_kv_heads)) pool_run(be->pool, b->n_kv_heads, 1, fold_sketches, &fold);
   page_job job = {be, b, cache, policy, scratch->pages};
   int32_t group = b->n_heads / b->n_kv_heads;
   if (b->n == 1 && attention_sharing(b->tiles, group) == group) want_of_one_query(&job);

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ class File:
         if value.type != ARRAY:
             return np.frombuffer(data, DTYPES[value.type])[0].item()
         if value.item_type == STRING:
-            return list(_strings(data, value.n))
+            return _strings(data, value.n)
         if value.item_type in DTYPES:
             return np.frombuffer(data, DTYPES[value.item_type])
         key = _text(ffi, value.key, value.key_size)
@@ -113,10 +113,15 @@ def _str(data: bytes) -> str | bytes:
         return data
 
 
-def _strings(data: bytes, n: int) -> Iterator[str | bytes]:
+def _strings(data: bytes, n: int) -> list[str | bytes]:
     unpack = struct.Struct("<Q").unpack_from
+    found: list[bytes] = []
     start = 0
     for _ in range(n):
         end = start + 8 + unpack(data, start)[0]
-        yield _str(data[start + 8 : end])
+        found.append(data[start + 8 : end])
         start = end
+    try:
+        return [string.decode() for string in found]
+    except UnicodeDecodeError:
+        return [_str(string) for string in found]

@@ -78,7 +78,7 @@ class _Readings:
                 f"query has a bulk only from {bulk_from(policy.window, policy.sinks)} tokens on"
             )
         positions = policy.sinks, policy.sinks + keys.longest
-        fitted = least.solve(), keys.mean, keys.covariance, queries.mean()
+        fitted = least.solve(), keys.mean, keys.covariance, keys.inside, queries.mean()
         return Calibration(*fitted, positions, policy.moments, self.llm.fingerprint)
 
 
@@ -109,13 +109,14 @@ class _LeastSquares:
 
 
 class _KeyMoments:
-    """Mean and covariance of the bulk keys of all texts."""
+    """Mean, covariance and mean variance inside a page of the bulk keys of all texts."""
 
     def __init__(self, llm: LLM) -> None:
         self.shape = llm.info.n_layers, llm.info.n_kv_heads
         d = llm.info.head_dim
         self.n, self.longest = 0, 0
         self.mean, self.covariance = np.zeros((*self.shape, d)), np.zeros((*self.shape, d, d))
+        self.inside = np.zeros((*self.shape, d))
 
     def add(self, session: Session, n_pages: int) -> None:
         """The first n_pages of the session's bulk; merged as in `reference.moments`, with covariances."""
@@ -123,14 +124,27 @@ class _KeyMoments:
             return
         n, d = n_pages * PAGE, self.mean.shape[-1]
         n_layers, n_kv_heads = self.shape
-        found = [session.key_moments(i, g, n_pages) for i in range(n_layers) for g in range(n_kv_heads)]
-        mean = np.reshape([m for m, _ in found], (*self.shape, d)).astype(np.float64)
-        cov = np.reshape([c for _, c in found], (*self.shape, d, d)).astype(np.float64)
+        found = [_head_moments(session, i, g, n_pages) for i in range(n_layers) for g in range(n_kv_heads)]
+        mean = np.reshape([m for m, _, _ in found], (*self.shape, d))
+        cov = np.reshape([c for _, c, _ in found], (*self.shape, d, d))
+        inside = np.reshape([v for _, _, v in found], (*self.shape, d))
         share, apart = n / (self.n + n), mean - self.mean
         between = share * (1 - share) * apart[..., :, None] * apart[..., None, :]
         self.covariance = (1 - share) * self.covariance + share * cov + between
         self.mean = self.mean + share * apart
+        self.inside = (1 - share) * self.inside + share * inside
         self.n, self.longest = self.n + n, max(self.longest, n)
+
+
+def _head_moments(
+    session: Session, layer: int, kv_head: int, n_pages: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Mean (d), covariance (d, d) and mean variance inside a page (d) of the first n_pages."""
+    found = [session.key_moments(layer, kv_head, n) for n in range(1, n_pages + 1)]
+    mean, cov = (x.astype(np.float64) for x in found[-1])
+    # All variance is that of the pages' means and that inside pages (the law of total variance).
+    sums = np.arange(n_pages + 1)[:, None] * np.stack([np.zeros_like(mean), *(m for m, _ in found)])
+    return mean, cov, np.maximum(np.diagonal(cov) - np.diff(sums, axis=0).var(axis=0), 0)
 
 
 class _QuerySquares:

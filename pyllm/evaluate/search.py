@@ -48,6 +48,11 @@ class Trial:
         return max(self.measured.loss, NEGLIGIBLE)
 
     @property
+    def counts(self) -> tuple[float, float]:
+        """What prefill and decode count towards a budget, each alone."""
+        return counted(self.measured.kl_high, 0), counted(0, self.measured.decode_kl_high)
+
+    @property
     def losses(self) -> tuple[float, float]:
         """Of prefill, and of decode by its own choices, each as a budget counts it."""
         prefill, decode = self.measured.kl_high, self.measured.decode_kl_high
@@ -128,7 +133,7 @@ class Search:
     def _is_near(self, budget: float) -> bool:
         """Whether some pages lose nearly the budget already, in prefill and in decode."""
         pages = [trial for trial in self.trials if isinstance(trial.policy, Dense)]
-        return any(NEAR * budget <= min(trial.losses) and trial.loss <= budget for trial in pages)
+        return any(NEAR * budget <= min(trial.counts) and trial.loss <= budget for trial in pages)
 
     def _refine(self, budgets: Sequence[float]) -> None:
         """Moves page shares towards every budget that none is near. The first miss bends the curve that is
@@ -137,21 +142,33 @@ class Search:
         for _ in range(REFINEMENTS):
             far = [budget for budget in budgets if not self._is_near(budget)]
             aims = {budget: AIM * budget * MISSED ** np.maximum(misses[budget] - 1, 0) for budget in far}
-            plans = {budget: self._refined(aims[budget]) for budget in far}
+            plans = {budget: self._refined(budget, aims[budget]) for budget in far}
             self._try(list(plans.values()))
-            tried = {trial.policy: trial.measured for trial in self.trials}
+            tried = {trial.policy: trial for trial in self.trials}
             for budget, plan in plans.items():
-                lost = np.array([counted(tried[plan].kl_high, 0), counted(0, tried[plan].decode_kl_high)])
-                misses[budget] += lost > budget
+                misses[budget] += np.array(tried[plan].counts) > budget
 
-    def _refined(self, aims: NDArray[np.float64]) -> Policy:
-        """The pages that should be cheapest where prefill and decode lose these, by interpolation."""
-        plans = [
-            (curves, (curves.prefill.share(aims[0]), curves.decode.share(aims[1])))
-            for curves in self._curves()
-        ]
+    def _refined(self, budget: float, aims: NDArray[np.float64]) -> Policy:
+        """The pages that should be cheapest where prefill and decode lose these, by interpolation. A share
+        that was measured to lose nearly the budget stays: only the other one moves."""
+        plans = []
+        for curves in self._curves():
+            kept = self._kept(curves.bits, budget)
+            sought = (curves.prefill.share(aims[0]), curves.decode.share(aims[1]))
+            plans.append((curves, (kept[0] or sought[0], kept[1] or sought[1])))
         curves, shares = min(plans, key=lambda plan: plan[0].cost(plan[1]))
         return self._pages(curves.bits, shares)
+
+    def _kept(self, bits: PageBits, budget: float) -> tuple[float | None, float | None]:
+        """The largest share of prefill, and of decode, that lost nearly the budget and never more."""
+        lost: tuple[dict[float, float], dict[float, float]] = ({}, {})  # at most, by share
+        for trial in self.trials:
+            if isinstance(trial.policy, Dense) and trial.policy.page_bits == bits:
+                shares = trial.policy.page_share, trial.policy.decode_share or trial.policy.page_share
+                for losses, share, count in zip(lost, shares, trial.counts, strict=True):
+                    losses[share] = max(count, losses.get(share, 0.0))
+        near = [[s for s, loss in losses.items() if NEAR * budget <= loss <= budget] for losses in lost]
+        return max(near[0], default=None), max(near[1], default=None)
 
     def _pages(self, bits: PageBits, shares: tuple[float, float]) -> Dense:
         return Dense(**self._tier(bits, shares), **self.geometry)
