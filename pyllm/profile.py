@@ -140,6 +140,8 @@ class Profile:
                 profile._check()
         except OSError as error:
             raise FileError(f"{path}: the profile cannot be read: {error.strerror or error}") from None
+        except _OtherVersionError as error:
+            raise FormatError(f"{path}: {error}") from None
         except _BROKEN as error:
             cause = str(error) or type(error).__name__
             raise FormatError(f"{path}: not a profile, or a damaged one: {cause}") from None
@@ -193,13 +195,18 @@ _BROKEN = (
 )
 
 
+class _OtherVersionError(Exception):
+    """A profile, but of another pyllm."""
+
+
 def _require_version(description: Any) -> None:
     if not isinstance(description, dict) or description.get("format") != FORMAT:
         raise ValueError(f"{DESCRIPTION} is not of the format {FORMAT!r}")
     if description.get("version") != VERSION:
         found = description.get("version")
-        raise ValueError(
-            f"version {found!r}, but this pyllm reads {VERSION}: make it again with pyllm calibrate"
+        raise _OtherVersionError(
+            f"a profile of version {found!r}, but this pyllm reads {VERSION}: "
+            f"make it again with pyllm calibrate"
         )
 
 

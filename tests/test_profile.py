@@ -197,7 +197,7 @@ def at(path: str, value: Any) -> Callable[[dict[str, Any]], object]:
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other format": (at("format", "zip"), "not of the format"),
-    "version": (at("version", 1), "version 1, but this pyllm reads 3"),
+    "version": (at("version", 1), "a profile of version 1, but this pyllm reads 3: make it again"),
     "no version": (at("version", None), "version None"),
     "no presets": (at("presets", None), "presets"),
     "a list of presets": (at("presets", [1]), "not a profile"),
