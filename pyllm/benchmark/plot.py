@@ -12,14 +12,14 @@ def image(result: dict[str, Any], kind: str) -> bytes:
     """kind: "png", "svg" or "pdf"."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = Figure(figsize=(10, 4.3), layout="constrained")
     panels = figure.subplots(1, len(PANELS))
     for panel, (work, label) in zip(panels, PANELS.items(), strict=True):
         for subject in result["subjects"]:
             _curve(panel, subject, work, result)
         panel.set(title=f"{work}, tokens per second", xlabel=label, ylim=(0, None))
         panel.grid(alpha=0.3)
-    panels[0].legend()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=5)
     figure.suptitle(f"{result['model']['name']}, {result['threads']} threads")
     data = io.BytesIO()
     figure.savefig(data, format=kind)
