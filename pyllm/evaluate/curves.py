@@ -54,14 +54,8 @@ class Curve:
         cost = np.minimum.accumulate([points[share][1] for share in shares])
         return cls(np.log(shares), np.log(loss), np.log(cost))
 
-    def loss(self, share: float) -> float:
-        return self._at(share, self.log_loss)
-
     def cost(self, share: float) -> float:
-        return self._at(share, self.log_cost)
-
-    def _at(self, share: float, log_y: NDArray[np.float64]) -> float:
-        return math.exp(min(_line(math.log(share), self.log_share, log_y), HUGE))
+        return math.exp(min(_line(math.log(share), self.log_share, self.log_cost), HUGE))
 
     def share(self, loss: float) -> float:
         """The largest that loses no more, at most 1 and not far below what was measured; of three digits."""
