@@ -103,9 +103,9 @@ def test_curves_of_powers_are_exact(a: float, b: float, c: float, d: float, shar
     points = {x: (a * x**b, c * x**-d) for x in (0.002, 0.01, 0.03, 0.05)}
     curve = Curve.of(points)
     assert curve.cost(share) == pytest.approx(c * share**-d, rel=1e-3)
-    assert curve.share(a * share**b) == pytest.approx(share, rel=2e-2)
+    assert curve.share(a * share**b) == pytest.approx(share, rel=6e-3)  # of three digits
     for x, (loss, cost) in points.items():
-        assert curve.share(loss) == pytest.approx(x, rel=1e-2)
+        assert curve.share(loss) == pytest.approx(x, rel=6e-3)
         assert curve.cost(x) == pytest.approx(cost)
 
 

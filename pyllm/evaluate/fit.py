@@ -122,12 +122,9 @@ class _KeyMoments:
         """The first n_pages of the session's bulk; merged as in `reference.moments`, with covariances."""
         if not n_pages:
             return
-        n, d = n_pages * PAGE, self.mean.shape[-1]
-        n_layers, n_kv_heads = self.shape
-        found = [_head_moments(session, i, g, n_pages) for i in range(n_layers) for g in range(n_kv_heads)]
-        mean = np.reshape([m for m, _, _ in found], (*self.shape, d))
-        cov = np.reshape([c for _, c, _ in found], (*self.shape, d, d))
-        inside = np.reshape([v for _, _, v in found], (*self.shape, d))
+        n = n_pages * PAGE
+        found = [_head_moments(session, layer, head, n_pages) for layer, head in np.ndindex(*self.shape)]
+        mean, cov, inside = (np.reshape(x, self.shape + x[0].shape) for x in zip(*found, strict=True))
         share, apart = n / (self.n + n), mean - self.mean
         between = share * (1 - share) * apart[..., :, None] * apart[..., None, :]
         self.covariance = (1 - share) * self.covariance + share * cov + between

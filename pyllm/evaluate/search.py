@@ -121,14 +121,18 @@ class Search:
 
     def _curves(self) -> list[Pages]:
         """Of the page tier without a gate, one per number of bits."""
-        trials = [(t.policy, t) for t in self.trials if isinstance(t.policy, Dense)]
         found = []
         for bits in PAGE_BITS:
-            of_bits = [(policy, t.losses, t.measured) for policy, t in trials if policy.page_bits == bits]
+            of_bits = [(policy, t.losses, t.measured) for policy, t in self._alone(bits)]
             prefill = {p.page_share: (losses[0], m.bulk_work) for p, losses, m in of_bits}
             decode = {p.decode_share: (losses[1], m.bulk_read) for p, losses, m in of_bits if p.decode_share}
             found.append(Pages(bits, Curve.of(prefill), Curve.of(decode)))
         return found
+
+    def _alone(self, bits: PageBits) -> list[tuple[Dense, Trial]]:
+        """What was measured of the page tier without a gate."""
+        trials = [(t.policy, t) for t in self.trials if isinstance(t.policy, Dense)]
+        return [(policy, trial) for policy, trial in trials if policy.page_bits == bits]
 
     def _is_near(self, budget: float) -> bool:
         """Whether some pages lose nearly the budget already, in prefill and in decode."""
@@ -161,14 +165,10 @@ class Search:
 
     def _kept(self, bits: PageBits, budget: float) -> tuple[float | None, float | None]:
         """The largest share of prefill, and of decode, that lost nearly the budget and never more."""
-        lost: tuple[dict[float, float], dict[float, float]] = ({}, {})  # at most, by share
-        for trial in self.trials:
-            if isinstance(trial.policy, Dense) and trial.policy.page_bits == bits:
-                shares = trial.policy.page_share, trial.policy.decode_share or trial.policy.page_share
-                for losses, share, count in zip(lost, shares, trial.counts, strict=True):
-                    losses[share] = max(count, losses.get(share, 0.0))
-        near = [[s for s, loss in losses.items() if NEAR * budget <= loss <= budget] for losses in lost]
-        return max(near[0], default=None), max(near[1], default=None)
+        tried = [(policy, *trial.counts) for policy, trial in self._alone(bits)]
+        prefill = [(policy.page_share, lost) for policy, lost, _ in tried]
+        decode = [(policy.decode_share, lost) for policy, _, lost in tried if policy.decode_share]
+        return _largest_near(prefill, budget), _largest_near(decode, budget)
 
     def _pages(self, bits: PageBits, shares: tuple[float, float]) -> Dense:
         return Dense(**self._tier(bits, shares), **self.geometry)
@@ -220,6 +220,13 @@ class Search:
         layers = [layer for band in best.bands for layer in bands(self.n_layers)[band]]
         thresholds = _thresholds(gate, self.n_layers, layers)
         return replace(gate, threshold=thresholds, **self._tier(best.bits, best.shares))
+
+
+def _largest_near(losses: Sequence[tuple[float, float]], budget: float) -> float | None:
+    """losses: (share, what it counted towards a budget), a share perhaps more than once."""
+    over = {share for share, lost in losses if lost > budget}
+    near = {share for share, lost in losses if NEAR * budget <= lost <= budget}
+    return max(near - over, default=None)
 
 
 @dataclass(frozen=True)
