@@ -27,6 +27,9 @@ GAUSSIANS = ("lognormal", "frozen", "truncated")
 ESTIMATES = ("gaussian", "regression", "maximum")
 # Names of the policies that `pyllm calibrate` finds for a model, the first the closest to dense attention.
 PRESETS = ("conservative", "balanced", "aggressive")
+# What page_rest is by default. It takes back about what rounding adds to a mean of exponentials; from 0.5 to
+# 0.7 it hardly matters (docs/performance.md, "What a list leaves out").
+REST = 0.6
 
 
 @dataclass(frozen=True)
@@ -89,14 +92,17 @@ class _Paged(Policy):
     needs a calibration, or a profile: one of this model, or its file. page_share: the share above which a
     read page is read, 0..1. decode_share: the same for a token that is evaluated alone, as in decode, where
     bytes are what costs; None, page_share. page_drop: what the shares of the others may sum to, at least 0;
-    a share is halved for a head until they do, 1 is no bound. With page_bits results depend on how a prompt
-    is cut into batches. Raises FileError and FormatError as `Profile.load` does.
+    a share is halved for a head until they do, 1 is no bound. page_rest, with "graded" alone: how much of
+    their estimated weight counts what such a token does not read, 0..1, with one value per 64 tokens that
+    stands for theirs; None, as much as was found best. With page_bits results depend on how a prompt is cut
+    into batches. Raises FileError and FormatError as `Profile.load` does.
     """
 
     page_bits: PageBits = field(default=0, kw_only=True)
     page_share: float = field(default=0.005, kw_only=True)
     decode_share: float | None = field(default=None, kw_only=True)
     page_drop: float = field(default=1.0, kw_only=True)
+    page_rest: float | None = field(default=None, kw_only=True)
     calibration: Calibration | None = field(default=None, kw_only=True)
     profile: InitVar[Profile | str | PathLike[str] | None] = field(default=None, kw_only=True)
 
@@ -111,6 +117,10 @@ class _Paged(Policy):
         if self.decode_share is not None:
             object.__setattr__(self, "decode_share", _require_float("decode_share", self.decode_share, 1.0))
         object.__setattr__(self, "page_drop", _require_float("page_drop", self.page_drop, math.inf))
+        if self.page_rest is not None:
+            object.__setattr__(self, "page_rest", _require_float("page_rest", self.page_rest, 1.0))
+            if self.page_rest and self.page_bits != GRADED:
+                raise ArgumentError(f"attention: page_rest {self.page_rest:g} needs page_bits {GRADED!r}")
 
     def _calibration_of(self, profile: Profile | str | PathLike[str]) -> Calibration:
         if self.calibration is not None:
@@ -134,6 +144,8 @@ class _Paged(Policy):
             pages["decode_share"] = self.decode_share
         if self.calibration and self.page_bits == GRADED:
             pages["channels"] = self.calibration.channels
+            pages["query_means"] = self.calibration.query_means
+            pages["page_rest"] = REST if self.page_rest is None else self.page_rest
         return super().native(n_layers, n_heads) | pages
 
 
@@ -282,12 +294,13 @@ OPTIONS: dict[str, Callable[[str], Any]] = {
     "page_share": float,
     "decode_share": float,
     "page_drop": float,
+    "page_rest": float,
 }
 PARSED: dict[str, type[Policy]] = {policy.name: policy for policy in (Dense, Window, Oracle, Adaptive)}
 SYNTAX = (
     "dense, window[:TOKENS], adaptive[:THRESHOLD] or oracle[:THRESHOLD], "
     "then any of ,window=N ,sinks=N ,granularity=head|group ,page_bits=0|2|3|4|graded ,page_share=X "
-    ",decode_share=X ,page_drop=X, "
+    ",decode_share=X ,page_drop=X ,page_rest=X, "
     "for adaptive ,gaussian=lognormal|frozen|truncated ,estimate=gaussian|regression|maximum "
     ",moments=prompt|calibrated; "
     "or, for a model with a profile, static:SHARE, of heads that are local, or conservative, balanced or "
@@ -393,7 +406,7 @@ def page_tier(
 ) -> dict[str, Any]:
     """The arguments that make a policy's page tier; the calibration is a graded sketch's."""
     tier: dict[str, Any] = {"page_bits": page_bits, "page_share": page_share, "decode_share": decode_share}
-    return tier | {"calibration": calibration} if page_bits == GRADED else tier
+    return tier | {"calibration": calibration, "page_rest": REST} if page_bits == GRADED else tier
 
 
 def _require_int(name: str, value: Any, low: int, high: int) -> None:

@@ -20,8 +20,8 @@ class Calibration:
     coefficients: (n_layers, n_heads, 3), b0, b1 and b2 of M̂ = ln N + c·q·μ + b0 + b1 s² + b2 s. means:
     (n_layers, n_kv_heads, head_dim) and covariances: (n_layers, n_kv_heads, head_dim, head_dim), ddof 0, of
     keys as stored, RoPE applied. page_variances: (n_layers, n_kv_heads, head_dim), the mean variance of these
-    keys inside a page. query_squares: likewise, mean squares of the queries that read them, RoPE applied.
-    positions: [first, stop) of the keys that these moments stand for. moments:
+    keys inside a page. query_squares and query_means: likewise, mean squares and means of the queries that
+    read them, RoPE applied. positions: [first, stop) of the keys that these moments stand for. moments:
     "prompt" or "calibrated", those whose μ and s the coefficients were fitted with. model: the fingerprint of
     the model that it was fitted to, where that is known: no other takes it. Raises ArgumentError for shapes
     that do not belong together, and for what is not finite.
@@ -32,6 +32,7 @@ class Calibration:
     covariances: NDArray[np.float32]
     page_variances: NDArray[np.float32]
     query_squares: NDArray[np.float32]
+    query_means: NDArray[np.float32]
     positions: tuple[int, int]
     moments: str = "prompt"
     model: str | None = None
@@ -44,19 +45,21 @@ class Calibration:
         covariances: ArrayLike,
         page_variances: ArrayLike,
         query_squares: ArrayLike,
+        query_means: ArrayLike,
         positions: tuple[int, int],
         moments: str = "prompt",
         model: str | None = None,
     ) -> None:
-        given = coefficients, means, covariances, page_variances, query_squares
-        b, mean, cov, inside, squares = map(_constant, given)
-        shapes = b.shape, mean.shape, cov.shape, inside.shape, squares.shape
+        b, mean, cov = map(_constant, (coefficients, means, covariances))
+        inside, squares, queries = map(_constant, (page_variances, query_squares, query_means))
+        shapes = b.shape, mean.shape, cov.shape, inside.shape, squares.shape, queries.shape
         if b.ndim != 3 or mean.ndim != 3 or b.shape[2] != 3 or len(b) != len(mean) or not b.size * mean.size:
             raise ArgumentError(
                 f"calibration: coefficients of shape {shapes[0]} and means of shape {shapes[1]}, expected "
                 f"(n_layers, n_heads, 3) and (n_layers, n_kv_heads, head_dim)"
             )
-        belong = cov.shape == (*mean.shape, mean.shape[2]) and inside.shape == squares.shape == mean.shape
+        per_channel = inside.shape == squares.shape == queries.shape == mean.shape
+        belong = per_channel and cov.shape == (*mean.shape, mean.shape[2])
         if not belong or b.shape[1] % mean.shape[1]:
             raise ArgumentError(f"calibration: arrays of shapes {shapes} do not belong to one model")
         arrays = {
@@ -65,6 +68,7 @@ class Calibration:
             "covariances": cov,
             "page_variances": inside,
             "query_squares": squares,
+            "query_means": queries,
         }
         for name, array in arrays.items():
             if not np.isfinite(array).all():

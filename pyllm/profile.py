@@ -21,7 +21,7 @@ from pyllm.attention import PARSED, PRESETS, Policy
 from pyllm.calibration import Calibration
 from pyllm.errors import FileError, FormatError, PyllmError
 
-FORMAT, VERSION = "pyllm profile", 3
+FORMAT, VERSION = "pyllm profile", 4
 DESCRIPTION = "profile.json"  # the zip file's member that is no array
 LARGEST = 2**28  # bytes of a member: more is no profile
 # Of a budget, what decode may lose. A prompt that was read with the whole of it costs little in what is
@@ -245,12 +245,13 @@ def _calibration_arrays(calibration: Calibration) -> dict[str, NDArray[np.float3
         "covariances": calibration.covariances[..., upper[0], upper[1]],
         "page_variances": calibration.page_variances,
         "query_squares": calibration.query_squares,
+        "query_means": calibration.query_means,
     }
 
 
 def _calibration(archive: zipfile.ZipFile, description: Mapping[str, Any]) -> Calibration:
-    names = ("coefficients", "means", "covariances", "page_variances", "query_squares")
-    coefficients, means, packed, inside, squares = (_array(archive, f"{name}.npy") for name in names)
+    names = ("coefficients", "means", "covariances", "page_variances", "query_squares", "query_means")
+    coefficients, means, packed, inside, squares, queries = (_array(archive, f"{name}.npy") for name in names)
     n = means.shape[-1]
     rows, columns = np.triu_indices(n)
     covariances = np.empty((*packed.shape[:-1], n, n), np.float32)
@@ -258,7 +259,7 @@ def _calibration(archive: zipfile.ZipFile, description: Mapping[str, Any]) -> Ca
     covariances[..., columns, rows] = packed
     first, stop = description["positions"]
     model = str(description["fingerprint"])
-    arrays = (coefficients, means, covariances, inside, squares)
+    arrays = (coefficients, means, covariances, inside, squares, queries)
     return Calibration(*arrays, (first, stop), description["moments"], model)
 
 

@@ -105,11 +105,12 @@ def run(
     attention.page_bits = lib.PYLLM_GRADED if policy.page_bits == GRADED else policy.page_bits
     attention.page_share, attention.page_drop = policy.page_share, policy.page_drop
     attention.decode_share = policy.cut(1)
+    attention.page_rest = policy.page_rest
     if policy.channels is not None:
         attention.channels = ffi.from_buffer("uint16_t[]", policy.channels)
     attention.gaussian = moments.FORMS.index(policy.gaussian)
     attention.estimate = moments.ESTIMATES.index(policy.estimate)
-    for name in ("coefficients", "means", "covariances"):
+    for name in ("coefficients", "means", "covariances", "query_means"):
         if getattr(policy, name) is not None:
             setattr(attention, name, floats(getattr(policy, name)))
     attention.thresholds = floats(thresholds)
@@ -163,11 +164,17 @@ policies = st.builds(
 
 
 def with_arrays(policy: Policy, shape: tuple[int, int, int], seed: int) -> Policy:
-    """With static labels, and an order of the channels."""
+    """With static labels, an order of the channels and usual queries; with a rest every other time."""
     rng = np.random.default_rng(seed)
     n_heads, n_kv_heads, head_dim = shape
     order = np.tile(np.arange(head_dim, dtype=np.uint16), (1, n_kv_heads, 1))
-    return replace(policy, static_local=rng.random(n_heads) < 0.5, channels=rng.permuted(order, axis=2))
+    return replace(
+        policy,
+        static_local=rng.random(n_heads) < 0.5,
+        channels=rng.permuted(order, axis=2),
+        query_means=rng.standard_normal((1, n_kv_heads, head_dim)).astype(np.float32),
+        page_rest=0.7 * (seed % 2) if policy.page_bits == GRADED else 0.0,
+    )
 
 
 @pytest.mark.parametrize("isa", ISAS)

@@ -171,6 +171,7 @@ SOME = Calibration(
     np.zeros((1, 1, 1, 1)),
     np.zeros((1, 1, 1)),
     np.zeros((1, 1, 1)),
+    np.zeros((1, 1, 1)),
     (0, 1),
 )
 READ = 1.5  # % of the cost, at a share of 1

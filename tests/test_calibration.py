@@ -20,6 +20,7 @@ def arrays(rng: np.random.Generator) -> dict[str, Any]:
         "covariances": root @ root.swapaxes(-1, -2),
         "page_variances": rng.random((2, 2, 16)),
         "query_squares": rng.random((2, 2, 16)),
+        "query_means": rng.standard_normal((2, 2, 16)),
         "positions": (16, 4096),
     }
 
@@ -42,6 +43,7 @@ def test_equal_by_contents(rng: np.random.Generator) -> None:
         {"covariances": given["covariances"] + 1},
         {"page_variances": given["page_variances"] + 1},
         {"query_squares": given["query_squares"] + 1},
+        {"query_means": given["query_means"] + 1},
     ):
         assert Calibration(**{**given, **change}) != calibration
     assert calibration != given
@@ -50,7 +52,7 @@ def test_equal_by_contents(rng: np.random.Generator) -> None:
 def test_arrays_are_constant_copies(rng: np.random.Generator) -> None:
     given = arrays(rng)
     calibration = Calibration(**given)
-    for name in ("coefficients", "means", "covariances", "page_variances", "query_squares"):
+    for name in given.keys() - {"positions"}:
         held = getattr(calibration, name)
         assert held.dtype == np.float32
         np.testing.assert_array_equal(held, given[name].astype(np.float32))
@@ -85,6 +87,8 @@ def test_channels_that_move_scores_most_come_first(rng: np.random.Generator) -> 
         ({"page_variances": np.full((2, 2, 16), np.inf)}, "page_variances hold NaN or infinity"),
         ({"query_squares": np.zeros((2, 2, 15))}, "one model"),
         ({"query_squares": np.full((2, 2, 16), np.nan)}, "query_squares hold NaN"),
+        ({"query_means": np.zeros((2, 1, 16))}, "one model"),
+        ({"query_means": np.full((2, 2, 16), np.inf)}, "query_means hold NaN or infinity"),
         ({"coefficients": np.full((2, 4, 3), np.nan)}, "coefficients hold NaN"),
         ({"means": np.full((2, 2, 16), np.inf)}, "means hold NaN or infinity"),
         ({"positions": (16, 16)}, "no range"),

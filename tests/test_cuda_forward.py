@@ -42,6 +42,7 @@ def calibration(moments: str) -> Calibration:
         root @ root.swapaxes(-1, -2),
         rng.random((2, 2, 32)),
         rng.random((2, 2, 32)),
+        rng.standard_normal((2, 2, 32)),
         (0, 128),
         moments,
     )

@@ -149,6 +149,7 @@ def calibration(rng: np.random.Generator, moments: str) -> Calibration:
         covariances,
         rng.random((2, 2, 32)),
         rng.random((2, 2, 32)),
+        rng.normal(size=(2, 2, 32)),
         (4, 300),
         moments,
     )

@@ -25,9 +25,9 @@ def ids(rng: np.random.Generator, n: int = N) -> NDArray[np.int32]:
     return rng.integers(0, 300, n).astype(np.int32)
 
 
-def dense_record(llm: LLM, tokens: NDArray[np.int32], policy: Adaptive) -> Record:
+def dense_record(llm: LLM, tokens: NDArray[np.int32], policy: Adaptive, queries: bool = False) -> Record:
     session = llm.session(attention=policy)
-    record = session.new_record(len(tokens), audit=True)
+    record = session.new_record(len(tokens), audit=True, queries=queries)
     session.eval(tokens, record=record)
     return record
 
@@ -106,6 +106,17 @@ def test_variance_inside_pages(llm: LLM, rng: np.random.Generator) -> None:
         pages = [(0, 0), (0, 1), (1, 0), (1, 1), (1, 2)]
         inside = [page_variance(llm, tokens[text], layer, kv_head, page) for text, page in pages]
         np.testing.assert_allclose(found[layer, kv_head], np.mean(inside, axis=0), rtol=1e-3, atol=1e-5)
+
+
+def test_moments_of_queries(llm: LLM, rng: np.random.Generator) -> None:
+    """Those of a head's group together, of all tokens of all texts."""
+    tokens = [ids(rng, 210), ids(rng, 300)]
+    found = fit(llm, tokens, window=WINDOW, sinks=SINKS)
+    records = [dense_record(llm, text, policy(None, "prompt"), queries=True) for text in tokens]
+    queries = np.concatenate([np.asarray(record.queries) for record in records], axis=1).astype(np.float64)
+    of_group = queries.reshape(len(queries), queries.shape[1], found.means.shape[1], -1, queries.shape[3])
+    np.testing.assert_allclose(found.query_means, of_group.mean(axis=(1, 3)), atol=1e-5)
+    np.testing.assert_allclose(found.query_squares, (of_group**2).mean(axis=(1, 3)), rtol=1e-4)
 
 
 def test_batches_make_one_fit(llm: LLM, rng: np.random.Generator) -> None:

@@ -243,20 +243,29 @@ def test_rewind_then_replay_with_pages(tmp_path: Path, seed: int, pages: int, bi
     assert gone.stats.total.pages_read is not None
 
 
-def graded(channels: list[int]) -> Dense:
-    """For the tiny model. channels: of every head, first those that the sketch has most bits of."""
+def graded(channels: list[int], queries: float = 0) -> Dense:
+    """For the tiny model. channels: of every head, first those that the sketch has most bits of. queries: the
+    usual ones, in every channel."""
     squares = np.empty((2, 2, 32))
     squares[..., channels] = np.arange(32, 0, -1)
     covariances = np.broadcast_to(np.eye(32), (2, 2, 32, 32))
     heads = np.ones((2, 2, 32))
-    calibration = Calibration(np.zeros((2, 8, 3)), heads, covariances, heads, squares, (0, 1))
+    arrays = np.zeros((2, 8, 3)), heads, covariances, heads, squares, queries * heads
+    calibration = Calibration(*arrays, (0, 1))
     return Dense(window=32, sinks=16, page_bits="graded", page_share=0.05, calibration=calibration)
 
 
-def test_a_sketch_is_made_anew_for_another_order_of_channels(tiny_model: Path) -> None:
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (graded(list(range(32))), graded(list(range(31, -1, -1)))),
+        (graded(list(range(32)), 0.0), graded(list(range(32)), 3.0)),
+    ],
+    ids=["channels", "queries"],
+)
+def test_a_sketch_is_made_anew_for_another_calibration(tiny_model: Path, one: Dense, other: Dense) -> None:
     rng = np.random.default_rng(8)
     llm, ids = LLM(tiny_model, attention=Dense(window=32)), rng.integers(0, 300, 500).tolist()
-    one, other = graded(list(range(32))), graded(list(range(31, -1, -1)))
     logits = {}
     for name, policies in {"one": [one], "other": [other], "other after one": [one, other]}.items():
         session = llm.session()

@@ -186,7 +186,7 @@ def test_a_preset_is_repaired(sharp: LLM) -> None:
     coefficients = np.broadcast_to([0.3, 0.4, 0.1], (2, sharp.info.n_heads, 3))
     means = np.zeros((2, n_kv_heads, head_dim))
     covariances = np.broadcast_to(np.eye(head_dim), (2, n_kv_heads, head_dim, head_dim))
-    fitted = Calibration(coefficients, means, covariances, means + 1, means + 1, (16, 600))
+    fitted = Calibration(coefficients, means, covariances, means + 1, means + 1, means + 1, (16, 600))
     preset = Adaptive(
         [0.05, 2.0], window=64, page_bits="graded", page_share=0.05, estimate="maximum", calibration=fitted
     )

@@ -83,7 +83,7 @@ def test_threads_change_nothing(
 def test_each_share_is_for_its_tiles(seed: int, shape: tuple[int, int, int]) -> None:
     """Queries one by one are cut at decode_share, tiles of many at page_share."""
     x = random_inputs(seed, 300, *shape)
-    policy = Policy("dense", n_window=64, page_bits=3, page_share=0.5, decode_share=0.001)
+    policy = Policy("dense", n_window=64, page_bits=3, page_share=1.0, decode_share=0.001)
     alone = run(x, policy, chunk=1)
     assert alone.stats == run(x, replace(policy, page_share=0.001, decode_share=None), chunk=1).stats
     together = run(x, policy)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, Oracle, Static, Window
-from pyllm.attention import Policy, needs_profile, parse
+from pyllm.attention import REST, Policy, needs_profile, parse
 
 windows = st.integers(1, 2**31 - 1)
 sinks = st.integers(0, 64)
@@ -52,6 +52,7 @@ def test_text_form_reads_back(policy: Policy) -> None:
         ("dense,page_bits=3,decode_share=0.001", Dense(page_bits=3, decode_share=0.001)),
         ("oracle,page_bits=2,page_drop=0.1", Oracle(page_bits=2, page_share=0.005, page_drop=0.1)),
         ("dense,page_bits=4", Dense(page_bits=4)),
+        ("dense,page_bits=4,page_rest=0", Dense(page_bits=4, page_rest=0.0)),
         ("adaptive:0.9,gaussian=truncated", Adaptive(0.9, gaussian="truncated")),
     ],
 )
@@ -65,6 +66,7 @@ dens dense:1 dense,granularity=head window:x window:0 adaptive:-1 adaptive:nan a
 adaptive:1e39 adaptive,window=1.5 adaptive,sinks=65 oracle,granularity=x
 adaptive,gaussian=x adaptive,estimate=x adaptive,moments=x oracle,gaussian=frozen dense,moments=prompt
 window,page_bits=3 adaptive,page_bits=1 adaptive,page_bits=x adaptive,page_share=2 adaptive,page_drop=-1
+dense,page_rest=0.5 dense,page_bits=3,page_rest=0.5 dense,page_rest=-1 window,page_rest=0
 """
 
 
@@ -101,6 +103,7 @@ def calibration(rng: np.random.Generator, moments: str = "prompt") -> Calibratio
         covariances,
         rng.random((2, 2, 32)),
         rng.random((2, 2, 32)),
+        rng.standard_normal((2, 2, 32)),
         (16, 500),
         moments,
     )
@@ -108,7 +111,7 @@ def calibration(rng: np.random.Generator, moments: str = "prompt") -> Calibratio
 
 def test_calibrations_are_part_of_the_value(rng: np.random.Generator) -> None:
     one, other = calibration(rng), calibration(rng)
-    by_channel = one.page_variances, one.query_squares
+    by_channel = one.page_variances, one.query_squares, one.query_means
     copy = Calibration(one.coefficients, one.means, one.covariances, *by_channel, one.positions)
     assert Adaptive(estimate="maximum", calibration=one) == Adaptive(estimate="maximum", calibration=copy)
     assert hash(Adaptive(calibration=one)) == hash(Adaptive(calibration=copy))
@@ -133,7 +136,12 @@ def test_the_library_gets_what_an_estimate_reads(rng: np.random.Generator) -> No
     graded = Dense(page_bits="graded", calibration=prompt).native(2, 8)
     assert graded["page_bits"] == 1
     np.testing.assert_array_equal(graded["channels"], prompt.channels)
-    assert "channels" not in Dense(page_bits=3, calibration=prompt).native(2, 8)
+    np.testing.assert_array_equal(graded["query_means"], prompt.query_means)
+    assert graded["page_rest"] == REST
+    for rest in (0, 0.25):
+        assert Dense(page_bits="graded", calibration=prompt, page_rest=rest).native(2, 8)["page_rest"] == rest
+    plain = Dense(page_bits=3, calibration=prompt).native(2, 8)
+    assert plain.keys().isdisjoint({"channels", "query_means", "page_rest"})
 
 
 def zero_calibration(n_layers: int, n_kv_heads: int, d: int) -> Calibration:
@@ -142,6 +150,7 @@ def zero_calibration(n_layers: int, n_kv_heads: int, d: int) -> Calibration:
         np.zeros((n_layers, 8, 3)),
         np.zeros((*heads, d)),
         np.zeros((*heads, d, d)),
+        np.zeros((*heads, d)),
         np.zeros((*heads, d)),
         np.zeros((*heads, d)),
         (0, 1),
@@ -162,7 +171,7 @@ def test_calibrations_of_other_models_are_refused(tiny: LLM, rng: np.random.Gene
             session.attention = Adaptive(calibration=wrong, **options)  # type: ignore[arg-type]
     lopsided = fits.covariances.copy()
     lopsided[1, 0, 3, 5] += 10
-    by_channel = fits.page_variances, fits.query_squares
+    by_channel = fits.page_variances, fits.query_squares, fits.query_means
     skewed = Calibration(fits.coefficients, fits.means, lopsided, *by_channel, fits.positions)
     with pytest.raises(ArgumentError, match="layer 1, key/value head 0: not symmetric"):
         session.attention = Adaptive(moments="calibrated", calibration=skewed)
@@ -206,6 +215,8 @@ def test_static_labels(rng: np.random.Generator) -> None:
         ({"page_share": -0.1}, "page_share: expected a number from 0 to 1, got -0.1"),
         ({"decode_share": 2}, "decode_share: expected a number from 0 to 1, got 2"),
         ({"page_share": float("nan")}, "page_share: expected a number from 0 to 1, got nan"),
+        ({"page_rest": 1.5}, "page_rest: expected a number from 0 to 1, got 1.5"),
+        ({"page_rest": 0.5, "page_bits": 3}, "page_rest 0.5 needs page_bits 'graded'"),
         ({"page_drop": "0.1"}, "page_drop: expected a number of at least 0, got '0.1'"),
     ],
 )

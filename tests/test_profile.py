@@ -47,6 +47,7 @@ CALIBRATION = Calibration(
     np.tile(np.eye(32), (2, 2, 1, 1)),
     np.ones((2, 2, 32)),
     np.linspace(0, 1, 128).reshape(2, 2, 32),
+    np.linspace(-1, 1, 128).reshape(2, 2, 32),
     (16, 600),
 )
 POLICIES = {
@@ -115,6 +116,7 @@ def random_calibration(rng: np.random.Generator, moments: str) -> Calibration:
         covariances,
         rng.random((2, 2, 16)),
         rng.random((2, 2, 16)),
+        rng.normal(size=(2, 2, 16)),
         (4, 99),
         moments,
         OTHER,
@@ -318,7 +320,7 @@ def test_a_policy_takes_the_calibration_of_a_profile(profile: Profile, model: Pa
     with pytest.raises(FileError, match="nowhere: the profile cannot be read"):
         Adaptive(estimate="maximum", profile=tmp_path / "nowhere")
     kv = np.zeros((3, 2, 32))
-    larger = Calibration(np.zeros((3, 8, 3)), kv, np.zeros((3, 2, 32, 32)), kv, kv, (0, 1))
+    larger = Calibration(np.zeros((3, 8, 3)), kv, np.zeros((3, 2, 32, 32)), kv, kv, kv, (0, 1))
     other = replace(profile, calibration=larger, local_shares=np.zeros((3, 8), np.float32))
     with pytest.raises(ArgumentError, match="but the model has"):
         llm.session(attention=Adaptive(estimate="maximum", profile=other))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from test_reference import Arrays, groupings, random_qkv
 
 seeds = st.integers(0, 2**32 - 1)
 bits = st.sampled_from(sketch.BITS)
-chunks = st.sampled_from([1, 7, 64, 100, None])
+chunks = st.sampled_from([1, 7, 64, 100, 299, None])
 GEOMETRY: dict[str, Any] = {"n_sink": 4, "n_window": 40}
 N = 300
 
@@ -270,6 +271,18 @@ policies = st.builds(
 )
 
 
+def with_calibration(policy: Policy, seed: int, heads: tuple[int, int], head_dim: int) -> Policy:
+    """With an order of the channels, usual queries, and for a graded sketch every other time a rest."""
+    rng = np.random.default_rng(seed)
+    order = np.tile(np.arange(head_dim, dtype=np.uint16), (1, heads[1], 1))
+    return dataclasses.replace(
+        policy,
+        channels=rng.permuted(order, axis=2),
+        query_means=rng.standard_normal((1, heads[1], head_dim)).astype(np.float32),
+        page_rest=0.7 * (seed % 2) if policy.page_bits == sketch.GRADED else 0.0,
+    )
+
+
 class TestAttend:
     @settings(max_examples=25, deadline=None)
     @given(seeds, groupings, policies, chunks)
@@ -277,10 +290,12 @@ class TestAttend:
         self, seed: int, heads: tuple[int, int], policy: Policy, chunk: int | None
     ) -> None:
         q, k, v = random_qkv(seed, N, heads)
-        order = np.tile(np.arange(16, dtype=np.uint16), (1, heads[1], 1))
-        policy = dataclasses.replace(policy, channels=np.random.default_rng(seed).permuted(order, axis=2))
+        policy = with_calibration(policy, seed, heads, 16)
         result = attend(q, k, v, 0.25, policy, chunk=chunk)
         reads, scored = plain_lists((q, k, v), policy, result, cut(N, policy, chunk))
+        alone = np.array([chunk == 1 or (chunk == N - 1 == t) for t in range(N)])
+        rested = ~result.decisions.local & (alone & result.decisions.has_bulk)[:, None]
+        np.testing.assert_array_equal(result.decisions.rested, rested & (policy.page_rest > 0))
         np.testing.assert_array_equal(result.decisions.scored, scored)
         np.testing.assert_array_equal(result.decisions.reads, reads)
         np.testing.assert_allclose(result.output, plain_output((q, k, v), policy, result), atol=1e-6)
@@ -377,6 +392,9 @@ class TestAttend:
             {"page_share": -0.1},
             {"decode_share": -0.1},
             {"page_drop": float("nan")},
+            {"page_rest": -0.1},
+            {"page_rest": 0.7},
+            {"page_rest": 0.7, "page_bits": 3, "query_means": np.zeros((1, 1, 8), np.float32)},
         ],
     )
     def test_wrong_policy_is_refused(self, wrong: dict[str, Any]) -> None:
@@ -385,7 +403,8 @@ class TestAttend:
 
 
 def plain_output(arrays: Arrays, policy: Policy, result: AttentionResult) -> np.ndarray:
-    """(T, H, d), one query and head at a time over what the decisions say is read."""
+    """(T, H, d), one query and head at a time over what the decisions say is read, and what stands for the
+    rest."""
     q, k, v = arrays
     k, v = k.astype(np.float16).astype(np.float64), v.astype(np.float16).astype(np.float64)
     out = np.empty(q.shape)
@@ -395,8 +414,30 @@ def plain_output(arrays: Arrays, policy: Policy, result: AttentionResult) -> np.
         visible = np.ones(t + 1, bool)
         visible[policy.n_sink : end] = np.repeat(result.decisions.reads[t, head], 16)[: end - policy.n_sink]
         p = np.exp(0.25 * (k[: t + 1][visible, g] @ q[t, head]))
-        out[t, head] = p @ v[: t + 1][visible, g] / p.sum()
+        total, weight = p @ v[: t + 1][visible, g], p.sum()
+        if result.decisions.rested[t, head]:
+            bulk = slice(policy.n_sink, end)
+            for value, w in plain_rest(
+                k[bulk, g], v[bulk, g], q[t, head], result.decisions.reads[t, head], policy, g
+            ):
+                total, weight = total + w * value, weight + w
+        out[t, head] = total / weight
     return out
+
+
+def plain_rest(
+    k: np.ndarray, v: np.ndarray, query: np.ndarray, reads: np.ndarray, policy: Policy, g: int
+) -> Iterator[tuple[np.ndarray, float]]:
+    """The value and the weight of what stands for each read page that is left out of a bulk."""
+    assert policy.channels is not None
+    assert policy.query_means is not None
+    pages = sketch.sketch(k.reshape(-1, 64, k.shape[1]), sketch.GRADED, policy.channels[0, g])
+    scores = sketch.estimated_scores(query[None], pages, 0.25)[0]
+    for i in np.flatnonzero(~reads[: len(k) // 16]):
+        page = slice(i // 4 * 64, i // 4 * 64 + 64)
+        usual = np.exp(0.25 * (k[page] @ policy.query_means[0, g]))
+        value = (usual @ v[page] / usual.sum()).astype(np.float16)
+        yield value, np.float32(policy.page_rest) * np.exp(scores[16 * i : 16 * i + 16]).sum()
 
 
 def recount(result: AttentionResult, policy: Policy, heads: tuple[int, int], head_dim: int) -> LayerStats:
@@ -423,6 +464,10 @@ def recount(result: AttentionResult, policy: Policy, heads: tuple[int, int], hea
         stats.pages += n_bulk // 16
         stats.pages_read += n_read
         stats.bytes_read += 16 * n_read * key_bytes
+        for h in of_group:
+            stats.work_done += n_bulk // 64 * head_dim * int(decisions.rested[t, h])
+        if decisions.rested[t, of_group].any():
+            stats.bytes_read += n_bulk // 64 * 2 * head_dim
         if decisions.scored[t, of_group].any():
             stats.bytes_read += n_bulk // 64 * sketch.page_bytes(head_dim, policy.page_bits)
     return stats

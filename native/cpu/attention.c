@@ -19,8 +19,16 @@ static int32_t memory_needed(const backend *be, const attention_shape *s, int32_
   out->host_bytes = 0;
   out->moment_bytes = heads * moment_floats((size_t)s->head_dim) * sizeof(float);
   out->sketch_bytes = page_bits ? heads * blocks * sketch_page_bytes(page_bits, s->head_dim) : 0;
+  if (page_bits == PYLLM_GRADED)
+    out->sketch_bytes += heads * usual_halves((int32_t)blocks, s->head_dim) * sizeof(uint16_t);
   out->scratch_bytes += attention_bytes(s) + cpu_scratch_bytes(pool_size(be->pool), s);
   return PYLLM_OK;
+}
+
+static void free_sketches(sketch_memory *m) {
+  free(m->pages);
+  free(m->usual);
+  sketch_recipe_free(&m->recipe);
 }
 
 static void free_state(const backend *be, attention_state *a) {
@@ -30,8 +38,7 @@ static void free_state(const backend *be, attention_state *a) {
   cpu_scratch_free(a->batch.backend_scratch);
   attention_free(&a->batch);
   free(a->layers);
-  free(a->sketches);
-  free(a->sketch_channels);
+  free_sketches(&a->sketch);
   free(a->calibrated);
   free(a->stats);
   free(a);
@@ -61,50 +68,45 @@ static int32_t new_state(const backend *be, const attention_shape *shape, attent
   return PYLLM_OK;
 }
 
-/* Memory for the policy's sketches in every layer, where those there are do not serve it, and the order of their channels;
- * and the policy's covariances as strips. NULL where there are none. */
-typedef struct policy_memory {
-  unsigned char *sketches; /* (n_layers, n_kv_heads, n_blocks) pages */
-  uint16_t *channels;      /* (n_layers, n_kv_heads, head_dim) */
-  float *calibrated;       /* (n_layers, n_kv_heads, head_dim * head_dim) */
-} policy_memory;
+/* Memory for the policy's sketches in every layer; false when it is refused, and what there is is still to be freed. */
+static bool take_sketches(const attention_state *a, const attention_policy *p, size_t heads, sketch_memory *m) {
+  int32_t blocks = a->layers->n_blocks, d = a->shape.head_dim;
+  bool graded = p->page_bits == PYLLM_GRADED;
+  m->pages = calloc(heads * (size_t)blocks, sketch_page_bytes(p->page_bits, d));
+  if (graded) m->usual = calloc(heads * usual_halves(blocks, d), sizeof *m->usual);
+  return sketch_recipe_new(p, heads * (size_t)d, &m->recipe) && m->pages && (m->usual || !graded);
+}
 
-static bool take_policy_memory(const attention_state *a, const attention_policy *p, policy_memory *m) {
-  size_t heads = (size_t)a->shape.n_layers * (size_t)a->shape.n_kv_heads, d = (size_t)a->shape.head_dim;
-  bool sketch = policy_needs_sketch(p, heads * d, a->layers->sketch_bits, a->sketch_channels);
-  bool graded = sketch && p->page_bits == PYLLM_GRADED;
-  *m = (policy_memory){NULL, NULL, NULL};
-  if (sketch)
-    m->sketches = calloc(heads * (size_t)a->layers->n_blocks, sketch_page_bytes(p->page_bits, a->shape.head_dim));
-  if (graded) m->channels = malloc(heads * d * sizeof *m->channels);
-  if (m->channels) memcpy(m->channels, p->channels, heads * d * sizeof *m->channels);
-  if (p->covariances) m->calibrated = malloc(heads * d * d * sizeof *m->calibrated);
-  for (size_t i = 0; m->calibrated && i < heads; i++)
-    covariance_strips(p->covariances + i * d * d, a->shape.head_dim, 1.0f, m->calibrated + i * d * d);
-  return (m->sketches || !sketch) && (m->channels || !graded) && (m->calibrated || !p->covariances);
+/* The policy's covariances as strips; NULL where there are none, or when memory is refused. */
+static float *calibrated_strips(const attention_policy *p, size_t heads, int32_t head_dim) {
+  size_t d = (size_t)head_dim;
+  float *made = p->covariances ? malloc(heads * d * d * sizeof *made) : NULL;
+  for (size_t i = 0; made && i < heads; i++)
+    covariance_strips(p->covariances + i * d * d, head_dim, 1.0f, made + i * d * d);
+  return made;
 }
 
 static int32_t set_policy(const backend *be, attention_state *a, const attention_policy *policy, pyllm_error *err) {
   (void)be;
-  policy_memory m;
-  if (!take_policy_memory(a, policy, &m)) {
-    free(m.sketches);
-    free(m.channels);
-    free(m.calibrated);
+  size_t heads = (size_t)a->shape.n_layers * (size_t)a->shape.n_kv_heads, d = (size_t)a->shape.head_dim;
+  bool renew = policy_needs_sketch(policy, heads * d, a->layers->sketch_bits, &a->sketch.recipe);
+  sketch_memory sketch = {0};
+  float *calibrated = calibrated_strips(policy, heads, a->shape.head_dim);
+  if ((renew && !take_sketches(a, policy, heads, &sketch)) || (policy->covariances && !calibrated)) {
+    free_sketches(&sketch);
+    free(calibrated);
     return fail(err, PYLLM_ERR_MEMORY, "memory for the policy's key sketch or calibrated moments was refused");
   }
-  size_t layer_floats = (size_t)a->shape.n_kv_heads * (size_t)a->shape.head_dim * (size_t)a->shape.head_dim;
+  size_t layer_floats = (size_t)a->shape.n_kv_heads * d * d;
   for (int32_t i = 0; i < a->shape.n_layers; i++)
-    a->layers[i].calibrated = m.calibrated ? m.calibrated + (size_t)i * layer_floats : NULL;
+    a->layers[i].calibrated = calibrated ? calibrated + (size_t)i * layer_floats : NULL;
   free(a->calibrated);
-  a->calibrated = m.calibrated;
-  if (m.sketches) {
+  a->calibrated = calibrated;
+  if (renew) {
     for (int32_t i = 0; i < a->shape.n_layers; i++)
-      cpu_cache_sketch(&a->layers[i], &a->shape, policy->page_bits, i, m.sketches, m.channels);
-    free(a->sketches);
-    free(a->sketch_channels);
-    a->sketches = m.sketches;
-    a->sketch_channels = m.channels;
+      cpu_cache_sketch(&a->layers[i], &a->shape, policy->page_bits, i, &sketch);
+    free_sketches(&a->sketch);
+    a->sketch = sketch;
   }
   a->policy = *policy;
   return PYLLM_OK;
@@ -161,7 +163,7 @@ static uint64_t select_heads(const backend *be, attention_state *a, int32_t laye
   pyllm_layer_stats *stats = &a->stats[layer];
   uint64_t before = stats->bytes_read;
   cpu_select(be, &a->batch, &a->layers[layer], &a->policy, layer);
-  attention_count(&a->batch, a->policy.page_bits, stats);
+  attention_count(&a->batch, &a->policy, stats);
   return stats->bytes_read - before;
 }
 

@@ -26,13 +26,16 @@ void cpu_cache_free(layer_cache *l, const attention_shape *s) {
   free(l->kv);
 }
 
-void cpu_cache_sketch(layer_cache *l, const attention_shape *s, int32_t page_bits, int32_t layer, unsigned char *pages,
-                      const uint16_t *channels) {
-  size_t head_bytes = (size_t)l->n_blocks * sketch_page_bytes(page_bits, s->head_dim);
+void cpu_cache_sketch(layer_cache *l, const attention_shape *s, int32_t page_bits, int32_t layer,
+                      const sketch_memory *m) {
+  size_t head_bytes = (size_t)l->n_blocks * sketch_page_bytes(page_bits, s->head_dim), d = (size_t)s->head_dim;
   for (int32_t g = 0; g < s->n_kv_heads; g++) {
     size_t head = (size_t)(layer * s->n_kv_heads + g);
-    l->sketches[g] =
-        (key_sketch){0, pages + head * head_bytes, channels ? channels + head * (size_t)s->head_dim : NULL};
+    l->sketches[g] = (key_sketch){.pages = m->pages + head * head_bytes};
+    if (page_bits != PYLLM_GRADED) continue;
+    l->sketches[g].channels = m->recipe.channels + head * d;
+    l->sketches[g].query = m->recipe.queries + head * d;
+    l->sketches[g].usual = m->usual + head * usual_halves(l->n_blocks, s->head_dim);
   }
   l->sketch_bits = page_bits;
 }

@@ -19,9 +19,19 @@ static inline size_t moment_floats(size_t head_dim) { return head_dim * (1 + 2 *
 /* Low-bit copy of the first n_pages bulk pages' keys of one key/value head, for choosing what to read of them. */
 typedef struct key_sketch {
   int32_t n_pages;
-  unsigned char *pages;     /* (n_blocks, page_bytes); NULL until a policy asks for it */
-  const uint16_t *channels; /* (head_dim) the order of a graded one's; NULL of others */
+  unsigned char *pages; /* (n_blocks, page_bytes); NULL until a policy asks for it */
+  /* Of a graded one; NULL of others. */
+  const uint16_t *channels; /* (head_dim) their order */
+  const float *query;       /* (head_dim) the usual one */
+  uint16_t *usual;          /* (n_blocks) values that stand for pages, as in blocks of 16 tokens' values (rest.c) */
 } key_sketch;
+
+/* Of all layers' sketches; the last three NULL unless they are graded. */
+typedef struct sketch_memory {
+  unsigned char *pages; /* (n_layers, n_kv_heads, n_blocks) */
+  uint16_t *usual;      /* (n_layers, n_kv_heads, usual_halves) */
+  sketch_recipe recipe;
+} sketch_memory;
 
 /* One layer's KV cache, head-major, in blocks of 64 tokens:
  *   block (g, b) at kv + (g * n_blocks + b) * 2 * 64 * head_dim: its keys, then its values, f16.
@@ -41,11 +51,10 @@ struct attention_state {
   attention_shape shape;
   attention_policy policy; /* its arrays are the session's */
   attention_batch batch;
-  layer_cache *layers;       /* (n_layers) */
-  unsigned char *sketches;   /* (n_layers, n_kv_heads, n_blocks) pages, which the layers' point into; NULL at first */
-  uint16_t *sketch_channels; /* (n_layers, n_kv_heads, head_dim), likewise; NULL unless they are graded */
-  float *calibrated;         /* (n_layers, n_kv_heads, head_dim * head_dim), likewise */
-  pyllm_layer_stats *stats;  /* (n_layers) */
+  layer_cache *layers;      /* (n_layers) */
+  sketch_memory sketch;     /* which the layers' point into; NULLs at first */
+  float *calibrated;        /* (n_layers, n_kv_heads, head_dim * head_dim), likewise */
+  pyllm_layer_stats *stats; /* (n_layers) */
 };
 
 /* One span of one work item, and its first row in the partial results. */
@@ -72,6 +81,7 @@ typedef struct page_scratch {
   int32_t n;         /* rows loaded */
   int32_t kv_head;   /* whose sketch they are scored on */
   float *local_mass; /* (rows) */
+  float *total;      /* (rows) all attention, that of sinks and window being 1 */
   float *q;          /* (rows, head_dim) scaled, in the order of the sketch's channels */
   float *shares;     /* (rows, max_strips) */
 } page_scratch;
@@ -123,10 +133,9 @@ uint64_t cpu_scratch_bytes(int32_t n_threads, const attention_shape *shape);
 /* cache.c: one layer's; false when memory is refused, and then it is still to be freed. */
 bool cpu_cache_new(layer_cache *cache, const attention_shape *shape);
 void cpu_cache_free(layer_cache *cache, const attention_shape *shape);
-/* Makes room for sketches of page_bits, empty, in the layer's part of pages (n_layers, n_kv_heads, n_blocks); channels
- * (n_layers, n_kv_heads, head_dim) or NULL. */
+/* Makes room for sketches of page_bits, empty, in the layer's part of the memory. */
 void cpu_cache_sketch(layer_cache *cache, const attention_shape *shape, int32_t page_bits, int32_t layer,
-                      unsigned char *pages, const uint16_t *channels);
+                      const sketch_memory *memory);
 /* Forgets positions [from, to), the last ones. */
 void cpu_cache_cut(layer_cache *cache, const attention_shape *shape, int32_t from, int32_t to);
 
@@ -139,6 +148,18 @@ void moments_fold(const struct kernels *k, key_moments *m, const uint16_t *block
 
 /* Marks in b->wanted what the scored queries of each tile want of the bulk, after is_long is decided. */
 void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy);
+
+/* rest.c: the value that stands for a page, from its KV block; scale: of scores. */
+void cpu_usual_value(const struct kernels *k, const key_sketch *sketch, const uint16_t *block, int32_t head_dim,
+                     float scale, int32_t page);
+/* b->rest of the heads of one key/value head, where the batch is one query: of the strips that `wanted` leaves out. rows:
+ * its long heads, in order. */
+void cpu_rest(const backend *be, attention_batch *b, const key_sketch *sketch, const page_scratch *rows,
+              const uint8_t *wanted, float factor);
+/* Halves of the values that stand for the pages of n_blocks. */
+static inline size_t usual_halves(int32_t n_blocks, int32_t head_dim) {
+  return (size_t)((n_blocks + STRIP - 1) / STRIP * STRIP) * (size_t)head_dim;
+}
 
 /* mass (n, n_heads): M of every row that has a bulk, from its keys. queries: (n) 1 where it is wanted; NULL: everywhere.
  * What other rows hold means nothing. Overwrites the bulk work list. */

@@ -175,10 +175,11 @@ static void strip_sums(const float *scores, int32_t n_strips, float local_mass, 
   }
 }
 
-static void strip_shares(float *sums, int32_t n_strips) {
+static float strip_shares(float *sums, int32_t n_strips) {
   float partial[4] = {0}; /* four chains of additions */
   for (int32_t s = 0; s < n_strips; s += 4)
     for (int32_t j = 0; j < 4; j++) partial[j] += sums[s + j];
-  float inverse = 1.0f / (1.0f + ((partial[0] + partial[1]) + (partial[2] + partial[3])));
+  float total = 1.0f + ((partial[0] + partial[1]) + (partial[2] + partial[3])), inverse = 1.0f / total;
   for (int32_t s = 0; s < n_strips; s++) sums[s] *= inverse;
+  return total;
 }

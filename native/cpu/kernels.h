@@ -105,8 +105,9 @@ typedef struct kernels {
   /* sums (n_strips): of e^(score - local_mass) over the 16 scores of each strip. What is over local_mass by more than
    * 69 counts as that, so that all sums together are finite. local_mass: logsumexp of what the query reads anyway. */
   void (*strip_sums)(const float *scores, int32_t n_strips, float local_mass, float *sums);
-  /* Makes of the sums of a query's whole bulk (n_strips, a multiple of 4) each strip's part of all attention. */
-  void (*strip_shares)(float *sums, int32_t n_strips);
+  /* Makes of the sums of a query's whole bulk (n_strips, a multiple of 4) each strip's part of all attention; returns that,
+   * what the query reads anyway being 1. */
+  float (*strip_shares)(float *sums, int32_t n_strips);
 
   /* y = x / sqrt(mean(x^2) + eps) * w; x, y, w: (n). y may be x. */
   void (*rms_norm)(const float *x, const float *w, float eps, int32_t n, float *y);

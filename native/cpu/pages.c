@@ -104,7 +104,7 @@ static void want(const page_job *job, const page_list *list, page_scratch *x) {
   memset(list->wanted, 0, (size_t)n_strips);
   for (int32_t i = 0; i < x->n; i++) {
     float *share = shares_of(job->b, x, i);
-    job->be->kernels->strip_shares(share, n_strips);
+    x->total[i] = job->be->kernels->strip_shares(share, n_strips);
     float cut = cut_share(job->policy, list->tile, share, n_strips);
     /* Not a number counts as wanted: the safe side. */
     for (int32_t s = 0; s < n_strips; s++) list->wanted[s] |= !(share[s] <= cut);
@@ -140,6 +140,19 @@ static void sum_pieces(void *context, int32_t begin, int32_t end, int32_t thread
   }
 }
 
+/* Item: one key/value head. */
+static void want_of_group(void *context, int32_t begin, int32_t end, int32_t thread) {
+  (void)thread;
+  const page_job *job = context;
+  attention_batch *b = job->b;
+  for (int32_t g = begin; g < end; g++) {
+    page_list list = list_at(b, 0, g * (b->n_heads / b->n_kv_heads));
+    want(job, &list, &job->scratch[g]);
+    if (b->rest.exists)
+      cpu_rest(job->be, b, &job->cache->sketches[g], &job->scratch[g], list.wanted, job->policy->page_rest);
+  }
+}
+
 static void want_of_one_query(page_job *job) {
   attention_batch *b = job->b;
   int32_t group = b->n_heads / b->n_kv_heads;
@@ -148,29 +161,31 @@ static void want_of_one_query(page_job *job) {
     load_list(job, &list, &job->scratch[g]);
   }
   pool_run(job->be->pool, b->n_kv_heads * pieces_of(b->tiles), 1, sum_pieces, job);
-  for (int32_t g = 0; g < b->n_kv_heads; g++) {
-    page_list list = list_at(b, 0, g * group);
-    want(job, &list, &job->scratch[g]);
-  }
+  pool_run(job->be->pool, b->n_kv_heads, 1, want_of_group, job);
 }
 
 typedef struct fold_job {
   const backend *be;
   const layer_cache *cache;
   int32_t head_dim, n_pages;
+  float scale;
 } fold_job;
+
+static void fold_page(const fold_job *job, const key_sketch *sketch, const uint16_t *block, int32_t page) {
+  int32_t d = job->head_dim, bits = job->cache->sketch_bits;
+  uint8_t *to = sketch->pages + (size_t)page * sketch_page_bytes(bits, d);
+  job->be->kernels->sketch_fold(block, bits, d, sketch->channels, to);
+  if (sketch->usual) cpu_usual_value(job->be->kernels, sketch, block, d, job->scale, page);
+}
 
 static void fold_sketches(void *context, int32_t begin, int32_t end, int32_t thread) {
   (void)thread;
   const fold_job *job = context;
-  int32_t d = job->head_dim, bits = job->cache->sketch_bits;
   for (int32_t g = begin; g < end; g++) {
     key_sketch *sketch = &job->cache->sketches[g];
-    const uint16_t *blocks = cache_blocks(job->cache, g, d);
+    const uint16_t *pages = cache_blocks(job->cache, g, job->head_dim) + 2 * KV_BLOCK * job->head_dim;
     for (; sketch->n_pages < job->n_pages; sketch->n_pages++)
-      job->be->kernels->sketch_fold(blocks + (int64_t)(1 + sketch->n_pages) * 2 * KV_BLOCK * d, bits, d,
-                                    sketch->channels,
-                                    sketch->pages + (size_t)sketch->n_pages * sketch_page_bytes(bits, d));
+      fold_page(job, sketch, pages + (int64_t)sketch->n_pages * 2 * KV_BLOCK * job->head_dim, sketch->n_pages);
   }
 }
 
@@ -183,10 +198,12 @@ static bool all_sketched(const fold_job *job, int32_t n_kv_heads) {
 
 void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy) {
   cpu_scratch *scratch = b->backend_scratch;
-  fold_job fold = {be, cache, b->head_dim, b->tiles[b->n_tiles - 1].n_pages};
+  fold_job fold = {be, cache, b->head_dim, b->tiles[b->n_tiles - 1].n_pages, b->scale};
   if (!all_sketched(&fold, b->n_kv_heads)) pool_run(be->pool, b->n_kv_heads, 1, fold_sketches, &fold);
   page_job job = {be, b, cache, policy, scratch->pages};
   int32_t group = b->n_heads / b->n_kv_heads;
-  if (b->n == 1 && attention_sharing(b->tiles, group) == group) want_of_one_query(&job);
+  bool together = b->n == 1 && attention_sharing(b->tiles, group) == group;
+  b->rest.exists = together && policy->page_rest > 0;
+  if (together) want_of_one_query(&job);
   else pool_run(be->pool, b->n_tiles * b->n_heads, 1, want_of_lists, &job);
 }

@@ -9,7 +9,7 @@ static int32_t most_partial_rows(const attention_shape *s) {
 }
 
 static size_t page_floats(const attention_shape *s) {
-  return SHARED_ROWS * (1 + (size_t)s->head_dim + (size_t)most_strips(s->n_ctx));
+  return SHARED_ROWS * (2 + (size_t)s->head_dim + (size_t)most_strips(s->n_ctx));
 }
 
 static void place_panel(panel *p, float *memory, int32_t head_dim) {
@@ -21,7 +21,8 @@ static void place_panel(panel *p, float *memory, int32_t head_dim) {
 
 static void place_pages(page_scratch *p, float *memory, const attention_shape *s) {
   p->local_mass = memory;
-  p->q = p->local_mass + SHARED_ROWS;
+  p->total = p->local_mass + SHARED_ROWS;
+  p->q = p->total + SHARED_ROWS;
   p->shares = p->q + SHARED_ROWS * s->head_dim;
 }
 

@@ -99,6 +99,7 @@ void cpu_select(const backend *be, attention_batch *b, const layer_cache *cache,
   if (bulk && policy->policy == PYLLM_ADAPTIVE) estimate_bulk_mass(be, b, cache, policy, layer);
   if (bulk && policy->policy == PYLLM_ORACLE) cpu_true_bulk_mass(be, b, cache, NULL, b->bulk_mass);
   attention_decide(b, policy, layer);
+  b->rest.exists = false;
   if (bulk && policy->page_bits) cpu_want_pages(be, b, cache, policy);
   attention_list_long(b, policy->page_bits != 0);
 }

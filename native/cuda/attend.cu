@@ -3,6 +3,7 @@
  *
  * Bytes: per panel the list's keys and values once, 4 head_dim per key; per row 8 head_dim per span for merging. */
 #include "attend.cuh"
+#include "rest.cuh"
 #include "rows.cuh"
 
 namespace {
@@ -180,9 +181,9 @@ struct finish_shared {
 
 /* Grid: row_grid. Reads and writes 4 head_dim bytes per row of the attention. */
 __global__ void finish_kernel(device_attention a, int32_t n, bool rounded, activation out) {
-  int64_t token = blockIdx.x, first = token * out.cols;
+  int64_t token = blockIdx.x;
   write_row(out, n, rounded, block_shared<finish_shared>().partial,
-            [=](int32_t i) { return a.out[first + i] * (1.0f / a.state[token * a.n_heads + i / a.head_dim].y); });
+            [=](int32_t i) { return finished_value(a, token * a.n_heads + i / a.head_dim, i % a.head_dim); });
 }
 
 /* Grid: enough threads for (n, n_heads). */

@@ -12,11 +12,11 @@ struct attention_state {
   attention_policy policy; /* as set; its arrays are the session's */
   device_policy on_device; /* the same for all layers: its arrays are (n_layers, ...) */
   device_attention a;
-  device_layer *layers;      /* (n_layers) */
-  int32_t sketch_bits;       /* page_bits of the layers' sketches; 0 while there are none */
-  uint16_t *sketch_channels; /* (n_layers, n_kv_heads, head_dim) what they are made with; NULL unless they are graded */
-  int32_t position, n;       /* of the batch */
-  int32_t staged;            /* the layer whose bulk a.staged holds for the batch; -1: none */
+  device_layer *layers; /* (n_layers) */
+  int32_t sketch_bits;  /* page_bits of the layers' sketches; 0 while there are none */
+  sketch_recipe recipe; /* what they are made with */
+  int32_t position, n;  /* of the batch */
+  int32_t staged;       /* the layer whose bulk a.staged holds for the batch; -1: none */
 };
 
 namespace {
@@ -57,6 +57,7 @@ template <class F> void each_array(const attention_shape &s, const attention_pol
   f(d.means, p.means, kv_heads * dim);
   f(d.covariances, p.covariances, kv_heads * dim * dim);
   f(d.channels, p.channels, kv_heads * dim);
+  f(d.query_means, p.query_means, kv_heads * dim);
 }
 
 void release_policy(const backend *be, const attention_shape &s, device_policy &d) {
@@ -89,26 +90,23 @@ device_policy policy_of(const attention_state *s, int32_t layer) {
   return p;
 }
 
-/* Empty sketches for all layers, and their channels in the host's memory; NULL where there are none. */
+/* Empty sketches for all layers. */
 struct new_sketches {
-  layer_sketch *layers; /* (n_layers) */
-  uint16_t *channels;   /* (n_layers, n_kv_heads, head_dim) */
+  layer_sketch *layers; /* (n_layers) or NULL */
+  sketch_recipe recipe;
 };
 
-void discard_sketches(const backend *be, const attention_state *s, const new_sketches &sketches) {
+void discard_sketches(const backend *be, const attention_state *s, new_sketches &sketches) {
   for (int32_t i = 0; sketches.layers && i < s->shape.n_layers; i++) layer_sketch_free(be, sketches.layers[i]);
   delete[] sketches.layers;
-  delete[] sketches.channels;
+  sketch_recipe_free(&sketches.recipe);
 }
 
 /* False when memory is refused; what there is then is still to be discarded. n: channels of all layers. */
 bool take_sketches(const backend *be, const attention_state *s, const attention_policy &p, size_t n,
                    new_sketches &sketches) {
-  bool graded = p.page_bits == PYLLM_GRADED;
   sketches.layers = new (std::nothrow) layer_sketch[(size_t)s->shape.n_layers]{};
-  if (graded) sketches.channels = new (std::nothrow) uint16_t[n];
-  bool ok = sketches.layers && (sketches.channels || !graded);
-  if (sketches.channels) memcpy(sketches.channels, p.channels, n * sizeof *p.channels);
+  bool ok = sketch_recipe_new(&p, n, &sketches.recipe) && sketches.layers;
   for (int32_t i = 0; ok && i < s->shape.n_layers; i++)
     ok = layer_sketch_new(be, s->a, sketches.layers[i], p.page_bits);
   return ok;
@@ -116,7 +114,7 @@ bool take_sketches(const backend *be, const attention_state *s, const attention_
 
 void put_sketches(const backend *be, attention_state *s, int32_t page_bits, new_sketches &sketches) {
   for (int32_t i = 0; i < s->shape.n_layers; i++) std::swap(s->layers[i].sketch, sketches.layers[i]);
-  std::swap(s->sketch_channels, sketches.channels);
+  std::swap(s->recipe, sketches.recipe);
   s->sketch_bits = page_bits;
   discard_sketches(be, s, sketches); /* the old ones */
 }
@@ -128,7 +126,7 @@ int32_t set_policy(const backend *be, attention_state *s, const attention_policy
     return alloc_failure(be, fail(err, PYLLM_ERR_MEMORY, "the GPU's memory for an attention policy was refused"), err);
   }
   size_t n_channels = (size_t)s->shape.n_layers * (size_t)s->shape.n_kv_heads * (size_t)s->shape.head_dim;
-  bool renew = policy_needs_sketch(policy, n_channels, s->sketch_bits, s->sketch_channels);
+  bool renew = policy_needs_sketch(policy, n_channels, s->sketch_bits, &s->recipe);
   new_sketches sketches = {};
   if (renew && !take_sketches(be, s, *policy, n_channels, sketches)) {
     discard_sketches(be, s, sketches);
@@ -142,6 +140,7 @@ int32_t set_policy(const backend *be, attention_state *s, const attention_policy
   s->policy = *policy;
   s->a.n_window = policy->n_window;
   s->a.paged = policy->page_bits != 0;
+  s->a.rest = policy->page_rest;
   return be->ops->sync(be, err);
 }
 
@@ -153,7 +152,7 @@ void destroy(const backend *be, attention_state *s) {
   attention_memory_free(be, s->a);
   release_policy(be, s->shape, s->on_device);
   delete[] s->layers;
-  delete[] s->sketch_channels;
+  sketch_recipe_free(&s->recipe);
   delete s;
 }
 

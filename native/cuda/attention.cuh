@@ -38,10 +38,11 @@ typedef struct device_attention {
   int32_t n_heads, n_kv_heads, head_dim, n_sink, n_window;
   int32_t n_blocks; /* of one head's KV cache */
   int32_t n_recent; /* of these, newest ones in the GPU's memory besides where the cache is split (blocks.cuh); or 0 */
-  int32_t max_strips; /* of a bulk */
-  int32_t max_tiles;  /* of a batch */
-  int32_t max_spans;  /* of the longest list of keys */
-  float scale;        /* c */
+  int32_t max_strips;     /* of a bulk */
+  int32_t max_tiles;      /* of a batch */
+  int32_t max_spans;      /* of the longest list of keys */
+  int32_t max_rest_parts; /* of a bulk (rest.cuh) */
+  float scale;            /* c */
 
   const step *now;    /* (1) the batch */
   const float *q;     /* (n, n_heads, head_dim) after RoPE */
@@ -74,12 +75,19 @@ typedef struct device_attention {
   uint8_t *wanted;      /* (tiles, n_heads, max_strips) 0 or 1 */
   int32_t *scored_rows; /* (tiles, n_heads, 16) */
   float *strip_mass;    /* (n_heads, 16, max_strips) of one tile: logsumexp of a strip's estimated scores */
+
+  /* One query's rest: what stands for what its long heads leave out counts `rest` times this; 0: nothing does. */
+  float rest;
+  float *rest_weight; /* (n_heads, max_rest_parts) beside the local mass's 1 */
+  float *rest_out;    /* (n_heads, max_rest_parts, head_dim) values so weighted */
 } device_attention;
 
-/* One layer's sketch of the bulk keys: pages as in src/sketch.h, SKETCH_CHANNELS channels folded apart. */
+/* One layer's sketch of the bulk keys: pages as in src/sketch.h, SKETCH_CHANNELS channels folded apart, and apart from
+ * these what stands for pages. */
 typedef struct layer_sketch {
-  int32_t *folded; /* (n_kv_heads, ceil(head_dim / 32)) pages; NULL without a page tier */
+  int32_t *folded; /* (n_kv_heads, sketch_parts) pages; NULL without a page tier */
   uint8_t *pages;  /* (n_kv_heads, n_blocks, page bytes) */
+  uint16_t *usual; /* (n_kv_heads, n_blocks, head_dim) values that stand for pages, of a graded one; otherwise NULL */
 } layer_sketch;
 
 /* One layer's cache. Device pointers. */
@@ -107,6 +115,7 @@ typedef struct device_policy {
   int32_t page_bits;
   float page_share, decode_share, page_drop;
   const uint16_t *channels; /* (n_kv_heads, head_dim) of a graded sketch */
+  const float *query_means; /* (n_kv_heads, head_dim) likewise */
 } device_policy;
 
 __device__ inline int32_t group_of(const device_attention &a) { return a.n_heads / a.n_kv_heads; }
@@ -164,12 +173,14 @@ __device__ inline void count_group(const device_attention &a, const query_tile &
   uint64_t sketch_bytes = page_bits ? sketch_page_bytes(page_bits, a.head_dim) : 0; /* of a page; and its channels */
   uint64_t sketched = page_bits ? (uint64_t)sketch_channels(page_bits, a.head_dim) : 0;
   uint64_t scoring = c.scored * pages * PYLLM_PAGE * sketched;
+  uint64_t stood_for = a.rest > 0 && a.now->n == 1 ? pages * (uint64_t)a.head_dim : 0; /* values */
   add_count(&stats->pairs, pairs);
   add_count(&stats->pairs_local, pairs - c.rows);
   add_count(&stats->work, pairs * all * strip_work);
-  add_count(&stats->work_done, c.head_strips * strip_work + scoring);
+  add_count(&stats->work_done, c.head_strips * strip_work + scoring + c.rows * stood_for);
   add_count(&stats->bytes, (uint64_t)tile.n * all * strip_bytes);
-  add_count(&stats->bytes_read, c.strips * strip_bytes + c.asked * pages * sketch_bytes);
+  add_count(&stats->bytes_read,
+            c.strips * strip_bytes + c.asked * pages * sketch_bytes + c.queries * stood_for * sizeof(uint16_t));
   add_count(&stats->pages, c.queries * all);
   add_count(&stats->pages_read, c.strips);
   add_count(&stats->work_sketch, scoring);
@@ -216,8 +227,9 @@ uint64_t layer_sketch_bytes(const device_attention &a, int32_t page_bits);
 bool layer_sketch_new(const backend *be, const device_attention &a, layer_sketch &sketch, int32_t page_bits);
 void layer_sketch_free(const backend *be, layer_sketch &sketch);
 
-/* Blocks that sketch one page apart. */
-ANYWHERE int32_t sketch_parts(int32_t head_dim) { return (head_dim + SKETCH_CHANNELS - 1) / SKETCH_CHANNELS; }
+/* Blocks that sketch one page's channels apart; with the one that makes what stands for it, at most. */
+ANYWHERE int32_t channel_parts(int32_t head_dim) { return (head_dim + SKETCH_CHANNELS - 1) / SKETCH_CHANNELS; }
+ANYWHERE int32_t sketch_parts(int32_t head_dim) { return channel_parts(head_dim) + 1; }
 
 /* Lists of a tile of a batch of n queries at most; paged: with a page tier. */
 inline int32_t most_lists(const device_attention &a, bool paged, int32_t n) {

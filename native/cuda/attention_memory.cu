@@ -1,5 +1,5 @@
 /* The arrays behind device_attention and device_layer: each is named once, with its size. */
-#include "attention.cuh"
+#include "rest.cuh"
 
 namespace {
 /* f(pointer, how many) for everything that a session's attention owns. */
@@ -26,6 +26,8 @@ template <class F> void each_array(device_attention &a, int32_t n_batch, F f) {
   f(a.wanted, tiles * heads * strips);
   f(a.scored_rows, tiles * heads * SCORED_MOST);
   f(a.strip_mass, heads * SCORED_MOST * strips);
+  f(a.rest_weight, heads * (size_t)a.max_rest_parts);
+  f(a.rest_out, heads * (size_t)a.max_rest_parts * d);
 }
 
 /* The same for a layer's cache, and for its sketch of page_bits. */
@@ -44,6 +46,7 @@ template <class F> void each_array(const device_attention &a, layer_sketch &sket
   size_t g = (size_t)a.n_kv_heads;
   f(sketch.folded, g * (size_t)sketch_parts(a.head_dim));
   f(sketch.pages, g * (size_t)a.n_blocks * sketch_page_bytes(page_bits, a.head_dim));
+  if (page_bits == PYLLM_GRADED) f(sketch.usual, g * (size_t)a.n_blocks * (size_t)a.head_dim);
 }
 
 struct sum_bytes {
@@ -81,6 +84,7 @@ device_attention attention_of(const attention_shape &s, int32_t n_blocks) {
   a.n_recent = recent_blocks(s, n_blocks);
   a.max_strips = most_strips(s.n_ctx);
   a.max_tiles = most_tiles(s.n_batch);
+  a.max_rest_parts = rest_parts(a.max_strips / STRIPS_PER_PAGE);
   a.max_spans = (s.n_ctx / PYLLM_READ_PAGE + STRIPS_PER_PAGE + 1 + SPAN - 1) / SPAN;
   return a;
 }
@@ -137,4 +141,5 @@ bool layer_sketch_new(const backend *be, const device_attention &a, layer_sketch
 void layer_sketch_free(const backend *be, layer_sketch &sketch) {
   give_back{be}(sketch.folded, 0);
   give_back{be}(sketch.pages, 0);
+  give_back{be}(sketch.usual, 0);
 }

@@ -2,6 +2,7 @@
  * Terms and rules: cpu/pages.c; the sketch's bytes: src/sketch.h, whose words of 4 channels by token are what dp4a takes. */
 #include "blocks.cuh"
 #include "pages.cuh"
+#include "rest.cuh"
 #include <float.h>
 
 namespace {
@@ -101,18 +102,20 @@ __device__ uint16_t mean_of_keys(const uint16_t *keys, int32_t d, int32_t channe
   return float_to_half(sum / PYLLM_PAGE);
 }
 
-/* Grid (ceil(head_dim / 32), n_kv_heads), 32 places of the order each: all of these have bits, or none has. Reads a
- * page's keys and writes its sketch once. channels: (n_kv_heads, head_dim) of a graded sketch; NULL of others. */
-__global__ void fold_kernel(device_attention a, device_layer layer, int32_t page_bits, const uint16_t *channels) {
-  fold_shared &s = block_shared<fold_shared>();
+/* What a graded sketch is made with, (n_kv_heads, head_dim) each; NULL of others. */
+struct recipe {
+  const uint16_t *channels;
+  const float *queries;
+};
+
+/* The block's 32 places of the order: all of these have bits, or none has. */
+__device__ void fold_channels(const device_attention &a, const device_layer &layer, int32_t page_bits,
+                              const uint16_t *channels, int32_t page, int32_t end, fold_shared &s) {
   int32_t d = a.head_dim, g = blockIdx.y, first = blockIdx.x * SKETCH_CHANNELS;
   int32_t warp = threadIdx.x / WARP, at = first + threadIdx.x % WARP;
-  int32_t *sketched = layer.sketch.folded + g * gridDim.x + blockIdx.x;
-  int32_t page = *sketched, end = bulk_pages(a.n_sink, a.n_window, a.now->position + a.now->n - 1);
   int32_t channel = at < d ? channel_at(channels ? channels + (int64_t)g * d : NULL, at) : -1;
   int32_t bits = grade_with(page_bits, d, at < d ? at : first).bits;
   head_blocks blocks(a, layer, g);
-  __syncthreads(); /* all have read the count */
   for (int32_t p = page + warp; bits == 0 && p < end; p += FOLD_WARPS)
     if (channel >= 0)
       ((uint16_t *)sketch_page(a, layer, page_bits, g, p))[at] = mean_of_keys(blocks.at(1 + p), d, channel);
@@ -123,7 +126,27 @@ __global__ void fold_kernel(device_attention a, device_layer layer, int32_t page
     for (int32_t i = first; i < first + SKETCH_CHANNELS && i < d; i += 16) pack_sixteen(s, page_bits, d, i, to);
     __syncthreads(); /* the codes are used up */
   }
-  if (threadIdx.x == 0 && *sketched < end) *sketched = end;
+}
+
+/* Warps take a page each. queries: (n_kv_heads, head_dim). */
+__device__ void fold_usual_values(const device_attention &a, const device_layer &layer, const float *queries,
+                                  int32_t page, int32_t end) {
+  int32_t g = blockIdx.y;
+  head_blocks blocks(a, layer, g);
+  for (int32_t p = page + threadIdx.x / WARP; p < end; p += FOLD_WARPS)
+    make_usual_value(a, blocks.at(1 + p), queries + (int64_t)g * a.head_dim, usual_value(a, layer, g, p));
+}
+
+/* Grid (channel_parts, or of a graded sketch sketch_parts, n_kv_heads). Reads a page's keys, of a graded one twice and its
+ * values, and writes its sketch once. */
+__global__ void fold_kernel(device_attention a, device_layer layer, int32_t page_bits, recipe with) {
+  fold_shared &s = block_shared<fold_shared>();
+  int32_t *folded = layer.sketch.folded + blockIdx.y * sketch_parts(a.head_dim) + blockIdx.x;
+  int32_t page = *folded, end = bulk_pages(a.n_sink, a.n_window, a.now->position + a.now->n - 1);
+  __syncthreads(); /* all have read the count */
+  if ((int32_t)blockIdx.x < channel_parts(a.head_dim)) fold_channels(a, layer, page_bits, with.channels, page, end, s);
+  else fold_usual_values(a, layer, with.queries, page, end);
+  if (threadIdx.x == 0 && page < end) *folded = end;
 }
 
 /* ---- scoring ---- */
@@ -271,31 +294,44 @@ struct want_shared {
   float partial[WARP];
 };
 
+/* Shares of all attention that the strips of a row have: e^(mass - top) * inverse. */
+struct row_shares {
+  const float *mass; /* (n) */
+  int32_t n;
+  float top, inverse;
+};
+
+/* The whole block. */
+__device__ row_shares shares_of_row(const float *mass, int32_t n, float local_mass, float *partial) {
+  float top = local_mass, sum = 0;
+  for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) top = fmaxf(top, mass[s]);
+  top = block_max(top, partial);
+  for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) sum += expf(mass[s] - top);
+  return {mass, n, top, 1.0f / (block_sum(sum, partial) + expf(local_mass - top))};
+}
+
 /* The share above which a strip is read: `cut`, halved until what is left out is at most page_drop. */
-__device__ float cut_share(float cut, float page_drop, const float *share, int32_t n, float *partial) {
+__device__ float cut_share(float cut, float page_drop, const row_shares &row, float *partial) {
   for (int32_t i = 0; i < CUT_HALVINGS && page_drop < 1; i++, cut /= 2) {
     float dropped = 0;
-    for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) dropped += share[s] > cut ? 0 : share[s];
+    for (int32_t s = threadIdx.x; s < row.n; s += WANT_THREADS) {
+      float share = expf(row.mass[s] - row.top) * row.inverse;
+      dropped += share > cut ? 0 : share;
+    }
     if (block_sum(dropped, partial) <= page_drop) break;
   }
   return cut;
 }
 
-/* Turns a row's strip masses into shares of all its attention and marks the strips it wants. */
-__device__ void want_of_row(const device_policy &policy, const query_tile &tile, float *share, float local_mass,
+/* Marks the strips that a row wants, by their masses. */
+__device__ void want_of_row(const device_policy &policy, const query_tile &tile, const float *mass, float local_mass,
                             uint8_t *wanted, float *partial) {
-  int32_t n = tile.n_pages * STRIPS_PER_PAGE;
-  float top = local_mass, sum = 0;
-  for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) top = fmaxf(top, share[s]);
-  top = block_max(top, partial);
-  for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) sum += share[s] = expf(share[s] - top);
-  float inverse = 1.0f / (block_sum(sum, partial) + expf(local_mass - top));
-  for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS) share[s] *= inverse;
-  float cut = attention_cut(&tile, policy.page_share, policy.decode_share);
-  cut = cut_share(cut, policy.page_drop, share, n, partial);
+  row_shares row = shares_of_row(mass, tile.n_pages * STRIPS_PER_PAGE, local_mass, partial);
+  float cut = cut_share(attention_cut(&tile, policy.page_share, policy.decode_share), policy.page_drop, row, partial);
+  float above = row.top + logf(cut / row.inverse);
   /* Not a number counts as wanted: the safe side. */
-  for (int32_t s = threadIdx.x; s < n; s += WANT_THREADS)
-    if (!(share[s] <= cut)) wanted[s] = 1;
+  for (int32_t s = threadIdx.x; s < row.n; s += WANT_THREADS)
+    if (!(mass[s] <= above)) wanted[s] = 1;
 }
 
 /* Of tile t. Grid (x, its lists at most): blocks take a list's scored rows by turns, and write the same 1. */
@@ -427,19 +463,22 @@ void score(const score_launch &job, int32_t page_bits, bool few) {
 void cuda_select_pages(queue *to, const device_attention &a, const device_layer &layer, const device_policy &policy,
                        int32_t n) {
   int32_t page_bits = policy.page_bits;
-  const uint16_t *channels = page_bits == PYLLM_GRADED ? policy.channels : NULL; /* a policy may have some unused */
+  bool graded = page_bits == PYLLM_GRADED; /* a policy may have a recipe that it does not use */
+  recipe with = {graded ? policy.channels : NULL, graded ? policy.query_means : NULL};
+  int32_t parts = graded ? sketch_parts(a.head_dim) : channel_parts(a.head_dim);
   int32_t group = a.n_heads / a.n_kv_heads;
   unsigned heads = (unsigned)a.n_kv_heads, lists = (unsigned)most_lists(a, true, n);
   unsigned rows = (unsigned)(n == 1 ? group : SCORED_MOST); /* taken at once */
-  launch(to, fold_kernel, dim3((unsigned)sketch_parts(a.head_dim), heads), dim3(FOLD_THREADS), sizeof(fold_shared), a,
-         layer, page_bits, channels);
+  launch(to, fold_kernel, dim3((unsigned)parts, heads), dim3(FOLD_THREADS), sizeof(fold_shared), a, layer, page_bits,
+         with);
   bool picks = picks_at_once(a, n);
   for (int32_t t = 0; t < most_tiles(n); t++) { /* one by one: the masses of one tile's rows are kept */
-    score({to, a, layer, channels, t, lists}, page_bits, n * group <= FEW_ROWS);
+    score({to, a, layer, with.channels, t, lists}, page_bits, n * group <= FEW_ROWS);
     if (!picks) launch(to, want_kernel, dim3(rows, lists), dim3(WANT_THREADS), sizeof(want_shared), a, policy, t);
   }
   if (picks) cuda_pick_strips(to, a, layer, policy);
   else
     launch(to, list_kernel, dim3(heads, (unsigned)most_tiles(n)), dim3(LIST_THREADS), sizeof(list_shared), a, layer,
            page_bits);
+  if (n == 1 && a.rest > 0) cuda_rest(to, a, layer);
 }

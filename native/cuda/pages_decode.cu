@@ -106,8 +106,8 @@ __device__ void sum_up(pick_shared &s) {
   }
 }
 
-/* Puts the strips that a row wants in order; returns their number. */
-__device__ int32_t pick_strips(const scored_list &l, int32_t *strips, pick_shared &s) {
+/* Puts the strips that a row wants in order; returns their number. wanted: (n_strips) 1 for these and 0 for others, or NULL. */
+__device__ int32_t pick_strips(const scored_list &l, int32_t *strips, uint8_t *wanted, pick_shared &s) {
   int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, done = 0;
   for (int32_t first = 0; first < l.n_strips; first += PICKED) {
     int32_t left = (l.n_strips - first + PICK_THREADS - 1) / PICK_THREADS;
@@ -120,6 +120,8 @@ __device__ int32_t pick_strips(const scored_list &l, int32_t *strips, pick_share
     __syncthreads();
     if (warp == 0) sum_up(s);
     __syncthreads();
+    for (int32_t k = 0, i = first + (int32_t)threadIdx.x; wanted && k < PICK_TURNS; k++, i += PICK_THREADS)
+      if (i < l.n_strips) wanted[i] = picks >> k & 1;
 #pragma unroll
     for (int32_t k = 0; k < PICK_TURNS; k++)
       if (picks >> k & 1)
@@ -132,7 +134,7 @@ __device__ int32_t pick_strips(const scored_list &l, int32_t *strips, pick_share
 }
 
 /* Decode. Grid (n_kv_heads), a list each: what want_kernel and list_kernel do, with nothing in between. Reads the masses of
- * the list's rows, 4 bytes per strip and row, a few times, and writes 4 bytes per strip picked. */
+ * the list's rows, 4 bytes per strip and row, a few times, and writes 4 bytes per strip picked and one per other. */
 __global__ void __launch_bounds__(PICK_THREADS)
     pick_kernel(device_attention a, device_layer layer, device_policy policy) {
   pick_shared &s = block_shared<pick_shared>();
@@ -148,7 +150,8 @@ __global__ void __launch_bounds__(PICK_THREADS)
   __syncthreads();
   cut_rows(l, tile, policy, s);
   __syncthreads();
-  int32_t n_strips = pick_strips(l, a.strips + (int64_t)head * a.max_strips, s);
+  int64_t at = (int64_t)head * a.max_strips;
+  int32_t n_strips = pick_strips(l, a.strips + at, a.rest > 0 ? a.wanted + at : NULL, s);
   if (threadIdx.x != 0) return;
   a.counts[head].n_strips = n_strips;
   group_counts c = {(uint64_t)read.n_rows,           read.n_rows > 0,        0, 0,

@@ -163,6 +163,11 @@ typedef struct pyllm_attention {
   float page_share, decode_share, page_drop;
   /* (n_layers, n_kv_heads, head_dim): each head's channels, first those that move scores most; PYLLM_GRADED. */
   const uint16_t *channels;
+  /* What stands for the strips that a token does not read which is evaluated alone, under PYLLM_GRADED: one value per
+   * page, the mean of its values as this mean of the queries on other text, after RoPE, weighs them; it counts page_rest
+   * times the estimated weight of the page's strips that are not read. 0: nothing does. */
+  float page_rest;          /* 0..1 */
+  const float *query_means; /* (n_layers, n_kv_heads, head_dim) */
 } pyllm_attention;
 
 /* What was decided and why, for the n tokens of one eval. Arrays of the caller, valid during the call; each may be NULL.

@@ -44,11 +44,13 @@ bool attention_new(attention_batch *b, const attention_shape *s) {
   b->is_long = malloc(rows);
   b->wanted = malloc(reads * (size_t)b->max_strips);
   b->reads = malloc(reads * sizeof *b->reads);
+  b->rest.weight = malloc((size_t)s->n_heads * sizeof *b->rest.weight);
+  b->rest.out = malloc((size_t)s->n_heads * (size_t)s->head_dim * sizeof *b->rest.out);
   b->out = aligned_alloc(64, rows * (size_t)s->head_dim * sizeof *b->out);
   bool lists = list_new(&b->local, s);
   lists &= list_new(&b->bulk, s);
   return lists && b->tiles && b->state && b->mass_state && b->local_mass && b->bulk_mass && b->mean_score &&
-         b->deviation && b->is_long && b->wanted && b->reads && b->out;
+         b->deviation && b->is_long && b->wanted && b->reads && b->rest.weight && b->rest.out && b->out;
 }
 
 void attention_free(attention_batch *b) {
@@ -62,6 +64,8 @@ void attention_free(attention_batch *b) {
   free(b->is_long);
   free(b->wanted);
   free(b->reads);
+  free(b->rest.weight);
+  free(b->rest.out);
   free(b->out);
   list_free(&b->local);
   list_free(&b->bulk);
@@ -73,6 +77,7 @@ uint64_t attention_bytes(const attention_shape *s) {
   uint64_t reads = (uint64_t)most_tiles(s->n_batch) * (uint64_t)s->n_heads;
   return rows * (2 * sizeof(softmax_state) + 4 * sizeof(float) + 1 + 2 * sizeof(int32_t) + (uint64_t)s->head_dim * 4) +
          reads * ((uint64_t)most_strips(s->n_ctx) + sizeof(tile_read)) +
+         (uint64_t)s->n_heads * (1 + (uint64_t)s->head_dim) * sizeof(float) +
          2 * (items * sizeof(work_item) + (uint64_t)most_ranges(s) * sizeof(key_range));
 }
 

@@ -48,6 +48,14 @@ typedef struct tile_read {
   uint64_t scored;       /* likewise: the tile's i-th query read the sketch where bit i is set */
 } tile_read;
 
+/* What stands for what the heads of a batch of one query leave out of their bulks, beside their local masses' weight of 1;
+ * of a head that is not long, or leaves out nothing, no weight. */
+typedef struct attention_rest {
+  bool exists;
+  float *weight; /* (n_heads) */
+  float *out;    /* (n_heads, head_dim) weighted values */
+} attention_rest;
+
 /* One batch on its way through one layer's attention. */
 typedef struct attention_batch {
   int32_t n_heads, n_kv_heads, head_dim, n_sink;
@@ -68,8 +76,9 @@ typedef struct attention_batch {
   uint8_t *is_long;          /* (n, n_heads) */
   softmax_state *mass_state; /* (n, n_heads) scratch of the oracle */
   /* By tile and the first of the heads that share a list; what belongs to the others means nothing. */
-  uint8_t *wanted;       /* (n_tiles, n_heads, max_strips) 1 for strips of the bulk that some scored query wants */
-  tile_read *reads;      /* (n_tiles, n_heads) */
+  uint8_t *wanted;  /* (n_tiles, n_heads, max_strips) 1 for strips of the bulk that some scored query wants */
+  tile_read *reads; /* (n_tiles, n_heads) */
+  attention_rest rest;
   void *backend_scratch; /* cpu_scratch_new's */
 } attention_batch;
 
@@ -101,7 +110,7 @@ void attention_decide(attention_batch *b, const attention_policy *policy, int32_
 void attention_list_everything(attention_batch *b, const uint8_t *queries);
 /* Writes the bulk work list of the long rows: all of the bulk, or with `paged` the strips marked in `wanted`. */
 void attention_list_long(attention_batch *b, bool paged);
-/* Adds the batch to a layer's statistics; page_bits: the policy's. */
-void attention_count(const attention_batch *b, int32_t page_bits, pyllm_layer_stats *stats);
+/* Adds the batch to a layer's statistics. */
+void attention_count(const attention_batch *b, const attention_policy *policy, pyllm_layer_stats *stats);
 
 #endif

@@ -63,14 +63,20 @@ static void count_scoring(const attention_batch *b, const tile_group *g, int32_t
   stats->bytes_read += (uint64_t)__builtin_popcountll(queries) * pages * sketch_page_bytes(page_bits, b->head_dim);
 }
 
-void attention_count(const attention_batch *b, int32_t page_bits, pyllm_layer_stats *stats) {
+/* Adds what the values that stand for pages cost. */
+static void count_rest(const attention_batch *b, const group_read *read, uint64_t pages, pyllm_layer_stats *stats) {
+  stats->work_done += read->heads * pages * (uint64_t)b->head_dim;
+  stats->bytes_read += read->queries * pages * sizeof(uint16_t) * (uint64_t)b->head_dim;
+}
+
+void attention_count(const attention_batch *b, const attention_policy *policy, pyllm_layer_stats *stats) {
   uint64_t strip_work = 2 * STRIP * (uint64_t)b->head_dim; /* multiply-adds of scores and weighted values */
   uint64_t strip_bytes = 2 * STRIP * sizeof(uint16_t) * (uint64_t)b->head_dim; /* keys and values */
   int32_t group = b->n_heads / b->n_kv_heads;
   for (int32_t t = 0; t < b->n_tiles; t++) {
     const query_tile *tile = &b->tiles[t];
     uint64_t all = (uint64_t)tile->n_pages * KV_STRIPS, n = (uint64_t)tile->n;
-    int32_t sharing = page_bits ? attention_sharing(tile, group) : group;
+    int32_t sharing = policy->page_bits ? attention_sharing(tile, group) : group;
     for (int32_t h = 0; tile->n_pages && h < b->n_heads; h += group) {
       tile_group g = {t, h, group, sharing};
       group_read read = count_reads(b, &g);
@@ -82,7 +88,8 @@ void attention_count(const attention_batch *b, int32_t page_bits, pyllm_layer_st
       stats->bytes_read += read.strips * strip_bytes;
       stats->pages += read.queries * all;
       stats->pages_read += read.strips;
-      if (page_bits) count_scoring(b, &g, page_bits, stats);
+      if (policy->page_bits) count_scoring(b, &g, policy->page_bits, stats);
+      if (b->rest.exists) count_rest(b, &read, (uint64_t)tile->n_pages, stats);
     }
   }
 }

@@ -11,10 +11,30 @@ int32_t policy_check_bits(int32_t page_bits, pyllm_error *err) {
               page_bits);
 }
 
-bool policy_needs_sketch(const attention_policy *p, size_t n, int32_t page_bits, const uint16_t *channels) {
+/* A copy of `bytes`, or NULL of nothing; sets *refused when memory is. */
+static void *copy_of(const void *source, size_t bytes, bool *refused) {
+  void *copy = source ? malloc(bytes) : NULL;
+  *refused |= source && !copy;
+  return copy ? memcpy(copy, source, bytes) : NULL;
+}
+
+bool policy_needs_sketch(const attention_policy *p, size_t n, int32_t page_bits, const sketch_recipe *recipe) {
   if (p->page_bits == 0) return false;
   if (p->page_bits != page_bits) return true;
-  return p->page_bits == PYLLM_GRADED && memcmp(p->channels, channels, n * sizeof *channels) != 0;
+  return p->page_bits == PYLLM_GRADED && (memcmp(p->channels, recipe->channels, n * sizeof *p->channels) != 0 ||
+                                          memcmp(p->query_means, recipe->queries, n * sizeof *p->query_means) != 0);
+}
+
+bool sketch_recipe_new(const attention_policy *p, size_t n, sketch_recipe *out) {
+  bool refused = false, graded = p->page_bits == PYLLM_GRADED;
+  out->channels = copy_of(graded ? p->channels : NULL, n * sizeof *p->channels, &refused);
+  out->queries = copy_of(graded ? p->query_means : NULL, n * sizeof *p->query_means, &refused);
+  return !refused;
+}
+
+void sketch_recipe_free(sketch_recipe *recipe) {
+  free(recipe->channels);
+  free(recipe->queries);
 }
 
 static int32_t check_numbers(const pyllm_attention *a, pyllm_error *err) {
@@ -30,20 +50,28 @@ static int32_t check_numbers(const pyllm_attention *a, pyllm_error *err) {
   if (!(a->page_share >= 0) || !(a->decode_share >= 0) || !(a->page_drop >= 0))
     return fail(err, PYLLM_ERR_ARGUMENT, "page_share is %g, decode_share %g and page_drop %g, expected at least 0",
                 (double)a->page_share, (double)a->decode_share, (double)a->page_drop);
+  if (!(a->page_rest >= 0 && a->page_rest <= 1))
+    return fail(err, PYLLM_ERR_ARGUMENT, "page_rest is %g, expected 0 to 1", (double)a->page_rest);
+  if (a->page_rest > 0 && a->page_bits != PYLLM_GRADED)
+    return fail(err, PYLLM_ERR_ARGUMENT, "page_rest is %g, but only a graded key sketch has what it takes",
+                (double)a->page_rest);
   return policy_check_bits(a->page_bits, err);
 }
 
-static int32_t check_presence(const pyllm_attention *a, pyllm_error *err) {
+static int32_t check_presence(const pyllm_attention *a, const policy_shape *s, pyllm_error *err) {
   if ((a->policy == PYLLM_ORACLE || a->policy == PYLLM_ADAPTIVE) && !a->thresholds)
     return fail(err, PYLLM_ERR_ARGUMENT, "this attention policy needs thresholds");
   if (a->policy == PYLLM_STATIC && !a->static_local)
     return fail(err, PYLLM_ERR_ARGUMENT, "static attention needs its head labels");
   if (a->estimate != PYLLM_GAUSSIAN && !a->coefficients)
     return fail(err, PYLLM_ERR_ARGUMENT, "an estimate by regression needs its coefficients");
+  if (a->page_rest > 0 && s->n_heads / s->n_kv_heads > SHARED_ROWS)
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "page_rest with %d query heads to a key/value head: up to %d are possible",
+                s->n_heads / s->n_kv_heads, SHARED_ROWS);
   if (!a->means != !a->covariances)
     return fail(err, PYLLM_ERR_ARGUMENT, "calibrated moments need means and covariances");
-  if (a->page_bits == PYLLM_GRADED && !a->channels)
-    return fail(err, PYLLM_ERR_ARGUMENT, "a graded key sketch needs the order of the channels");
+  if (a->page_bits == PYLLM_GRADED && !(a->channels && a->query_means))
+    return fail(err, PYLLM_ERR_ARGUMENT, "a graded key sketch needs the order of the channels and the mean queries");
   return PYLLM_OK;
 }
 
@@ -89,6 +117,7 @@ static int32_t check_arrays(const pyllm_attention *a, const policy_shape *s, pyl
   int32_t status = check_finite("regression coefficient", a->coefficients, heads * 3, err);
   if (!status) status = check_finite("calibrated mean", a->means, kv_heads * d, err);
   if (!status) status = check_finite("calibrated covariance", a->covariances, kv_heads * d * d, err);
+  if (!status) status = check_finite("mean query", a->query_means, kv_heads * d, err);
   if (!status) status = check_channels(a->channels, kv_heads, d, err);
   for (size_t i = 0; !status && a->covariances && i < kv_heads; i++)
     if (!is_covariance(a->covariances + i * d * d, s->head_dim))
@@ -97,16 +126,9 @@ static int32_t check_arrays(const pyllm_attention *a, const policy_shape *s, pyl
   return status;
 }
 
-/* A copy of `bytes`, or NULL of nothing; sets *refused when memory is. */
-static void *copy_of(const void *source, size_t bytes, bool *refused) {
-  void *copy = source ? malloc(bytes) : NULL;
-  *refused |= source && !copy;
-  return copy ? memcpy(copy, source, bytes) : NULL;
-}
-
 int32_t policy_new(const pyllm_attention *a, const policy_shape *s, attention_policy *out, pyllm_error *err) {
   int32_t status = check_numbers(a, err);
-  if (!status) status = check_presence(a, err);
+  if (!status) status = check_presence(a, s, err);
   if (!status) status = check_arrays(a, s, err);
   if (status) return status;
   size_t heads = (size_t)s->n_layers * (size_t)s->n_heads, kv_heads = (size_t)s->n_layers * (size_t)s->n_kv_heads;
@@ -126,7 +148,9 @@ int32_t policy_new(const pyllm_attention *a, const policy_shape *s, attention_po
                         .page_share = a->page_share,
                         .decode_share = a->decode_share,
                         .page_drop = a->page_drop,
-                        .channels = copy_of(a->channels, kv_heads * d * sizeof(uint16_t), &refused)};
+                        .channels = copy_of(a->channels, kv_heads * d * sizeof(uint16_t), &refused),
+                        .page_rest = a->page_rest,
+                        .query_means = copy_of(a->query_means, kv_heads * d * sizeof(float), &refused)};
   if (refused) {
     policy_free(&p);
     return fail(err, PYLLM_ERR_MEMORY, "memory for an attention policy of %zu heads was refused", heads);
@@ -142,4 +166,5 @@ void policy_free(attention_policy *p) {
   free(p->means);
   free(p->covariances);
   free(p->channels);
+  free(p->query_means);
 }

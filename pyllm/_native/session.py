@@ -120,6 +120,8 @@ class NativeSession:
         decode_share: float | None = None,
         page_drop: float = 1.0,
         channels: NDArray[np.uint16] | None = None,
+        page_rest: float = 0.0,
+        query_means: NDArray[np.float32] | None = None,
     ) -> None:
         """The fields of pyllm_attention, arrays contiguous; decode_share by default page_share.
 
@@ -130,7 +132,7 @@ class NativeSession:
         attention.policy, attention.granularity, attention.n_window = policy, granularity, n_window
         attention.gaussian, attention.estimate = gaussian, estimate
         attention.page_bits, attention.page_drop = page_bits, page_drop
-        attention.page_share = page_share
+        attention.page_share, attention.page_rest = page_share, page_rest
         attention.decode_share = page_share if decode_share is None else decode_share
         heads = (self.info.n_layers, self.info.n_heads)
         kv_heads, d = (self.info.n_layers, self.info.n_kv_heads), self.info.head_dim
@@ -141,6 +143,7 @@ class NativeSession:
             "means": (means, (*kv_heads, d)),
             "covariances": (covariances, (*kv_heads, d, d)),
             "channels": (channels, (*kv_heads, d)),
+            "query_means": (query_means, (*kv_heads, d)),
         }
         arrays = {}  # alive until the call has copied them
         for name, (array, shape) in given.items():

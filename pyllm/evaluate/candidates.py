@@ -142,7 +142,7 @@ def keys(choice: Choice) -> list[tuple[str, float | None]]:
     """Of every row, before anything is fitted: what that says does not change what rows are called."""
     blank = np.zeros((1, 1, 1))
     calibrations = {
-        moments: Calibration(np.zeros((1, 1, 3)), blank, blank[None], blank, blank, (0, 1), moments)
+        moments: Calibration(np.zeros((1, 1, 3)), blank, blank[None], blank, blank, blank, (0, 1), moments)
         for moments in MOMENTS
     }
     return [candidate.key for candidate in candidates(choice, Fitted(1, blank[0], calibrations))]

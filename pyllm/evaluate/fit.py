@@ -30,8 +30,8 @@ def fit(
     moments: str = "prompt",
     progress: Progress | None = None,
 ) -> Calibration:
-    """Moments of the bulk keys of these texts, mean squares of their queries, and for every head b0, b1, b2
-    by least squares:
+    """Moments of the bulk keys of these texts, means and mean squares of their queries, and for every head
+    b0, b1, b2 by least squares:
 
         M − ln N − c·q·μ  ≈  b0 + b1 s² + b2 s
 
@@ -59,7 +59,7 @@ class _Readings:
 
     def read(self, policy: Adaptive) -> Calibration:
         """Fitted with the policy's moments."""
-        least, keys, queries = _LeastSquares(self.llm), _KeyMoments(self.llm), _QuerySquares(self.llm)
+        least, keys, queries = _LeastSquares(self.llm), _KeyMoments(self.llm), _QueryMoments(self.llm)
         for text in self.texts:
             session = self.llm.session(n_ctx=len(text), attention=policy)
             for first in range(0, len(text), self.llm.n_batch):
@@ -78,7 +78,7 @@ class _Readings:
                 f"query has a bulk only from {bulk_from(policy.window, policy.sinks)} tokens on"
             )
         positions = policy.sinks, policy.sinks + keys.longest
-        fitted = least.solve(), keys.mean, keys.covariance, keys.inside, queries.mean()
+        fitted = least.solve(), keys.mean, keys.covariance, keys.inside, *queries.means()
         return Calibration(*fitted, positions, policy.moments, self.llm.fingerprint)
 
 
@@ -144,22 +144,25 @@ def _head_moments(
     return mean, cov, np.maximum(np.diagonal(cov) - np.diff(sums, axis=0).var(axis=0), 0)
 
 
-class _QuerySquares:
-    """Mean squares of the queries that read each key/value head, (n_layers, n_kv_heads, head_dim)."""
+class _QueryMoments:
+    """Of the queries that read each key/value head."""
 
     def __init__(self, llm: LLM) -> None:
         info = llm.info
-        self.n, self.sum = 0, np.zeros((info.n_layers, info.n_kv_heads, info.head_dim))
+        self.n = 0
+        self.sum, self.squares = np.zeros((2, info.n_layers, info.n_kv_heads, info.head_dim))
 
     def add(self, record: Record) -> None:
         assert record.queries is not None
         n_layers, n, n_heads, d = record.queries.shape
         grouped = record.queries.reshape(n_layers, n, self.sum.shape[1], -1, d)
-        self.sum += np.einsum("lngqd,lngqd->lgd", grouped, grouped)
+        self.sum += grouped.sum(axis=(1, 3), dtype=np.float64)
+        self.squares += np.einsum("lngqd,lngqd->lgd", grouped, grouped)
         self.n += n * n_heads // self.sum.shape[1]
 
-    def mean(self) -> NDArray[np.float64]:
-        return self.sum / self.n
+    def means(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(n_layers, n_kv_heads, head_dim) of their squares, and of themselves."""
+        return self.squares / self.n, self.sum / self.n
 
 
 def _bulk_sizes(position: int, n: int, policy: Adaptive) -> NDArray[np.int64]:

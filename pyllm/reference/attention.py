@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .moments import Moments, bulk_mass, score_moments
+from .rest import Rest, usual_values
 from .sketch import (
     BITS,
     GRADED,
@@ -56,6 +57,8 @@ class Policy:
     page_share, decode_share, page_drop: a head wants the read pages whose share exceeds page_share, or for a
     query that is a tile by itself, as in decode, decode_share (None: the same), or less until those it does
     not want hold at most page_drop (1: no bound); rounded to float32, as the library takes them.
+    page_rest, query_means: of a token that is a batch by itself, what is not read counts page_rest times its
+    estimated weight (0: not at all), with values as the mean queries, (n_layers, G, d), weigh them.
     """
 
     kind: str = "dense"
@@ -74,6 +77,8 @@ class Policy:
     decode_share: float | None = None
     page_drop: float = 1.0
     channels: npt.NDArray[np.uint16] | None = None
+    page_rest: float = 0.0
+    query_means: npt.NDArray[np.float32] | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in POLICIES:
@@ -84,7 +89,9 @@ class Policy:
             raise ValueError("kind is 'static' but static_local is missing")
         if self.page_bits not in (0, *BITS, GRADED):
             raise ValueError(f"page_bits is {self.page_bits!r}, expected 0, {GRADED!r} or one of {BITS}")
-        for name in ("page_share", "decode_share", "page_drop"):
+        if self.page_rest and (self.page_bits != GRADED or self.query_means is None):
+            raise ValueError(f"page_rest is {self.page_rest}, without a graded sketch and query_means")
+        for name in ("page_share", "decode_share", "page_drop", "page_rest"):
             value = getattr(self, name)
             if value is not None and not value >= 0:
                 raise ValueError(f"{name} is {value}, expected >= 0")
@@ -107,6 +114,7 @@ class Decisions:
     mean_score, deviation: (T, H) float64, c·q·μ and σ that M̂ is made of; NaN where the bulk is empty.
     reads: (T, H, R) bool, the read pages of the bulk of the last query that a head reads, which is then long.
     scored: (T, H) bool, True where a long head scored the sketch; False everywhere without it.
+    rested: (T, H) bool, True where something stands for what a long head did not read.
     """
 
     has_bulk: npt.NDArray[np.bool_]
@@ -118,6 +126,7 @@ class Decisions:
     deviation: npt.NDArray[np.float64]
     reads: npt.NDArray[np.bool_]
     scored: npt.NDArray[np.bool_]
+    rested: npt.NDArray[np.bool_]
 
 
 @dataclass
@@ -204,6 +213,7 @@ def attend(
     queries = by_head(np.asarray(q).astype(np.float64), n_kv_heads)
     keys, values = stored(k).transpose(1, 0, 2), stored(v).transpose(1, 0, 2)
     sketches = sketch_bulk(keys, policy, layer)
+    usual = usual_of_bulk(keys, values, scale, policy, layer)
     rounded = PRODUCTS[products]
     factors, values = rounded(keys), rounded(values)
 
@@ -213,7 +223,7 @@ def attend(
     masses = np.full((3, n_queries, n_heads), -np.inf)
     mean_score, deviation = np.full((2, n_queries, n_heads), np.nan)
     reads = np.zeros((n_queries, n_heads, n_read_pages(n_positions - 1, policy)), bool)
-    scored = np.zeros((n_queries, n_heads), bool)
+    scored, rested = np.zeros((2, n_queries, n_heads), bool)
     moments = [Moments.empty(head_dim) for _ in range(n_kv_heads)]
     for start, stop in tiles(first, n_positions, policy.n_sink, policy.n_window, chunk):
         end = bulk_end(start, policy.n_sink, policy.n_window)
@@ -237,10 +247,16 @@ def attend(
             )
         visible = in_local | positions_read(reads[rows, :, :n_read], n_kv_heads, policy.n_sink, stop)
         attended = softmax(scores, visible) @ values[:, None, :stop]
+        if policy.page_rest and n_read and is_batch(start - first, n_queries, chunk):
+            rested[rows] = ~local[rows]
+            of_token = rested[rows], reads[rows, :, :n_read], masses[0, rows]
+            long, read, mass = (by_head(x, n_kv_heads)[:, :, 0] for x in of_token)
+            rest = Rest.of(tile[:, :, 0], long, read, mass, sketches, usual, scale, policy.page_rest)
+            attended[:, :, 0] = rest.joined(attended[:, :, 0], log_sum_exp(scores, visible)[:, :, 0])
         output[rows] = attended.transpose(2, 0, 1, 3).reshape(stop - start, n_heads, head_dim)
 
     decisions = Decisions(
-        has_bulk, local, masses[0], masses[1], masses[2], mean_score, deviation, reads, scored
+        has_bulk, local, masses[0], masses[1], masses[2], mean_score, deviation, reads, scored, rested
     )
     return AttentionResult(output, decisions, count(decisions, first, n_kv_heads, head_dim, policy), moments)
 
@@ -339,6 +355,30 @@ def sketch_bulk(keys: npt.NDArray[np.float64], policy: Policy, layer: int) -> li
     return [sketch(pages, policy.page_bits, order) for pages, order in zip(bulk, orders, strict=True)]
 
 
+def usual_of_bulk(
+    keys: npt.NDArray[np.float64],
+    values: npt.NDArray[np.float64],
+    scale: float,
+    policy: Policy,
+    layer: int,
+) -> list[npt.NDArray[np.float32]]:
+    """(G) of `rest.usual_values` of the bulk of the last of keys and values (G, S, d); none without a graded
+    sketch."""
+    if policy.page_bits != GRADED or policy.query_means is None:
+        return []
+    end = bulk_end(keys.shape[1] - 1, policy.n_sink, policy.n_window)
+    shape = len(keys), -1, PAGE, keys.shape[2]
+    pages = (x[:, policy.n_sink : end].reshape(shape) for x in (keys, values))
+    by_head = zip(*pages, policy.query_means[layer], strict=True)
+    return [usual_values(k, v, query, scale) for k, v, query in by_head]
+
+
+def is_batch(query: int, n_queries: int, chunk: int | None) -> bool:
+    """Whether a query of n, cut every chunk, is a batch by itself."""
+    size = chunk or n_queries
+    return min(size, n_queries - query // size * size) == 1
+
+
 def list_reads(
     tile: npt.NDArray[np.float64],
     is_long: npt.NDArray[np.bool_],
@@ -401,6 +441,10 @@ def count(decisions: Decisions, first: int, n_kv_heads: int, head_dim: int, poli
             stats.work_done += scoring
             stats.work_sketch += scoring
             stats.bytes_read += int(scored.reshape(n_kv_heads, -1).any(axis=1).sum()) * sketch_bytes
+        rested = decisions.rested[row]
+        value_bytes = n_bulk // PAGE * 2 * head_dim
+        stats.work_done += int(rested.sum()) * n_bulk // PAGE * head_dim
+        stats.bytes_read += int(rested.reshape(n_kv_heads, -1).any(axis=1).sum()) * value_bytes
         has_long = ~decisions.local[row].reshape(n_kv_heads, -1).all(axis=1)
         stats.pages += int(has_long.sum()) * n_pages
         stats.pages_read += int(by_group.sum())

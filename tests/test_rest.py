@@ -1,0 +1,125 @@
+"""What stands for what a token evaluated alone leaves out, on the CPU and on emulated GPU kernels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllm.reference import attention as reference
+from pyllm.reference.attention import Policy
+from pyllm.reference.sketch import GRADED
+from test_attention import FIELDS, SEEDS, WEIGHT_ROUNDING, Inputs, random_inputs, run, with_arrays
+from test_linear import ISAS, products
+
+# Groups that fill the CPU's three rows or not, the GPU's eight or not, with a warp per row or without.
+shapes = st.sampled_from(
+    [(1, 1, 32), (6, 2, 64), (7, 1, 32), (18, 1, 32), (33, 1, 32), (4, 4, 128), (4, 2, 80)]
+)
+resting = st.builds(
+    Policy,
+    kind=st.sampled_from(["dense", "static", "adaptive"]),
+    n_sink=st.sampled_from([0, 16]),
+    n_window=st.sampled_from([1, 64, 100]),
+    granularity=st.just("head"),
+    thresholds=st.just(0.9),
+    static_local=st.just(True),
+    page_bits=st.just(GRADED),
+    decode_share=st.sampled_from([0.01, 0.1, 1.0]),
+    page_drop=st.sampled_from([1.0, 0.3]),
+)
+
+
+def with_rest(policy: Policy, shape: tuple[int, int, int], seed: int, factor: float = 0.7) -> Policy:
+    return replace(with_arrays(policy, shape, seed), page_rest=factor)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=12, deadline=None)
+@given(
+    seed=SEEDS,
+    shape=shapes,
+    policy=resting,
+    n=st.sampled_from([130, 700, 4400]),  # fewer and more pages than the 64 that are summed at once
+    factor=st.sampled_from([0.3, 1.0]),
+)
+def test_reference(
+    isa: str, seed: int, shape: tuple[int, int, int], policy: Policy, n: int, factor: float
+) -> None:
+    check_last(random_inputs(seed, n, *shape), with_rest(policy, shape, seed, factor), isa, "cpu")
+
+
+@settings(max_examples=5, deadline=None)
+@given(seed=SEEDS, shape=shapes, policy=resting, n=st.sampled_from([130, 400]))
+def test_reference_of_a_gpu(seed: int, shape: tuple[int, int, int], policy: Policy, n: int) -> None:
+    check_last(random_inputs(seed, n, *shape), with_rest(policy, shape, seed), ISAS[-1], "cuda")
+
+
+def test_more_pages_than_a_block_sums(rng: np.random.Generator) -> None:
+    """On a GPU, 32."""
+    shape, seed = (2, 1, 32), int(rng.integers(2**32))
+    policy = Policy("dense", n_window=64, page_bits=GRADED, decode_share=0.05)
+    check_last(random_inputs(seed, 2300, *shape), with_rest(policy, shape, seed), ISAS[-1], "cuda")
+
+
+def check_last(x: Inputs, policy: Policy, isa: str, device: str) -> None:
+    """The last token, alone behind a prompt; a share that hangs on rounding may flip a read page."""
+    ours = run(x, policy, isa, chunk=len(x.q) - 1, device=device)
+    kind = products(isa) if device == "cpu" else "float"
+    theirs = reference.attend(x.q[-1:], x.k, x.v, x.scale, policy, products=kind)
+    rounding = WEIGHT_ROUNDING[kind] if device == "cpu" else 6e-4
+    error = np.abs(ours.output[-1] - theirs.output[0]).max(axis=1)
+    # Values that stand for pages are halves.
+    tolerance = 2e-5 * (1 + np.abs(theirs.decisions.local_mass).max()) + 2.0**-11 + rounding
+    assert (error > tolerance * np.abs(x.v).max()).mean() <= 0.2
+    assert (ours.is_long[-1] == ~theirs.decisions.local[0]).mean() >= 0.8
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@settings(max_examples=5, deadline=None)
+@given(seed=SEEDS, shape=shapes)
+def test_is_of_tokens_evaluated_alone(device: str, seed: int, shape: tuple[int, int, int]) -> None:
+    """It changes their outputs, and neither those of others, nor what is read and recorded of it."""
+    x = random_inputs(seed, 400, *shape)
+    nothing = with_rest(Policy("dense", n_window=64, page_bits=GRADED, decode_share=1.0), shape, seed, 0)
+    without, beside = (
+        run(x, replace(nothing, page_rest=factor), chunk=399, device=device) for factor in (0.0, 0.7)
+    )
+    assert np.array_equal(without.output[:-1], beside.output[:-1])
+    assert (np.abs(without.output[-1] - beside.output[-1]).max(axis=1) > 0).all()
+    assert np.array_equal(without.record["read_mass"], beside.record["read_mass"])
+    n_heads, n_kv_heads, d = shape
+    pages = (400 - 64 - nothing.n_sink) // reference.PAGE
+    more = {"work_done": n_heads * pages * d, "bytes_read": n_kv_heads * pages * 2 * d}
+    assert {name: beside.stats[name] - without.stats[name] for name in FIELDS} == {
+        name: more.get(name, 0) for name in FIELDS
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@settings(max_examples=5, deadline=None)
+@given(seed=SEEDS, shape=shapes)
+def test_stands_for_nothing_where_all_is_read(device: str, seed: int, shape: tuple[int, int, int]) -> None:
+    x = random_inputs(seed, 300, *shape)
+    every = with_rest(Policy("dense", n_window=64, page_bits=GRADED, page_share=0.0), shape, seed, 0)
+    one, other = (run(x, replace(every, page_rest=f), chunk=299, device=device).output for f in (0.0, 0.7))
+    assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_comes_closer_to_dense_attention(device: str) -> None:
+    """Where values agree inside a page, whatever stands for them is nearly what they are."""
+    shape = 6, 2, 64
+    x = random_inputs(5, 1500, *shape)
+    of_page = np.random.default_rng(5).standard_normal((24, 2, 64)).repeat(64, axis=0)[:1500]
+    v = of_page + 0.05 * x.v  # pages begin behind the sinks: 16 tokens early
+    x = Inputs(x.q, x.k, np.ascontiguousarray(np.roll(v, 16, axis=0), np.float32))
+    policy = with_rest(Policy("dense", n_window=64, page_bits=GRADED, decode_share=0.01), shape, 5, 1.0)
+    dense = run(x, Policy("dense", n_window=64), chunk=1499, device=device).output[-1]
+    with_it, without = (
+        run(x, replace(policy, page_rest=f), chunk=1499, device=device).output[-1] for f in (1.0, 0.0)
+    )
+    assert np.abs(with_it - dense).mean() < 0.5 * np.abs(without - dense).mean()
