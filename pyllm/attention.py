@@ -92,10 +92,10 @@ class _Paged(Policy):
     needs a calibration, or a profile: one of this model, or its file. page_share: the share above which a
     read page is read, 0..1. decode_share: the same for a token that is evaluated alone, as in decode, where
     bytes are what costs; None, page_share. page_drop: what the shares of the others may sum to, at least 0;
-    a share is halved for a head until they do, 1 is no bound. page_rest, with "graded" alone: how much of
-    their estimated weight counts what such a token does not read, 0..1, with one value per 64 tokens that
-    stands for theirs; None, as much as was found best. With page_bits results depend on how a prompt is cut
-    into batches. Raises FileError and FormatError as `Profile.load` does.
+    a share is halved for a head until they do, 1 is no bound. page_rest, with "graded" alone: what such a
+    token, a batch by itself, does not read counts so much of its estimated weight, 0..1, with one value per
+    64 tokens that stands for theirs; None, as much as was found best. With page_bits results depend on how a
+    prompt is cut into batches. Raises FileError and FormatError as `Profile.load` does.
     """
 
     page_bits: PageBits = field(default=0, kw_only=True)
@@ -404,7 +404,8 @@ def require_page_bits(value: Any) -> None:
 def page_tier(
     page_bits: PageBits, page_share: float, calibration: Calibration | None, decode_share: float | None = None
 ) -> dict[str, Any]:
-    """The arguments that make a policy's page tier; the calibration is a graded sketch's."""
+    """The arguments that make a policy's page tier. A graded sketch's are the calibration and page_rest,
+    which is named so that what was measured with it keeps it."""
     tier: dict[str, Any] = {"page_bits": page_bits, "page_share": page_share, "decode_share": decode_share}
     return tier | {"calibration": calibration, "page_rest": REST} if page_bits == GRADED else tier
 

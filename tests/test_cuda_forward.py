@@ -68,6 +68,15 @@ POLICIES = [
         moments="calibrated",
         calibration=calibration("calibrated"),
     ),
+    Adaptive(
+        sinks=4,
+        window=20,
+        threshold=0.9,
+        page_bits="graded",
+        page_share=0.01,
+        decode_share=0.2,
+        calibration=calibration("prompt"),
+    ),
 ]
 
 
@@ -103,7 +112,7 @@ def calls(session: Session) -> dict[str, int]:
     return {name: n for name, n, _, _ in session._native.stage_stats()}
 
 
-@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[4], POLICIES[6]], ids=str)
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[4], POLICIES[6], POLICIES[-1]], ids=str)
 def test_a_token_is_one_launch(path: Path, policy: Policy) -> None:
     """From the second one on, and with the same logits as stage by stage: across the position where the bulk
     begins, after rewinding, under another policy and beside another session of the model."""
@@ -190,7 +199,7 @@ def test_a_stopped_token_loads_no_kernels(path: Path) -> None:
     assert calls(session)["token"] == before["token"] + 1
 
 
-@pytest.mark.parametrize("policy", POLICIES[3:7], ids=str)
+@pytest.mark.parametrize("policy", [*POLICIES[3:7], POLICIES[-1]], ids=str)
 def test_records(path: Path, policy: Policy) -> None:
     """Both devices record the same, and recording changes nothing."""
     audit = np.arange(len(TOKENS)) % 3 == 0
@@ -264,7 +273,7 @@ def test_a_token_far_into_a_text(tmp_path: Path) -> None:
         assert np.abs(counts[0] - counts[1]).max() <= 0.01 * counts[1].max()
 
 
-@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[4], POLICIES[6]], ids=str)
+@pytest.mark.parametrize("policy", [POLICIES[0], POLICIES[4], POLICIES[6], POLICIES[-1]], ids=str)
 def test_a_split_cache(path: Path, policy: Policy, tmp_path: Path) -> None:
     """The same logits, sessions and moments as with all keys and values on the GPU."""
     whole, split = (

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from matplotlib.image import imread
 
 from pyllm import LLM, Adaptive, Calibration, Dense, FormatError, Oracle, Static, Window
+from pyllm.attention import REST
 from pyllm.bulk import first_with_bulk
 from pyllm.cli import main
 from pyllm.evaluate import texts, tradeoff
@@ -175,7 +176,7 @@ def test_rows_of_a_choice(rng: np.random.Generator) -> None:
     fitted = Fitted(2, local, {"prompt": prompt, "calibrated": other})
     tiers: dict[str, dict[str, Any]] = {
         "2-bit": {"page_bits": 2, "page_share": 0.01},
-        "graded": {"page_bits": "graded", "page_share": 0.01, "calibration": prompt},
+        "graded": {"page_bits": "graded", "page_share": 0.01, "calibration": prompt, "page_rest": REST},
     }
     assert candidates(choice, fitted) == [
         Candidate("dense", Dense(**geometry)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -276,6 +277,44 @@ def test_a_sketch_is_made_anew_for_another_calibration(tiny_model: Path, one: De
             session.rewind(500)
     assert np.array_equal(logits["other after one"], logits["other"])
     assert not np.array_equal(logits["one"], logits["other"])
+
+
+def test_nothing_of_an_overflow_stands_for_pages(tmp_path: Path) -> None:
+    """Token 7 was in a page that left the window with its batch: of the page's value nothing stays behind."""
+    llm = LLM(overflowing(tiny(tmp_path), 7), n_batch=250, attention=graded(list(range(32)), 1.0))
+    session, other = llm.session(n_ctx=400), llm.session(n_ctx=400)
+    tokens = np.random.default_rng(3).integers(10, VOCABULARY, 300).tolist()
+    for s in (session, other):
+        s.eval(tokens[:100])
+    with pytest.raises(pyllm.NumericError):
+        session.eval([*tokens[100:110], 7, *tokens[111:250]])
+    for token in tokens[100:]:
+        assert np.array_equal(session.eval([token]), other.eval([token]))
+    assert session.stats.total.pages_read is not None
+
+
+@settings(parent=fresh_file, max_examples=4)
+@given(seed=SEEDS, pages=st.integers(0, 3))
+def test_rewind_load_and_other_policies_with_pages_stood_for(tmp_path: Path, seed: int, pages: int) -> None:
+    """Tokens one by one are the same whatever the session held before."""
+    llm = LLM(tiny(tmp_path, dim=64, n_ff=96, sharp=12, seed=seed), attention=graded(list(range(32)), 1.0))
+    cut = 32 + 16 - 1 + 64 * pages
+    rng = np.random.default_rng(seed)
+    first, second = rng.integers(0, VOCABULARY, 300).tolist(), rng.integers(0, VOCABULARY, 150).tolist()
+    gone, never, loaded, switched = (llm.session() for _ in range(4))
+    gone.eval(first)
+    gone.rewind(cut)
+    never.eval(first[:cut])
+    loaded.eval(second)
+    never.save(tmp_path / "state")
+    loaded.load(tmp_path / "state")
+    switched.attention = replace(graded(list(range(32)), 1.0), page_rest=0)
+    switched.eval(first[:cut])
+    switched.attention = graded(list(range(32)), 1.0)
+    for token in second:
+        expected = never.eval([token])
+        for session in (gone, loaded, switched):
+            assert np.array_equal(session.eval([token]), expected)
 
 
 def test_moments_restart_after_a_rewind_under_another_policy(tmp_path: Path) -> None:

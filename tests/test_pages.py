@@ -9,6 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from emulated import ffi, lib
+from native import check
 from pyllm.reference import attention as reference
 from pyllm.reference.attention import Policy
 from pyllm.reference.sketch import GRADED, PageBits
@@ -52,6 +54,22 @@ def test_reference(
         # One flipped page counts once for each row of its tile.
         slack = 0.02 * count + 64 * shape[0] * reference.PAGE * 4 * shape[2]
         assert abs(ours.stats[name] - count) <= slack, name
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@settings(max_examples=30, deadline=None)
+@given(seed=SEEDS, local_mass=st.floats(-40, 40), spread=st.sampled_from([0.1, 5.0, 60.0]))
+def test_sums_of_strips(isa: str, seed: int, local_mass: float, spread: float) -> None:
+    """To four digits; what is far from the local mass counts as not quite so far; NaN stays."""
+    rng = np.random.default_rng(seed)
+    scores = (local_mass + spread * rng.standard_normal((6, 16))).astype(np.float32)
+    scores[4, 3], scores[5, 8] = np.nan, rng.choice([-1e30, 1e30])
+    sums, err = np.full(6, np.nan, np.float32), ffi.new("pyllm_error *")
+    arrays = ffi.from_buffer("float[]", scores), ffi.from_buffer("float[]", sums)
+    check(lib.hook_strip_sums(isa.encode(), arrays[0], 6, local_mass, arrays[1], err), err)
+    above = np.clip(scores.astype(np.float64) - np.float32(local_mass), -120 * np.log(2), 100 * np.log(2))
+    np.testing.assert_allclose(sums, np.exp(above).sum(axis=1), rtol=2e-4)
+    assert np.isnan(sums).tolist() == [False] * 4 + [True, False]
 
 
 @settings(max_examples=15, deadline=None)

@@ -36,7 +36,7 @@ from pyllm.attention import GRADED, PRESETS, UNCALIBRATED, Policy
 from pyllm.calibration import MOMENTS
 from pyllm.cli import main
 from pyllm.evaluate.candidates import Choice, Fitted, candidates
-from pyllm.profile import DECODE_PART, DESCRIPTION, Measured, Preset, Profile, beside
+from pyllm.profile import DECODE_PART, DESCRIPTION, VERSION, Measured, Preset, Profile, beside
 
 SHAPE = (2, 8)  # of the tiny model
 OTHER = "0123456789abcdef"  # the fingerprint of no model
@@ -199,7 +199,7 @@ def at(path: str, value: Any) -> Callable[[dict[str, Any]], object]:
 
 EDITS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "other format": (at("format", "zip"), "not of the format"),
-    "version": (at("version", 1), "a profile of version 1, but this pyllm reads 3: make it again"),
+    "version": (at("version", 1), f"a profile of version 1, but this pyllm reads {VERSION}: make it again"),
     "no version": (at("version", None), "version None"),
     "no presets": (at("presets", None), "presets"),
     "a list of presets": (at("presets", [1]), "not a profile"),

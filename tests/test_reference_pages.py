@@ -465,7 +465,9 @@ def recount(result: AttentionResult, policy: Policy, heads: tuple[int, int], hea
         stats.pages_read += n_read
         stats.bytes_read += 16 * n_read * key_bytes
         for h in of_group:
-            stats.work_done += n_bulk // 64 * head_dim * int(decisions.rested[t, h])
+            standing = n_bulk // 64 * head_dim * int(decisions.rested[t, h])
+            stats.work_done += standing
+            stats.work_sketch += standing
         if decisions.rested[t, of_group].any():
             stats.bytes_read += n_bulk // 64 * 2 * head_dim
         if decisions.scored[t, of_group].any():

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from pyllm.reference import attention as reference
+from pyllm.reference import sketch
 from pyllm.reference.attention import Policy
 from pyllm.reference.sketch import GRADED
 from test_attention import FIELDS, SEEDS, WEIGHT_ROUNDING, Inputs, random_inputs, run, with_arrays
@@ -21,15 +23,12 @@ shapes = st.sampled_from(
 )
 resting = st.builds(
     Policy,
-    kind=st.sampled_from(["dense", "static", "adaptive"]),
+    kind=st.sampled_from(["dense", "static"]),
     n_sink=st.sampled_from([0, 16]),
     n_window=st.sampled_from([1, 64, 100]),
-    granularity=st.just("head"),
-    thresholds=st.just(0.9),
     static_local=st.just(True),
     page_bits=st.just(GRADED),
     decode_share=st.sampled_from([0.01, 0.1, 1.0]),
-    page_drop=st.sampled_from([1.0, 0.3]),
 )
 
 
@@ -58,24 +57,53 @@ def test_reference_of_a_gpu(seed: int, shape: tuple[int, int, int], policy: Poli
     check_last(random_inputs(seed, n, *shape), with_rest(policy, shape, seed), ISAS[-1], "cuda")
 
 
-def test_more_pages_than_a_block_sums(rng: np.random.Generator) -> None:
+@settings(max_examples=2, deadline=None)
+@given(seed=SEEDS)
+def test_more_pages_than_a_block_sums(seed: int) -> None:
     """On a GPU, 32."""
-    shape, seed = (2, 1, 32), int(rng.integers(2**32))
+    shape = 2, 1, 32
     policy = Policy("dense", n_window=64, page_bits=GRADED, decode_share=0.05)
     check_last(random_inputs(seed, 2300, *shape), with_rest(policy, shape, seed), ISAS[-1], "cuda")
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("sharpness", [300.0, 3000.0])
+def test_far_more_in_the_bulk_than_nearby(device: str, sharpness: float) -> None:
+    """Weights beside the local mass's 1 that no float holds: still a number, whatever it says."""
+    shape = 6, 2, 64
+    x = random_inputs(3, 400, *shape)
+    x = Inputs(x.q * np.float32(sharpness), x.k, x.v)
+    policy = with_rest(Policy("dense", n_window=1, n_sink=0, page_bits=GRADED, decode_share=1.0), shape, 3)
+    assert np.isfinite(run(x, policy, chunk=399, device=device).output).all()
+
+
 def check_last(x: Inputs, policy: Policy, isa: str, device: str) -> None:
-    """The last token, alone behind a prompt; a share that hangs on rounding may flip a read page."""
-    ours = run(x, policy, isa, chunk=len(x.q) - 1, device=device)
+    """The last token, alone behind a prompt; not where a share is so near the cut that rounding flips it."""
     kind = products(isa) if device == "cpu" else "float"
     theirs = reference.attend(x.q[-1:], x.k, x.v, x.scale, policy, products=kind)
+    assume(not (np.abs(shares(x, policy, theirs) / policy.cut(1) - 1) < 1e-3).any())
+    ours = run(x, policy, isa, chunk=len(x.q) - 1, device=device)
+    assert np.array_equal(ours.is_long[-1], ~theirs.decisions.local[0])
     rounding = WEIGHT_ROUNDING[kind] if device == "cpu" else 6e-4
-    error = np.abs(ours.output[-1] - theirs.output[0]).max(axis=1)
-    # Values that stand for pages are halves.
-    tolerance = 2e-5 * (1 + np.abs(theirs.decisions.local_mass).max()) + 2.0**-11 + rounding
-    assert (error > tolerance * np.abs(x.v).max()).mean() <= 0.2
-    assert (ours.is_long[-1] == ~theirs.decisions.local[0]).mean() >= 0.8
+    # Estimated weights have four digits, and the values that stand for pages are halves.
+    tolerance = 2e-5 * (1 + np.abs(theirs.decisions.local_mass).max()) + 2e-4 + 2.0**-11 + rounding
+    np.testing.assert_allclose(ours.output[-1], theirs.output[0], atol=tolerance * np.abs(x.v).max(), rtol=0)
+
+
+def shares(x: Inputs, policy: Policy, result: reference.AttentionResult) -> NDArray[np.float64]:
+    """(long heads, read pages): of all attention of the last token's heads."""
+    keys = reference.stored(x.k).transpose(1, 0, 2)
+    sketches = reference.sketch_bulk(keys, policy, 0)
+    group = x.q.shape[1] // len(sketches)
+    long = np.flatnonzero(~result.decisions.local[0])
+    found = [
+        sketch.shares(
+            sketch.estimated_scores(x.q[-1:, h], sketches[h // group], x.scale),
+            result.decisions.local_mass[:1, h],
+        )
+        for h in long
+    ]
+    return np.concatenate(found) if found else np.zeros((0, 1))
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -93,7 +121,8 @@ def test_is_of_tokens_evaluated_alone(device: str, seed: int, shape: tuple[int, 
     assert np.array_equal(without.record["read_mass"], beside.record["read_mass"])
     n_heads, n_kv_heads, d = shape
     pages = (400 - 64 - nothing.n_sink) // reference.PAGE
-    more = {"work_done": n_heads * pages * d, "bytes_read": n_kv_heads * pages * 2 * d}
+    work = n_heads * pages * d
+    more = {"work_done": work, "work_sketch": work, "bytes_read": n_kv_heads * pages * 2 * d}
     assert {name: beside.stats[name] - without.stats[name] for name in FIELDS} == {
         name: more.get(name, 0) for name in FIELDS
     }

@@ -54,11 +54,18 @@ static void clear_head(uint16_t *blocks, const attention_shape *s, int32_t from,
   for (int32_t b = first + 1; b <= last; b++) memset(blocks + b * halves, 0, kv_block_bytes(s->head_dim));
 }
 
+/* Of the pages that are no longer whole, nothing stays that a product with zero does not make zero. */
+static void cut_sketch(key_sketch *sketch, int32_t head_dim, int32_t whole_pages) {
+  for (int32_t page = whole_pages; sketch->usual && page < sketch->n_pages; page++)
+    for (int32_t i = 0; i < head_dim; i++) *usual_at(sketch->usual, head_dim, page, i) = 0;
+  if (sketch->n_pages > whole_pages) sketch->n_pages = whole_pages;
+}
+
 void cpu_cache_cut(layer_cache *l, const attention_shape *s, int32_t from, int32_t to) {
   int32_t whole_pages = from > s->n_sink ? (from - s->n_sink) / PYLLM_PAGE : 0;
   for (int32_t g = 0; from < to && g < s->n_kv_heads; g++) {
     clear_head(cache_blocks(l, g, s->head_dim), s, from, to);
     if (l->moments[g].n_pages > whole_pages) l->moments[g].n_pages = 0;
-    if (l->sketches[g].n_pages > whole_pages) l->sketches[g].n_pages = whole_pages;
+    cut_sketch(&l->sketches[g], s->head_dim, whole_pages);
   }
 }

@@ -153,12 +153,16 @@ void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *ca
 void cpu_usual_value(const struct kernels *k, const key_sketch *sketch, const uint16_t *block, int32_t head_dim,
                      float scale, int32_t page);
 /* b->rest of the heads of one key/value head, where the batch is one query: of the strips that `wanted` leaves out. rows:
- * its long heads, in order. */
+ * its long heads in order, with their shares and total. */
 void cpu_rest(const backend *be, attention_batch *b, const key_sketch *sketch, const page_scratch *rows,
               const uint8_t *wanted, float factor);
-/* Halves of the values that stand for the pages of n_blocks. */
+/* Halves of the values that stand for the pages of n_blocks: 16 pages lie as 16 tokens' values do in a KV block, so that
+ * they are multiplied as these are. And where dimension i of a page is. */
 static inline size_t usual_halves(int32_t n_blocks, int32_t head_dim) {
   return (size_t)((n_blocks + STRIP - 1) / STRIP * STRIP) * (size_t)head_dim;
+}
+static inline uint16_t *usual_at(uint16_t *usual, int32_t head_dim, int32_t page, int32_t i) {
+  return usual + (int64_t)(page / STRIP) * STRIP * head_dim + block_value_index(head_dim, page % STRIP, i);
 }
 
 /* mass (n, n_heads): M of every row that has a bulk, from its keys. queries: (n) 1 where it is wanted; NULL: everywhere.

@@ -164,12 +164,14 @@ static void sketch_scores(const uint8_t *page, int32_t page_bits, int32_t head_d
   }
 }
 
+/* Rough, for the scores are; a strip's sum decides whether it is read, and what stands for it. */
 static void strip_sums(const float *scores, int32_t n_strips, float local_mass, float *sums) {
+  const float mass = local_mass * LOG2_E;
   for (int32_t s = 0; s < n_strips; s++) {
     vf sum = vset(0);
     for (int i = 0; i < STRIP; i += VL) {
-      vf y = (vload(scores + s * STRIP + i) - local_mass) * LOG2_E;
-      sum += vexp2(-vmax(vset(-100.0f), -y)); /* in this order NaN stays NaN */
+      vf y = vload(scores + s * STRIP + i) * LOG2_E - mass;
+      sum += vexp2_rough(vmin(vset(100.0f), vmax(vset(-120.0f), y))); /* in this order NaN stays NaN */
     }
     sums[s] = vsum(sum);
   }

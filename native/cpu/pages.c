@@ -98,7 +98,7 @@ static void load_list(const page_job *job, const page_list *list, page_scratch *
   list->read->n_scored_rows = x->n;
 }
 
-/* Marks what the loaded rows want, whose shares are still sums. */
+/* Marks what the loaded rows want, whose shares are still sums, and sets their totals. */
 static void want(const page_job *job, const page_list *list, page_scratch *x) {
   int32_t n_strips = list->tile->n_pages * KV_STRIPS;
   memset(list->wanted, 0, (size_t)n_strips);

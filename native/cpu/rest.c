@@ -25,11 +25,6 @@ static float usual_weights(const kernels *k, const float *query, const uint16_t 
   return sum;
 }
 
-/* The values of 16 pages lie as those of 16 tokens do in a KV block, so that they are multiplied as these are. */
-static uint16_t *usual_values(const key_sketch *sketch, int32_t head_dim, int32_t page) {
-  return sketch->usual + (int64_t)(page / STRIP) * STRIP * head_dim;
-}
-
 void cpu_usual_value(const kernels *k, const key_sketch *sketch, const uint16_t *block, int32_t head_dim, float scale,
                      int32_t page) {
   float weights[KV_BLOCK], value[LARGEST_HEAD];
@@ -40,9 +35,7 @@ void cpu_usual_value(const kernels *k, const key_sketch *sketch, const uint16_t 
     for (int32_t s = 0; s < KV_STRIPS; s++) of_page.data[s] = values + (s * head_dim + j * STRIP) * STRIP;
     k->strip_gemm(1, weights, KV_BLOCK, &of_page, NULL, value + j * STRIP, head_dim);
   }
-  uint16_t *to = usual_values(sketch, head_dim, page);
-  for (int32_t i = 0; i < head_dim; i++)
-    to[block_value_index(head_dim, page % STRIP, i)] = f32_to_f16(value[i] * inverse);
+  for (int32_t i = 0; i < head_dim; i++) *usual_at(sketch->usual, head_dim, page, i) = f32_to_f16(value[i] * inverse);
 }
 
 /* to (64): of pages [first, first + n), what of their strips is not read; zeros behind. share: of the row's strips.
@@ -67,7 +60,8 @@ static void weigh_pages(attention_batch *b, const page_scratch *rows, const uint
     memset(to, 0, PAGES_AT_ONCE * sizeof *to);
     if (!b->is_long[head + h]) continue;
     const float *share = rows->shares + (int64_t)row * b->max_strips;
-    b->rest.weight[head + h] += left_out(share, wanted, factor * rows->total[row++], first, n, to);
+    b->rest.weight[head + h] += left_out(share, wanted, factor * rows->total[row], first, n, to);
+    row++;
   }
 }
 
@@ -76,13 +70,14 @@ void cpu_rest(const backend *be, attention_batch *b, const key_sketch *sketch, c
   int32_t d = b->head_dim, group = b->n_heads / b->n_kv_heads, head = rows->kv_head * group;
   float weights[SHARED_ROWS * PAGES_AT_ONCE], ones[SHARED_ROWS], *out = b->rest.out + (int64_t)head * d;
   for (int32_t h = 0; h < group; h++) ones[h] = 1.0f, b->rest.weight[head + h] = 0;
+  if (rows->n == 0) return;
   for (int32_t first = 0, n; first < b->tiles->n_pages; first += n) {
     n = b->tiles->n_pages - first < PAGES_AT_ONCE ? b->tiles->n_pages - first : PAGES_AT_ONCE;
     weigh_pages(b, rows, wanted, factor, first, n, weights);
     strips of_pages = {STRIP_F16, (n + STRIP - 1) / STRIP, STRIP / 2, {0}, {0}};
     for (int32_t j = 0; j < d / STRIP; j++) {
       for (int32_t s = 0; s < of_pages.n_pieces; s++)
-        of_pages.data[s] = usual_values(sketch, d, first + s * STRIP) + j * STRIP * STRIP;
+        of_pages.data[s] = usual_at(sketch->usual, d, first + s * STRIP, j * STRIP);
       be->kernels->strip_gemm(group, weights, PAGES_AT_ONCE, &of_pages, first ? ones : NULL, out + j * STRIP, d);
     }
   }

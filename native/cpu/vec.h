@@ -59,6 +59,17 @@ static inline vf vmax(vf a, vf b) {
 #endif
 }
 
+/* b where either is NaN. */
+static inline vf vmin(vf a, vf b) {
+#if VL == 16
+  return (vf)_mm512_min_ps((__m512)a, (__m512)b);
+#elif VL == 8
+  return (vf)_mm256_min_ps((__m256)a, (__m256)b);
+#else
+  return vselect(a < b, a, b);
+#endif
+}
+
 /* (x0, x1, x0, x1, ...) */
 static inline vf vset_pair(const float *x) {
   double d;
@@ -200,6 +211,26 @@ static inline vf vexp2(vf y) {
   p = p * r + 6.9314700365e-01f;
   p = p * r + 1.0f;
   return (vf)(~(vu)tiny & ((vu)p + ((vu)shifted << 23)));
+#endif
+}
+
+/* 2^y for y in [-126, 100], relative error under 8e-5. */
+static inline vf vexp2_rough(vf y) {
+#if VL == 16
+  vf r = (vf)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+  vf p = vset(7.8024357557e-2f); /* on [0, 1] */
+  p = p * r + 2.2606773674e-1f;
+  p = p * r + 6.9583314657e-1f;
+  p = p * r + 9.9992525578e-1f;
+  return (vf)_mm512_scalef_ps((__m512)p, (__m512)y);
+#else
+  vf shifted = y + 12582912.0f;
+  vf r = y - (shifted - 12582912.0f);
+  vf p = vset(5.5171553045e-2f); /* on [-1/2, 1/2] */
+  p = p * r + 2.4261136353e-1f;
+  p = p * r + 6.9326102734e-1f;
+  p = p * r + 9.9992805719e-1f;
+  return (vf)((vu)p + ((vu)shifted << 23));
 #endif
 }
 

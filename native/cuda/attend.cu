@@ -179,7 +179,8 @@ struct finish_shared {
   float partial[WARP];
 };
 
-/* Grid: row_grid. Reads and writes 4 head_dim bytes per row of the attention. */
+/* Grid: row_grid. Reads and writes 4 head_dim bytes per row of the attention; of a lone query with a rest it reads
+ * 4 head_dim + 4 more per row and 32 pages. */
 __global__ void finish_kernel(device_attention a, int32_t n, bool rounded, activation out) {
   int64_t token = blockIdx.x;
   write_row(out, n, rounded, block_shared<finish_shared>().partial,

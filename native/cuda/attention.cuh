@@ -149,7 +149,7 @@ __device__ inline int32_t sharing_of(const device_attention &a, const query_tile
   return a.paged ? attention_sharing(&tile, group_of(a)) : group_of(a);
 }
 
-/* Whether the page tier picks strips in one go, without `wanted`: in decode, where a group's rows have a warp each. */
+/* Whether the page tier picks strips in one go: in decode, where a group's rows have a warp each. */
 enum { PICKED_ROWS = 32 };
 ANYWHERE bool picks_at_once(const device_attention &a, int32_t n) {
   return n == 1 && a.n_heads / a.n_kv_heads <= PICKED_ROWS;
@@ -172,18 +172,18 @@ __device__ inline void count_group(const device_attention &a, const query_tile &
   uint64_t strip_work = PYLLM_READ_PAGE * 2 * (uint64_t)a.head_dim; /* multiply-adds of scores and weighted values */
   uint64_t sketch_bytes = page_bits ? sketch_page_bytes(page_bits, a.head_dim) : 0; /* of a page; and its channels */
   uint64_t sketched = page_bits ? (uint64_t)sketch_channels(page_bits, a.head_dim) : 0;
-  uint64_t scoring = c.scored * pages * PYLLM_PAGE * sketched;
   uint64_t stood_for = a.rest > 0 && a.now->n == 1 ? pages * (uint64_t)a.head_dim : 0; /* values */
+  uint64_t sketch_work = c.scored * pages * PYLLM_PAGE * sketched + c.rows * stood_for;
   add_count(&stats->pairs, pairs);
   add_count(&stats->pairs_local, pairs - c.rows);
   add_count(&stats->work, pairs * all * strip_work);
-  add_count(&stats->work_done, c.head_strips * strip_work + scoring + c.rows * stood_for);
+  add_count(&stats->work_done, c.head_strips * strip_work + sketch_work);
   add_count(&stats->bytes, (uint64_t)tile.n * all * strip_bytes);
   add_count(&stats->bytes_read,
             c.strips * strip_bytes + c.asked * pages * sketch_bytes + c.queries * stood_for * sizeof(uint16_t));
   add_count(&stats->pages, c.queries * all);
   add_count(&stats->pages_read, c.strips);
-  add_count(&stats->work_sketch, scoring);
+  add_count(&stats->work_sketch, sketch_work);
 }
 
 /* ---- the stages; each comments its launches where it is written ---- */

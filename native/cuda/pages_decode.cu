@@ -134,7 +134,7 @@ __device__ int32_t pick_strips(const scored_list &l, int32_t *strips, uint8_t *w
 }
 
 /* Decode. Grid (n_kv_heads), a list each: what want_kernel and list_kernel do, with nothing in between. Reads the masses of
- * the list's rows, 4 bytes per strip and row, a few times, and writes 4 bytes per strip picked and one per other. */
+ * the list's rows, 4 bytes per strip and row, a few times, and writes 4 bytes per strip picked, with a rest one more per strip. */
 __global__ void __launch_bounds__(PICK_THREADS)
     pick_kernel(device_attention a, device_layer layer, device_policy policy) {
   pick_shared &s = block_shared<pick_shared>();

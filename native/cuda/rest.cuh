@@ -20,9 +20,12 @@ __device__ inline void make_usual_value(const device_attention &a, const uint16_
   static_assert(PYLLM_PAGE == 2 * WARP, "two tokens a lane");
   int32_t lane = threadIdx.x % WARP, d = a.head_dim;
   float score[2] = {};
-  for (int32_t i = 0; i < d; i++)
-    for (int32_t j = 0; j < 2; j++)
-      score[j] += query[i] * a.scale * half_to_float(block[kv_key_at(d, j * WARP + lane, i)]);
+  for (int32_t t = 0; t < PYLLM_PAGE; t++) { /* lanes over a key's dimensions, which are neighbours */
+    float part = 0;
+    for (int32_t i = lane; i < d; i += WARP) part += query[i] * a.scale * half_to_float(block[kv_key_at(d, t, i)]);
+    part = warp_sum(part);
+    if (lane == t % WARP) score[t / WARP] = part;
+  }
   float top = warp_max(fmaxf(score[0], score[1]));
   float weight[2] = {expf(score[0] - top), expf(score[1] - top)}, inverse = 1.0f / warp_sum(weight[0] + weight[1]);
   for (int32_t first = 0; first < d; first += WARP) {

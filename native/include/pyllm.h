@@ -163,11 +163,12 @@ typedef struct pyllm_attention {
   float page_share, decode_share, page_drop;
   /* (n_layers, n_kv_heads, head_dim): each head's channels, first those that move scores most; PYLLM_GRADED. */
   const uint16_t *channels;
-  /* What stands for the strips that a token does not read which is evaluated alone, under PYLLM_GRADED: one value per
-   * page, the mean of its values as this mean of the queries on other text, after RoPE, weighs them; it counts page_rest
-   * times the estimated weight of the page's strips that are not read. 0: nothing does. */
-  float page_rest;          /* 0..1 */
-  const float *query_means; /* (n_layers, n_kv_heads, head_dim) */
+  /* Of a token that is a batch by itself, under PYLLM_GRADED, one value per page stands for the page's strips that are not
+   * read, and counts page_rest, 0..1, times their estimated weight (0: nothing stands for them, as where more than 64 heads
+   * share a key/value head). It is the mean of the page's values as the usual query weighs them, the mean of the queries
+   * on other text, after RoPE: query_means (n_layers, n_kv_heads, head_dim), which PYLLM_GRADED needs whatever page_rest. */
+  float page_rest;
+  const float *query_means;
 } pyllm_attention;
 
 /* What was decided and why, for the n tokens of one eval. Arrays of the caller, valid during the call; each may be NULL.
@@ -179,7 +180,8 @@ typedef struct pyllm_record {
   float *local_mass; /* sinks and window: L */
   float *estimate;  /* the bulk, as the policy takes it: adaptive's estimate, oracle's truth; NaN where there is none */
   float *true_mass; /* the bulk: M; NaN where the token is not audited or has no bulk */
-  float *read_mass; /* all that was read: sinks, window and what a long head read of the bulk */
+  float *
+      read_mass; /* all that was read: sinks, window and what a long head read of the bulk; not what stands for the rest */
   float *mean_score; /* mean c q.mu of the bulk's scores, by the moments that adaptive takes; NaN where there is none */
   float *deviation;  /* their standard deviation s, likewise */
   uint8_t *is_long;  /* (n_layers, n, n_heads) 1 where the head is long; 0 without a bulk */
@@ -190,18 +192,18 @@ typedef struct pyllm_session_memory {
   uint64_t kv_bytes;   /* keys and values, when the context is full */
   uint64_t host_bytes; /* of the host's memory, where the device is a GPU and kv_window is not 0; the others are its */
   uint64_t moment_bytes;  /* running means and covariances of the bulk keys */
-  uint64_t sketch_bytes;  /* the key sketch of the page tier */
+  uint64_t sketch_bytes;  /* the key sketch of the page tier, and values that stand for pages */
   uint64_t scratch_bytes; /* activations of one batch */
 } pyllm_session_memory;
 
 typedef struct pyllm_layer_stats {
   uint64_t pairs, pairs_local; /* (query, head) pairs that had a bulk; of these called local */
-  uint64_t work, work_done;    /* multiply-adds of bulk scores and values: dense attention's; done, sketched scores
-                                  included */
-  uint64_t bytes, bytes_read;  /* bulk key and value bytes per (query, key/value head): dense attention's; read, sketch
-                                  included */
-  uint64_t pages, pages_read;  /* strips in the bulk of (query, key/value head) pairs with a long head; of these read */
-  uint64_t work_sketch;        /* of work_done: sketched scores */
+  uint64_t work, work_done; /* multiply-adds of bulk scores and values: dense attention's; done, the sketch's included:
+                                  of scores, and of values that stand for pages */
+  uint64_t bytes, bytes_read; /* bulk key and value bytes per (query, key/value head): dense attention's; read, the
+                                  sketch's included */
+  uint64_t pages, pages_read; /* strips in the bulk of (query, key/value head) pairs with a long head; of these read */
+  uint64_t work_sketch;       /* of work_done: the sketch's */
 } pyllm_layer_stats;
 
 typedef struct pyllm_stage_stats {

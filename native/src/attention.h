@@ -4,7 +4,7 @@
  *   attend_local   every query over its sinks and window            -> softmax state (m, l, o); L = m + ln l
  *   select         M, the bulk's (estimated) mass; which heads are long; which strips they read; the bulk's work list
  *   attend_bulk    only what is on the list, continuing (m, l, o)
- *   finish         o / l
+ *   finish         o / l, of a lone query with what stands for the rest of its bulk
  *
  * Cost per layer and query head: local 2 d (n_sink + n_window + 64) multiply-adds, select d^2, bulk 2 d per key read.
  * Every result depends only on the query's own position and keys: not on batches, tiles or threads. The exception is

@@ -65,7 +65,9 @@ static void count_scoring(const attention_batch *b, const tile_group *g, int32_t
 
 /* Adds what the values that stand for pages cost. */
 static void count_rest(const attention_batch *b, const group_read *read, uint64_t pages, pyllm_layer_stats *stats) {
-  stats->work_done += read->heads * pages * (uint64_t)b->head_dim;
+  uint64_t work = read->heads * pages * (uint64_t)b->head_dim;
+  stats->work_done += work;
+  stats->work_sketch += work;
   stats->bytes_read += read->queries * pages * sizeof(uint16_t) * (uint64_t)b->head_dim;
 }
 

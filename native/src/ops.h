@@ -83,7 +83,7 @@ typedef struct attention_ops {
   void (*attend_local)(const backend *be, attention_state *state, int32_t layer);
   /* The head-selection stage: bulk_mass, is_long and the bulk work list. Adaptive: folds new pages into the moments
    * and does head_dim^2 multiply-adds per row; oracle: reads all bulk keys. With a page tier the sketch is read for
-   * every scored query with a long head. Returns the bytes that select and attend_bulk read; 0 where the backend does not
+   * every scored query with a long head, and where a batch is one query, what stands for pages. Returns the bytes that select and attend_bulk read; 0 where the backend does not
    * tell at once. */
   uint64_t (*select)(const backend *be, attention_state *state, int32_t layer);
   /* Continues state and out over the bulk work list. Reads the blocks it names. */
@@ -91,7 +91,7 @@ typedef struct attention_ops {
   /* Fills the arrays that out has, (n, n_heads) of one layer, the host's; audit: reads the bulk keys of audited queries.
    * Comes after attend_bulk, whose work list it overwrites. */
   void (*record)(const backend *be, attention_state *state, int32_t layer, const pyllm_record *out);
-  /* out = weighted values / their weight, (n, n_heads * head_dim). */
+  /* out = weighted values / their weight, (n, n_heads * head_dim), with what stands for pages. */
   void (*finish)(const backend *be, attention_state *state, bool rounded, activation *out);
 } attention_ops;
 

@@ -58,16 +58,13 @@ static int32_t check_numbers(const pyllm_attention *a, pyllm_error *err) {
   return policy_check_bits(a->page_bits, err);
 }
 
-static int32_t check_presence(const pyllm_attention *a, const policy_shape *s, pyllm_error *err) {
+static int32_t check_presence(const pyllm_attention *a, pyllm_error *err) {
   if ((a->policy == PYLLM_ORACLE || a->policy == PYLLM_ADAPTIVE) && !a->thresholds)
     return fail(err, PYLLM_ERR_ARGUMENT, "this attention policy needs thresholds");
   if (a->policy == PYLLM_STATIC && !a->static_local)
     return fail(err, PYLLM_ERR_ARGUMENT, "static attention needs its head labels");
   if (a->estimate != PYLLM_GAUSSIAN && !a->coefficients)
     return fail(err, PYLLM_ERR_ARGUMENT, "an estimate by regression needs its coefficients");
-  if (a->page_rest > 0 && s->n_heads / s->n_kv_heads > SHARED_ROWS)
-    return fail(err, PYLLM_ERR_UNSUPPORTED, "page_rest with %d query heads to a key/value head: up to %d are possible",
-                s->n_heads / s->n_kv_heads, SHARED_ROWS);
   if (!a->means != !a->covariances)
     return fail(err, PYLLM_ERR_ARGUMENT, "calibrated moments need means and covariances");
   if (a->page_bits == PYLLM_GRADED && !(a->channels && a->query_means))
@@ -128,7 +125,7 @@ static int32_t check_arrays(const pyllm_attention *a, const policy_shape *s, pyl
 
 int32_t policy_new(const pyllm_attention *a, const policy_shape *s, attention_policy *out, pyllm_error *err) {
   int32_t status = check_numbers(a, err);
-  if (!status) status = check_presence(a, s, err);
+  if (!status) status = check_presence(a, err);
   if (!status) status = check_arrays(a, s, err);
   if (status) return status;
   size_t heads = (size_t)s->n_layers * (size_t)s->n_heads, kv_heads = (size_t)s->n_layers * (size_t)s->n_kv_heads;

@@ -97,6 +97,11 @@ EMU __m512 emu_max_ps(__m512 a, __m512 b) {
   EACH(16) out[i] = a[i] > b[i] ? a[i] : b[i];
   return out;
 }
+EMU __m512 emu_min_ps(__m512 a, __m512 b) {
+  __m512 out = b;
+  EACH(16) out[i] = a[i] < b[i] ? a[i] : b[i];
+  return out;
+}
 EMU __m512 emu_fmsub_ps(__m512 a, __m512 b, __m512 c) {
   __m512 out = a;
   EACH(16) out[i] = fmaf(a[i], b[i], -c[i]);
@@ -178,6 +183,7 @@ EMU __m512 emu_dpbf16_ps(__m512 acc, emu_bf16x32 a, emu_bf16x32 b) {
 #define _mm512_madd_epi16 emu_madd_epi16
 #define _mm512_maddubs_epi16 emu_maddubs_epi16
 #define _mm512_max_ps emu_max_ps
+#define _mm512_min_ps emu_min_ps
 #define _mm512_reduce_add_ps emu_reduce_add_ps
 #define _mm512_reduce_max_ps emu_reduce_max_ps
 #define _mm512_reduce_ps(a, how) emu_reduce_ps(a)

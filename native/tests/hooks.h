@@ -71,6 +71,10 @@ int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyl
 int32_t hook_moments(const char *device, const char *isa, const float *k, int32_t n_pages, int32_t head_dim,
                      float *mean, float *cov, pyllm_error *err);
 
+/* sums (n_strips): kernels.strip_sums of scores (n_strips, 16). */
+int32_t hook_strip_sums(const char *isa, const float *scores, int32_t n_strips, float local_mass, float *sums,
+                        pyllm_error *err);
+
 /* M^ of n_keys keys from mean and variance of their scores, both (n), as the head of coefficients (3; may be NULL). */
 int32_t hook_bulk_estimate(int32_t gaussian, int32_t estimate, const float *coefficients, int32_t n_keys,
                            const float *mean_score, const float *variance, int32_t n, float *out);

@@ -17,6 +17,14 @@ int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyl
   return PYLLM_OK;
 }
 
+int32_t hook_strip_sums(const char *isa, const float *scores, int32_t n_strips, float local_mass, float *sums,
+                        pyllm_error *err) {
+  const kernels *k = kernels_find(isa);
+  if (!k) return fail(err, PYLLM_ERR_ARGUMENT, "no such instruction set");
+  k->strip_sums(scores, n_strips, local_mass, sums);
+  return PYLLM_OK;
+}
+
 int32_t hook_bulk_estimate(int32_t gaussian, int32_t estimate, const float *coefficients, int32_t n_keys,
                            const float *mean_score, const float *variance, int32_t n, float *out) {
   for (int32_t i = 0; i < n; i++)

@@ -114,7 +114,7 @@ class Decisions:
     mean_score, deviation: (T, H) float64, c·q·μ and σ that M̂ is made of; NaN where the bulk is empty.
     reads: (T, H, R) bool, the read pages of the bulk of the last query that a head reads, which is then long.
     scored: (T, H) bool, True where a long head scored the sketch; False everywhere without it.
-    rested: (T, H) bool, True where something stands for what a long head did not read.
+    rested: (T, H) bool, True where something stands for what a long head leaves out, if it does.
     """
 
     has_bulk: npt.NDArray[np.bool_]
@@ -250,8 +250,7 @@ def attend(
         if policy.page_rest and n_read and is_batch(start - first, n_queries, chunk):
             rested[rows] = ~local[rows]
             of_token = rested[rows], reads[rows, :, :n_read], masses[0, rows]
-            long, read, mass = (by_head(x, n_kv_heads)[:, :, 0] for x in of_token)
-            rest = Rest.of(tile[:, :, 0], long, read, mass, sketches, usual, scale, policy.page_rest)
+            rest = rest_of(tile, *of_token, sketches, usual, scale, policy)
             attended[:, :, 0] = rest.joined(attended[:, :, 0], log_sum_exp(scores, visible)[:, :, 0])
         output[rows] = attended.transpose(2, 0, 1, 3).reshape(stop - start, n_heads, head_dim)
 
@@ -373,6 +372,22 @@ def usual_of_bulk(
     return [usual_values(k, v, query, scale) for k, v, query in by_head]
 
 
+def rest_of(
+    tile: npt.NDArray[np.float64],
+    is_long: npt.NDArray[np.bool_],
+    reads: npt.NDArray[np.bool_],
+    local_mass: npt.NDArray[np.float64],
+    sketches: list[Sketch],
+    usual: list[npt.NDArray[np.float32]],
+    scale: float,
+    policy: Policy,
+) -> Rest:
+    """Of a tile (G, H/G, 1, d) of one query: is_long, local_mass (1, H), reads (1, H, R)."""
+    grouped = by_head(is_long, len(tile)), by_head(reads, len(tile)), by_head(local_mass, len(tile))
+    long, read, mass = (x[:, :, 0] for x in grouped)
+    return Rest.of(tile[:, :, 0], long, read, mass, sketches, usual, scale, policy.page_rest)
+
+
 def is_batch(query: int, n_queries: int, chunk: int | None) -> bool:
     """Whether a query of n, cut every chunk, is a batch by itself."""
     size = chunk or n_queries
@@ -443,7 +458,9 @@ def count(decisions: Decisions, first: int, n_kv_heads: int, head_dim: int, poli
             stats.bytes_read += int(scored.reshape(n_kv_heads, -1).any(axis=1).sum()) * sketch_bytes
         rested = decisions.rested[row]
         value_bytes = n_bulk // PAGE * 2 * head_dim
-        stats.work_done += int(rested.sum()) * n_bulk // PAGE * head_dim
+        standing = int(rested.sum()) * n_bulk // PAGE * head_dim
+        stats.work_done += standing
+        stats.work_sketch += standing
         stats.bytes_read += int(rested.reshape(n_kv_heads, -1).any(axis=1).sum()) * value_bytes
         has_long = ~decisions.local[row].reshape(n_kv_heads, -1).all(axis=1)
         stats.pages += int(has_long.sum()) * n_pages
