@@ -32,7 +32,10 @@ ROOT = Path(__file__).parents[1]
 NATIVE = ROOT / "native"
 # The library of the tests with the CUDA library beside it, and no emulated one.
 GPU_BUILD = NATIVE / "build" / "gpu"
-SUITE = tuple(f"tests/test_cuda_{name}.py" for name in ("rows", "linear", "attention", "forward"))
+SUITE = (
+    *(f"tests/test_cuda_{name}.py" for name in ("rows", "linear", "attention", "forward")),
+    "tests/test_rest.py",
+)
 GOLDEN = "tests/test_golden.py"  # with the default model, where that has been downloaded
 TOOLS = ("memcheck", "racecheck", "synccheck")
 HEAD_DIMS = (128, 80, 256)
@@ -118,11 +121,20 @@ def suite(seconds: float) -> Iterator[dict[str, str]]:
 
 SANITIZED = """
 import sys
-from pyllm import LLM, Adaptive
+import numpy as np
+from pyllm import LLM, Adaptive, Calibration
 for kv in ("gpu", "split"):
     attention = Adaptive(0.6, window=64, page_bits=3)
-    session = LLM(sys.argv[1], device="cuda", kv=kv, attention=attention).session()
+    llm = LLM(sys.argv[1], device="cuda", kv=kv, attention=attention)
+    session, info = llm.session(), llm.info
+    n_layers, d = info.n_layers, info.head_dim
+    shapes = [(info.n_heads, 3), *((info.n_kv_heads, *rest) for rest in ((d,), (d, d), (d,), (d,), (d,)))]
+    calibration = Calibration(*(np.zeros((n_layers, *shape)) for shape in shapes), (0, 1))
     session.eval(list(range(300)))
+    for token in range(8):
+        session.eval([token])
+    pages = {"page_bits": "graded", "decode_share": 0.1, "calibration": calibration}
+    session.attention = Adaptive(0.6, window=64, **pages)
     for token in range(8):
         session.eval([token])
 """

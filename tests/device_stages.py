@@ -76,9 +76,10 @@ def matrices(kind: Type, shape: tuple[int, int], n: int, repeats: int = 5) -> di
 
 def attention(
     q: NDArray[np.float32], k: NDArray[np.float32], depth: int, n_layers: int, policy: str,
-    share: float = 0.0, local_heads: int = 0, repeats: int = 5,
+    share: float = 0.0, local_heads: int = 0, repeats: int = 5, graded: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
-    """One token's stages. share: of the page tier, 0 for none; local_heads: so many of a layer are local."""
+    """One token's stages. share: of the page tier, 0 for none, by 3 bits or graded; local_heads: so many of a
+    layer are local."""
     thresholds = np.full((n_layers, N_HEADS), 1.1, np.float32)
     thresholds[:, :local_heads] = 0.0
     attention = ffi.new("pyllm_attention *")
@@ -88,6 +89,12 @@ def attention(
     if share:
         attention.page_bits, attention.page_drop = 3, 1.0
         attention.page_share = attention.decode_share = share
+    order = np.tile(np.arange(HEAD_DIM, dtype=np.uint16), (n_layers, N_KV_HEADS, 1))
+    usual = np.ones((n_layers, N_KV_HEADS, HEAD_DIM), np.float32)
+    if graded:
+        attention.page_bits, attention.page_rest = lib.PYLLM_GRADED, 0.6
+        attention.channels = ffi.from_buffer("uint16_t[]", order)
+        attention.query_means = ffi.from_buffer("float[]", usual)
     shape = ffi.new(
         "hook_time_shape *",
         (n_layers, N_HEADS, N_KV_HEADS, HEAD_DIM, N_SINK, depth, len(q), HEAD_DIM**-0.5),
@@ -104,17 +111,20 @@ def attention(
     us = 1e6 * np.median(seconds, 1) / n_layers
     return {
         "stage": "attention", "depth": depth, "tokens": len(q), "attention": policy, "page_share": share,
+        "graded": graded,
         "local_heads": local_heads, "bulk_bytes_read": stats.bytes_read / max(stats.bytes, 1),
         "us_per_layer": dict(zip(STAGES, us.round(2).tolist(), strict=True)),
     }  # fmt: skip
 
 
-def share_that_reads(q: NDArray[np.float32], k: NDArray[np.float32], depth: int, read: float) -> float:
+def share_that_reads(
+    q: NDArray[np.float32], k: NDArray[np.float32], depth: int, read: float, graded: bool
+) -> float:
     """The page share at which about so much of the bulk's bytes is read, by bisection on one layer."""
     low, high = 1e-8, 1e-1
     for _ in range(10):
         share = (low * high) ** 0.5
-        more = attention(q, k, depth, 1, "dense", share, repeats=1)["bulk_bytes_read"] > read
+        more = attention(q, k, depth, 1, "dense", share, repeats=1, graded=graded)["bulk_bytes_read"] > read
         low, high = (share, high) if more else (low, share)
     return high
 
@@ -125,7 +135,9 @@ def depth_rows(depth: int) -> Iterator[dict[str, Any]]:
     q = 2 * rng.standard_normal((1, N_HEADS, HEAD_DIM), np.float32)  # scores of 2 nats' deviation
     n_layers = min(N_LAYERS, 2**20 // depth)
     yield attention(q, k, depth, n_layers, "dense")
-    yield attention(q, k, depth, n_layers, "dense", share_that_reads(q, k, depth, READ))
+    for graded in (False, True):
+        share = share_that_reads(q, k, depth, READ, graded)
+        yield attention(q, k, depth, n_layers, "dense", share, graded=graded)
     yield attention(q, k, depth, n_layers, "adaptive", local_heads=N_HEADS * 3 // 4)
     yield attention(q, k, depth, n_layers, "adaptive", local_heads=N_HEADS)
 

@@ -40,8 +40,8 @@ def test_attention_reads_what_is_said(rng: np.random.Generator) -> None:
     k = rng.standard_normal((DEPTH + 1, 2, 32), np.float32)
     q = 2 * rng.standard_normal((1, 8, 32), np.float32)
 
-    def read(policy: str, share: float = 0.0, local_heads: int = 0) -> float:
-        row = device_stages.attention(q, k, DEPTH, 2, policy, share, local_heads, repeats=2)
+    def read(policy: str, share: float = 0.0, local_heads: int = 0, graded: bool = False) -> float:
+        row = device_stages.attention(q, k, DEPTH, 2, policy, share, local_heads, repeats=2, graded=graded)
         assert set(row["us_per_layer"]) == set(device_stages.STAGES)
         assert min(row["us_per_layer"].values()) > 0
         return float(row["bulk_bytes_read"])
@@ -49,5 +49,6 @@ def test_attention_reads_what_is_said(rng: np.random.Generator) -> None:
     assert read("dense") == 1
     assert read("adaptive", local_heads=4) == 0.5
     assert read("adaptive", local_heads=8) == 0
-    share = device_stages.share_that_reads(q, k, DEPTH, 0.4)
-    assert read("dense", share) == pytest.approx(0.4, abs=0.1)
+    for graded in (False, True):
+        share = device_stages.share_that_reads(q, k, DEPTH, 0.4, graded)
+        assert read("dense", share, graded=graded) == pytest.approx(0.4, abs=0.1)

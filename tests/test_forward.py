@@ -279,6 +279,27 @@ def test_a_sketch_is_made_anew_for_another_calibration(tiny_model: Path, one: De
     assert not np.array_equal(logits["one"], logits["other"])
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"page_rest": 1.5}, "page_rest is 1.5, expected 0 to 1"),
+        ({"page_rest": float("nan")}, "page_rest is -?nan, expected 0 to 1"),
+        ({"page_bits": 3}, "page_rest is 0.6, but only a graded key sketch has what it takes"),
+        ({"query_means": None}, "needs the order of the channels and the mean queries"),
+        ({"channels": None}, "needs the order of the channels and the mean queries"),
+        ({"query_means": np.full((2, 2, 32), np.inf, np.float32)}, "mean query 0 is not finite"),
+        ({"query_means": np.zeros((2, 1, 32), np.float32)}, "query_means of shape"),
+    ],
+)
+def test_the_library_checks_what_stands_for_pages(
+    tiny_model: Path, change: dict[str, Any], message: str
+) -> None:
+    session = LLM(tiny_model, attention=graded(list(range(32)))).session()
+    with pytest.raises(pyllm.ArgumentError, match=message):
+        session._native.set_attention(**{**session.attention.native(2, 8), **change})
+    session.eval([1])
+
+
 def test_nothing_of_an_overflow_stands_for_pages(tmp_path: Path) -> None:
     """Token 7 was in a page that left the window with its batch: of the page's value nothing stays behind."""
     llm = LLM(overflowing(tiny(tmp_path), 7), n_batch=250, attention=graded(list(range(32)), 1.0))

@@ -23,6 +23,7 @@ pages = {
     "page_share": st.sampled_from([0, 0.005, 0.01, 1]) | st.floats(0, 1),
     "decode_share": st.sampled_from([0, 0.005, 1]) | st.floats(0, 1),
     "page_drop": st.sampled_from([0, 0.1, 1]) | st.floats(0, 5),
+    "page_rest": st.sampled_from([None, 0.0]),
 }
 
 

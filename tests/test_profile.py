@@ -90,6 +90,7 @@ pages: dict[str, Any] = {
     "page_share": st.floats(0, 1),
     "decode_share": st.none() | st.floats(0, 1),
     "page_drop": st.floats(0, 5),
+    "page_rest": st.sampled_from([None, 0.0]),
     "window": st.integers(1, 2**31 - 1),
     "sinks": st.integers(0, 64),
 }
