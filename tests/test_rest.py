@@ -78,10 +78,16 @@ def test_far_more_in_the_bulk_than_nearby(device: str, sharpness: float) -> None
 
 
 def check_last(x: Inputs, policy: Policy, isa: str, device: str) -> None:
-    """The last token, alone behind a prompt; not where a share is so near the cut that rounding flips it."""
+    """The last token, alone behind a prompt.
+
+    Not where a share is so near the cut that rounding flips it, nor where the bulk's scores are over the
+    local mass by as much as the library bounds them to.
+    """
     kind = products(isa) if device == "cpu" else "float"
     theirs = reference.attend(x.q[-1:], x.k, x.v, x.scale, policy, products=kind)
-    assume(not (np.abs(shares(x, policy, theirs) / policy.cut(1) - 1) < 1e-3).any())
+    shares, most_above = estimates(x, policy, theirs)
+    assume(not (np.abs(shares / policy.cut(1) - 1) < 1e-3).any())
+    assume(most_above < 60)
     ours = run(x, policy, isa, chunk=len(x.q) - 1, device=device)
     assert np.array_equal(ours.is_long[-1], ~theirs.decisions.local[0])
     rounding = WEIGHT_ROUNDING[kind] if device == "cpu" else 6e-4
@@ -90,20 +96,20 @@ def check_last(x: Inputs, policy: Policy, isa: str, device: str) -> None:
     np.testing.assert_allclose(ours.output[-1], theirs.output[0], atol=tolerance * np.abs(x.v).max(), rtol=0)
 
 
-def shares(x: Inputs, policy: Policy, result: reference.AttentionResult) -> NDArray[np.float64]:
-    """(long heads, read pages): of all attention of the last token's heads."""
-    keys = reference.stored(x.k).transpose(1, 0, 2)
-    sketches = reference.sketch_bulk(keys, policy, 0)
+def estimates(
+    x: Inputs, policy: Policy, result: reference.AttentionResult
+) -> tuple[NDArray[np.float64], float]:
+    """Of the last token's long heads: (n, read pages) shares of all attention, and by how much a score is
+    over the local mass at most."""
+    sketches = reference.sketch_bulk(reference.stored(x.k).transpose(1, 0, 2), policy, 0)
     group = x.q.shape[1] // len(sketches)
-    long = np.flatnonzero(~result.decisions.local[0])
-    found = [
-        sketch.shares(
-            sketch.estimated_scores(x.q[-1:, h], sketches[h // group], x.scale),
-            result.decisions.local_mass[:1, h],
-        )
-        for h in long
-    ]
-    return np.concatenate(found) if found else np.zeros((0, 1))
+    shares, above = [np.zeros((0, sketches[0].codes.shape[0] * 4))], [0.0]
+    for h in np.flatnonzero(~result.decisions.local[0]):
+        scores = sketch.estimated_scores(x.q[-1:, h], sketches[h // group], x.scale)
+        mass = result.decisions.local_mass[:1, h]
+        shares.append(sketch.shares(scores, mass))
+        above.append(float((scores - mass).max()))
+    return np.concatenate(shares), max(above)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
