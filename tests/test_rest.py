@@ -158,3 +158,14 @@ def test_comes_closer_to_dense_attention(device: str) -> None:
         run(x, replace(policy, page_rest=f), chunk=1499, device=device).output[-1] for f in (1.0, 0.0)
     )
     assert np.abs(with_it - dense).mean() < 0.5 * np.abs(without - dense).mean()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_nothing_stands_for_pages_where_too_many_heads_share_keys(device: str) -> None:
+    """Of a group of more than 64, whose heads have lists of their own in decode too."""
+    shape = 65, 1, 32
+    x = random_inputs(7, 200, *shape)
+    policy = with_rest(Policy("dense", n_window=64, page_bits=GRADED, decode_share=1.0), shape, 7)
+    with_it, without = (run(x, replace(policy, page_rest=f), chunk=199, device=device) for f in (0.7, 0.0))
+    assert np.array_equal(with_it.output, without.output)
+    assert with_it.stats == without.stats

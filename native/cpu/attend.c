@@ -121,9 +121,8 @@ static void fold_span(const attend_job *job, const work_item *item, int32_t span
   }
 }
 
-/* Merges a span's result into the row's: the order of spans is the order of calls. */
-static void merge_row(const attention_batch *b, softmax_state *into, float *out, softmax_state span,
-                      const float *span_out) {
+void cpu_merge_row(const attention_batch *b, softmax_state *into, float *out, softmax_state span,
+                   const float *span_out) {
   if (span.sum == 0) return;
   float max = into->max > span.max ? into->max : span.max;
   float keep = expf(into->max - max), take = expf(span.max - max);
@@ -137,8 +136,8 @@ static void merge_span(const attend_job *job, const work_item *item, const softm
   const attention_batch *b = job->b;
   for (int32_t r = 0; r < item->n_rows; r++) {
     int64_t row = job->list->rows[item->first_row + r];
-    merge_row(b, state_of(job) + row, b->out + row * b->head_dim, state[r],
-              job->with_values ? out + (int64_t)r * b->head_dim : NULL);
+    cpu_merge_row(b, state_of(job) + row, b->out + row * b->head_dim, state[r],
+                  job->with_values ? out + (int64_t)r * b->head_dim : NULL);
   }
 }
 

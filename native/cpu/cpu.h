@@ -170,6 +170,11 @@ static inline uint16_t *usual_at(uint16_t *usual, int32_t head_dim, int32_t page
 void cpu_true_bulk_mass(const backend *be, attention_batch *b, const layer_cache *cache, const uint8_t *queries,
                         float *mass);
 
+/* Merges a span's result into a row's, out and span_out (head_dim): the order of spans is the order of calls. span_out NULL:
+ * the state alone. */
+void cpu_merge_row(const attention_batch *b, softmax_state *into, float *out, softmax_state span,
+                   const float *span_out);
+
 /* mass (n, n_heads): logsumexp of what each row's state (n, n_heads) has taken in. */
 void cpu_masses(const attention_batch *b, const softmax_state *state, float *mass);
 

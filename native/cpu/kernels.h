@@ -103,7 +103,8 @@ typedef struct kernels {
   void (*sketch_scores)(const uint8_t *page, int32_t page_bits, int32_t head_dim, const float *q, int32_t n,
                         float *scores, int64_t ld);
   /* sums (n_strips): of e^(score - local_mass) over the 16 scores of each strip, to four digits. What is over local_mass by
-   * more than 69 counts as that, so that all sums together are finite, and what is under it by more than 83 as that. local_mass: logsumexp of what the query reads anyway. */
+   * more than 69 counts as that, so that all sums together are finite, and what is under it by more than 83 as that.
+   * local_mass: logsumexp of what the query reads anyway. */
   void (*strip_sums)(const float *scores, int32_t n_strips, float local_mass, float *sums);
   /* Makes of the sums of a query's whole bulk (n_strips, a multiple of 4) each strip's part of all attention; returns that,
    * what the query reads anyway being 1. */

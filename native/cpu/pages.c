@@ -203,7 +203,7 @@ void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *ca
   page_job job = {be, b, cache, policy, scratch->pages};
   int32_t group = b->n_heads / b->n_kv_heads;
   bool together = b->n == 1 && attention_sharing(b->tiles, group) == group;
-  b->rest.exists = together && policy->page_rest > 0;
+  b->rest.exists = b->n == 1 && policy->page_rest > 0; /* which is 0 where they have lists of their own */
   if (together) want_of_one_query(&job);
   else pool_run(be->pool, b->n_tiles * b->n_heads, 1, want_of_lists, &job);
 }

@@ -101,34 +101,24 @@ typedef struct finish_run {
   activation *out;
 } finish_run;
 
-/* out (head_dim) of a row: weighted values by their weight. */
-static void finish_row(const attention_batch *b, int64_t row, float *out) {
-  const float *values = b->out + row * b->head_dim;
-  float weight = 1.0f / b->state[row].sum;
-  for (int32_t i = 0; i < b->head_dim; i++) out[i] = values[i] * weight;
-}
-
-/* The same with what stands for what a batch of one query left out. */
-static void finish_with_rest(const attention_batch *b, int64_t row, float *out) {
-  const float *values = b->out + row * b->head_dim, *others = b->rest.out + row * b->head_dim;
-  softmax_state state = b->state[row];
-  float max = state.max > b->local_mass[row] ? state.max : b->local_mass[row];
-  float read = expf(state.max - max), left = expf(b->local_mass[row] - max);
-  float weight = 1.0f / (read * state.sum + left * b->rest.weight[row]);
-  read *= weight, left *= weight;
-  for (int32_t i = 0; i < b->head_dim; i++) out[i] = values[i] * read + others[i] * left;
+/* What stands for what a batch of one query left out is one more span of its rows. */
+static void merge_rest(const attention_batch *b) {
+  for (int32_t h = 0; h < b->n_heads; h++)
+    cpu_merge_row(b, &b->state[h], b->out + h * b->head_dim, (softmax_state){b->local_mass[h], b->rest.weight[h]},
+                  b->rest.out + h * b->head_dim);
 }
 
 static void finish_rows(void *context, int32_t begin, int32_t end, int32_t thread) {
   (void)thread;
   const finish_run *run = context;
   const attention_batch *b = run->b;
+  if (b->rest.exists) merge_rest(b);
   for (int32_t t = begin; t < end; t++) {
     for (int32_t h = 0; h < b->n_heads; h++) {
       int64_t row = (int64_t)t * b->n_heads + h;
-      float *out = run->out->values + row * b->head_dim;
-      if (b->rest.exists && b->rest.weight[row] > 0) finish_with_rest(b, row, out);
-      else finish_row(b, row, out);
+      float weight = 1.0f / b->state[row].sum;
+      for (int32_t i = 0; i < b->head_dim; i++)
+        run->out->values[row * b->head_dim + i] = b->out[row * b->head_dim + i] * weight;
     }
     if (run->rounded) round_row(run->k, run->out, t);
   }

@@ -179,6 +179,20 @@ struct finish_shared {
   float partial[WARP];
 };
 
+/* The i-th weighted value of a row by its weight; what stands for what a lone query left out is one more span. */
+__device__ float finished_value(const device_attention &a, int64_t row, int32_t i) {
+  float2 state = a.state[row], rest = make_float2(a.local_mass[row] * 1.44269504f, 0);
+  float value = a.out[row * a.head_dim + i], other = 0, keep, take;
+  bool rests = a.rest > 0 && a.now->n == 1 && a.is_long[row];
+  int32_t parts = rests ? rest_parts(bulk_pages(a.n_sink, a.n_window, a.now->position)) : 0;
+  for (int64_t p = row * a.max_rest_parts, end = p + parts; p < end; p++) {
+    rest.y += a.rest_weight[p] * a.rest;
+    other += a.rest_out[p * a.head_dim + i] * a.rest;
+  }
+  state = merge_states(state, rest, keep, take);
+  return merge_values(value, other, keep, take) * (1.0f / state.y);
+}
+
 /* Grid: row_grid. Reads and writes 4 head_dim bytes per row of the attention; of a lone query with a rest it reads
  * 4 head_dim + 4 more per row and 32 pages. */
 __global__ void finish_kernel(device_attention a, int32_t n, bool rounded, activation out) {

@@ -140,8 +140,7 @@ int32_t set_policy(const backend *be, attention_state *s, const attention_policy
   s->policy = *policy;
   s->a.n_window = policy->n_window;
   s->a.paged = policy->page_bits != 0;
-  bool shared = s->shape.n_heads / s->shape.n_kv_heads <= SHARED_ROWS; /* one list per group in decode */
-  s->a.rest = shared ? policy->page_rest : 0;
+  s->a.rest = policy->page_rest;
   return be->ops->sync(be, err);
 }
 

@@ -102,12 +102,6 @@ __device__ uint16_t mean_of_keys(const uint16_t *keys, int32_t d, int32_t channe
   return float_to_half(sum / PYLLM_PAGE);
 }
 
-/* What a graded sketch is made with, (n_kv_heads, head_dim) each; NULL of others. */
-struct recipe {
-  const uint16_t *channels;
-  const float *queries;
-};
-
 /* The block's 32 places of the order: all of these have bits, or none has. */
 __device__ void fold_channels(const device_attention &a, const device_layer &layer, int32_t page_bits,
                               const uint16_t *channels, int32_t page, int32_t end, fold_shared &s) {
@@ -139,13 +133,14 @@ __device__ void fold_usual_values(const device_attention &a, const device_layer 
 
 /* Grid (channel_parts, or of a graded sketch sketch_parts, n_kv_heads). Reads a page's keys, of a graded one twice and its
  * values, and writes its sketch once. */
-__global__ void fold_kernel(device_attention a, device_layer layer, int32_t page_bits, recipe with) {
+__global__ void fold_kernel(device_attention a, device_layer layer, device_policy policy) {
   fold_shared &s = block_shared<fold_shared>();
   int32_t *folded = layer.sketch.folded + blockIdx.y * sketch_parts(a.head_dim) + blockIdx.x;
   int32_t page = *folded, end = bulk_pages(a.n_sink, a.n_window, a.now->position + a.now->n - 1);
   __syncthreads(); /* all have read the count */
-  if ((int32_t)blockIdx.x < channel_parts(a.head_dim)) fold_channels(a, layer, page_bits, with.channels, page, end, s);
-  else fold_usual_values(a, layer, with.queries, page, end);
+  if ((int32_t)blockIdx.x < channel_parts(a.head_dim))
+    fold_channels(a, layer, policy.page_bits, policy.channels, page, end, s);
+  else fold_usual_values(a, layer, policy.query_means, page, end);
   if (threadIdx.x == 0 && page < end) *folded = end;
 }
 
@@ -315,7 +310,7 @@ __device__ float cut_share(float cut, float page_drop, const row_shares &row, fl
   for (int32_t i = 0; i < CUT_HALVINGS && page_drop < 1; i++, cut /= 2) {
     float dropped = 0;
     for (int32_t s = threadIdx.x; s < row.n; s += WANT_THREADS) {
-      float share = expf(row.mass[s] - row.top) * row.inverse;
+      float share = share_of(row.mass[s], row.top, row.inverse);
       dropped += share > cut ? 0 : share;
     }
     if (block_sum(dropped, partial) <= page_drop) break;
@@ -328,7 +323,7 @@ __device__ void want_of_row(const device_policy &policy, const query_tile &tile,
                             uint8_t *wanted, float *partial) {
   row_shares row = shares_of_row(mass, tile.n_pages * STRIPS_PER_PAGE, local_mass, partial);
   float cut = cut_share(attention_cut(&tile, policy.page_share, policy.decode_share), policy.page_drop, row, partial);
-  float above = row.top + logf(cut / row.inverse);
+  float above = mass_of_share(cut, row.top, row.inverse);
   /* Not a number counts as wanted: the safe side. */
   for (int32_t s = threadIdx.x; s < row.n; s += WANT_THREADS)
     if (!(mass[s] <= above)) wanted[s] = 1;
@@ -463,17 +458,14 @@ void score(const score_launch &job, int32_t page_bits, bool few) {
 void cuda_select_pages(queue *to, const device_attention &a, const device_layer &layer, const device_policy &policy,
                        int32_t n) {
   int32_t page_bits = policy.page_bits;
-  bool graded = page_bits == PYLLM_GRADED; /* a policy may have a recipe that it does not use */
-  recipe with = {graded ? policy.channels : NULL, graded ? policy.query_means : NULL};
-  int32_t parts = graded ? sketch_parts(a.head_dim) : channel_parts(a.head_dim);
+  int32_t parts = page_bits == PYLLM_GRADED ? sketch_parts(a.head_dim) : channel_parts(a.head_dim);
   int32_t group = a.n_heads / a.n_kv_heads;
   unsigned heads = (unsigned)a.n_kv_heads, lists = (unsigned)most_lists(a, true, n);
   unsigned rows = (unsigned)(n == 1 ? group : SCORED_MOST); /* taken at once */
-  launch(to, fold_kernel, dim3((unsigned)parts, heads), dim3(FOLD_THREADS), sizeof(fold_shared), a, layer, page_bits,
-         with);
+  launch(to, fold_kernel, dim3((unsigned)parts, heads), dim3(FOLD_THREADS), sizeof(fold_shared), a, layer, policy);
   bool picks = picks_at_once(a, n);
   for (int32_t t = 0; t < most_tiles(n); t++) { /* one by one: the masses of one tile's rows are kept */
-    score({to, a, layer, with.channels, t, lists}, page_bits, n * group <= FEW_ROWS);
+    score({to, a, layer, policy.channels, t, lists}, page_bits, n * group <= FEW_ROWS);
     if (!picks) launch(to, want_kernel, dim3(rows, lists), dim3(WANT_THREADS), sizeof(want_shared), a, policy, t);
   }
   if (picks) cuda_pick_strips(to, a, layer, policy);

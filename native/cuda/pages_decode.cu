@@ -21,8 +21,6 @@ struct scored_list {
   int32_t n_rows, n_strips, parts; /* parts: warps of a row; row r has warps r * parts on */
 };
 
-__device__ float share_of(float mass, float top, float inverse) { return expf(mass - top) * inverse; }
-
 /* f(mass) of the strips of the warp's part of its row. */
 template <class F> __device__ void each_mass(const scored_list &l, F f) {
   int32_t row = threadIdx.x / WARP / l.parts, part = threadIdx.x / WARP % l.parts;
@@ -71,7 +69,7 @@ __device__ void cut_rows(const scored_list &l, const query_tile &tile, const dev
     if (!s.above[i]) break;
   }
   if (row < l.n_rows && warp % l.parts == 0 && lane == 0)
-    s.wanted_above[row] = s.row_top[row] + logf(cut / s.inverse[row]);
+    s.wanted_above[row] = mass_of_share(cut, s.row_top[row], s.inverse[row]);
 }
 
 /* Which of the strips that this thread has in `turns` turns are wanted by a row, bit by bit; first: the block's first one.
@@ -106,7 +104,8 @@ __device__ void sum_up(pick_shared &s) {
   }
 }
 
-/* Puts the strips that a row wants in order; returns their number. wanted: (n_strips) 1 for these and 0 for others, or NULL. */
+/* Puts the strips that a row wants in order; returns their number. wanted: (n_strips) 1 for these and 0 for others, or
+ * NULL. */
 __device__ int32_t pick_strips(const scored_list &l, int32_t *strips, uint8_t *wanted, pick_shared &s) {
   int32_t lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, done = 0;
   for (int32_t first = 0; first < l.n_strips; first += PICKED) {
@@ -134,7 +133,8 @@ __device__ int32_t pick_strips(const scored_list &l, int32_t *strips, uint8_t *w
 }
 
 /* Decode. Grid (n_kv_heads), a list each: what want_kernel and list_kernel do, with nothing in between. Reads the masses of
- * the list's rows, 4 bytes per strip and row, a few times, and writes 4 bytes per strip picked, with a rest one more per strip. */
+ * the list's rows, 4 bytes per strip and row, a few times, and writes 4 bytes per strip picked, with a rest one more per
+ * strip. */
 __global__ void __launch_bounds__(PICK_THREADS)
     pick_kernel(device_attention a, device_layer layer, device_policy policy) {
   pick_shared &s = block_shared<pick_shared>();

@@ -1,5 +1,5 @@
 /* What stands for the strips that a query, alone in its batch, does not read: one value per page. What it is and why:
- * cpu/rest.c. Pages' values are made where their keys are sketched (pages.cu), summed in rest.cu and taken in by finish
+ * cpu/rest.c. Pages' values are made where their keys are sketched (pages.cu), summed in rest.cu and merged by finish
  * (attend.cu). */
 #ifndef PYLLM_CUDA_REST_CUH
 #define PYLLM_CUDA_REST_CUH
@@ -37,24 +37,6 @@ __device__ inline void make_usual_value(const device_attention &a, const uint16_
     }
     if (i < d) to[i] = float_to_half(sum * inverse);
   }
-}
-
-/* The i-th weighted value of a row under its state, over the sum of weights; with the rest, where there is one. */
-__device__ inline float finished_value(const device_attention &a, int64_t row, int32_t i) {
-  float2 state = a.state[row];
-  float value = a.out[row * a.head_dim + i], weight = 0, other = 0;
-  if (a.rest > 0 && a.now->n == 1 && a.is_long[row]) {
-    int32_t parts = rest_parts(bulk_pages(a.n_sink, a.n_window, a.now->position));
-    int64_t at = row * a.max_rest_parts;
-    for (int32_t p = 0; p < parts; p++) {
-      weight += a.rest_weight[at + p];
-      other += a.rest_out[(at + p) * a.head_dim + i];
-    }
-  }
-  if (!(weight > 0)) return value * (1.0f / state.y);
-  float local = a.local_mass[row] * 1.44269504f, max = fmaxf(state.x, local);
-  float read = exp2f(state.x - max), left = exp2f(local - max) * a.rest;
-  return (value * read + other * left) * (1.0f / (state.y * read + weight * left));
 }
 
 /* rest.cu: sums what the scored rows of one query's lists leave out. */

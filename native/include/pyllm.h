@@ -180,8 +180,7 @@ typedef struct pyllm_record {
   float *local_mass; /* sinks and window: L */
   float *estimate;  /* the bulk, as the policy takes it: adaptive's estimate, oracle's truth; NaN where there is none */
   float *true_mass; /* the bulk: M; NaN where the token is not audited or has no bulk */
-  float *
-      read_mass; /* all that was read: sinks, window and what a long head read of the bulk; not what stands for the rest */
+  float *read_mass; /* all that was read: sinks, window and what a long head read of the bulk, without page_rest */
   float *mean_score; /* mean c q.mu of the bulk's scores, by the moments that adaptive takes; NaN where there is none */
   float *deviation;  /* their standard deviation s, likewise */
   uint8_t *is_long;  /* (n_layers, n, n_heads) 1 where the head is long; 0 without a bulk */

@@ -83,8 +83,8 @@ typedef struct attention_ops {
   void (*attend_local)(const backend *be, attention_state *state, int32_t layer);
   /* The head-selection stage: bulk_mass, is_long and the bulk work list. Adaptive: folds new pages into the moments
    * and does head_dim^2 multiply-adds per row; oracle: reads all bulk keys. With a page tier the sketch is read for
-   * every scored query with a long head, and where a batch is one query, what stands for pages. Returns the bytes that select and attend_bulk read; 0 where the backend does not
-   * tell at once. */
+   * every scored query with a long head, and where a batch is one query, what stands for pages. Returns the bytes that
+   * select and attend_bulk read; 0 where the backend does not tell at once. */
   uint64_t (*select)(const backend *be, attention_state *state, int32_t layer);
   /* Continues state and out over the bulk work list. Reads the blocks it names. */
   void (*attend_bulk)(const backend *be, attention_state *state, int32_t layer);

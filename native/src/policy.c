@@ -26,9 +26,9 @@ bool policy_needs_sketch(const attention_policy *p, size_t n, int32_t page_bits,
 }
 
 bool sketch_recipe_new(const attention_policy *p, size_t n, sketch_recipe *out) {
-  bool refused = false, graded = p->page_bits == PYLLM_GRADED;
-  out->channels = copy_of(graded ? p->channels : NULL, n * sizeof *p->channels, &refused);
-  out->queries = copy_of(graded ? p->query_means : NULL, n * sizeof *p->query_means, &refused);
+  bool refused = false;
+  out->channels = copy_of(p->channels, n * sizeof *p->channels, &refused);
+  out->queries = copy_of(p->query_means, n * sizeof *p->query_means, &refused);
   return !refused;
 }
 
@@ -130,7 +130,7 @@ int32_t policy_new(const pyllm_attention *a, const policy_shape *s, attention_po
   if (status) return status;
   size_t heads = (size_t)s->n_layers * (size_t)s->n_heads, kv_heads = (size_t)s->n_layers * (size_t)s->n_kv_heads;
   size_t d = (size_t)s->head_dim;
-  bool refused = false;
+  bool refused = false, graded = a->page_bits == PYLLM_GRADED, shared = s->n_heads / s->n_kv_heads <= SHARED_ROWS;
   attention_policy p = {.policy = a->policy,
                         .granularity = a->granularity,
                         .n_window = a->n_window,
@@ -145,9 +145,9 @@ int32_t policy_new(const pyllm_attention *a, const policy_shape *s, attention_po
                         .page_share = a->page_share,
                         .decode_share = a->decode_share,
                         .page_drop = a->page_drop,
-                        .channels = copy_of(a->channels, kv_heads * d * sizeof(uint16_t), &refused),
-                        .page_rest = a->page_rest,
-                        .query_means = copy_of(a->query_means, kv_heads * d * sizeof(float), &refused)};
+                        .channels = copy_of(graded ? a->channels : NULL, kv_heads * d * sizeof(uint16_t), &refused),
+                        .page_rest = shared ? a->page_rest : 0,
+                        .query_means = copy_of(graded ? a->query_means : NULL, kv_heads * d * sizeof(float), &refused)};
   if (refused) {
     policy_free(&p);
     return fail(err, PYLLM_ERR_MEMORY, "memory for an attention policy of %zu heads was refused", heads);

@@ -19,9 +19,9 @@ typedef struct attention_policy {
   float *covariances;  /* (n_layers, n_kv_heads, head_dim, head_dim) */
   int32_t page_bits;   /* 0: long heads read the whole bulk */
   float page_share, decode_share, page_drop;
-  uint16_t *channels; /* (n_layers, n_kv_heads, head_dim) of a graded sketch */
-  float page_rest;
-  float *query_means; /* (n_layers, n_kv_heads, head_dim) of a graded sketch */
+  uint16_t *channels; /* (n_layers, n_kv_heads, head_dim) of a graded sketch; NULL with others */
+  float page_rest;    /* 0 where a group has more than SHARED_ROWS heads */
+  float *query_means; /* as channels */
 } attention_policy;
 
 /* Fails where there is no such key sketch. */

@@ -250,7 +250,8 @@ def attend(
         if policy.page_rest and n_read and is_batch(start - first, n_queries, chunk):
             rested[rows] = ~local[rows]
             of_token = rested[rows], reads[rows, :, :n_read], masses[0, rows]
-            rest = rest_of(tile, *of_token, sketches, usual, scale, policy)
+            long, read, mass = (by_head(x, n_kv_heads)[:, :, 0] for x in of_token)
+            rest = Rest.of(tile[:, :, 0], long, read, mass, sketches, usual, scale, policy.page_rest)
             attended[:, :, 0] = rest.joined(attended[:, :, 0], log_sum_exp(scores, visible)[:, :, 0])
         output[rows] = attended.transpose(2, 0, 1, 3).reshape(stop - start, n_heads, head_dim)
 
@@ -370,22 +371,6 @@ def usual_of_bulk(
     pages = (x[:, policy.n_sink : end].reshape(shape) for x in (keys, values))
     by_head = zip(*pages, policy.query_means[layer], strict=True)
     return [usual_values(k, v, query, scale) for k, v, query in by_head]
-
-
-def rest_of(
-    tile: npt.NDArray[np.float64],
-    is_long: npt.NDArray[np.bool_],
-    reads: npt.NDArray[np.bool_],
-    local_mass: npt.NDArray[np.float64],
-    sketches: list[Sketch],
-    usual: list[npt.NDArray[np.float32]],
-    scale: float,
-    policy: Policy,
-) -> Rest:
-    """Of a tile (G, H/G, 1, d) of one query: is_long, local_mass (1, H), reads (1, H, R)."""
-    grouped = by_head(is_long, len(tile)), by_head(reads, len(tile)), by_head(local_mass, len(tile))
-    long, read, mass = (x[:, :, 0] for x in grouped)
-    return Rest.of(tile[:, :, 0], long, read, mass, sketches, usual, scale, policy.page_rest)
 
 
 def is_batch(query: int, n_queries: int, chunk: int | None) -> bool:
