@@ -21,8 +21,11 @@ def interruptible(call: Callable[[], T], abort: Callable[[], None]) -> T:
     results: list[T] = []
     errors: list[BaseException] = []
     done = threading.Event()
+    turn = threading.Lock()  # of whoever is first: the worker, which then calls, or an interrupt before that
 
     def work() -> None:
+        if not turn.acquire(blocking=False):
+            return
         try:
             results.append(call())
         except BaseException as error:  # handed to the waiting thread, whatever it is
@@ -30,14 +33,13 @@ def interruptible(call: Callable[[], T], abort: Callable[[], None]) -> T:
         finally:
             done.set()
 
-    started = False
     try:
         threading.Thread(target=work, name="pyllm-eval", daemon=True).start()
-        started = True
         done.wait()
     except BaseException:
-        while started and not done.wait(0.01):
-            abort()
+        if not turn.acquire(blocking=False):
+            while not done.wait(0.01):
+                abort()
         raise
     if errors:
         raise errors[0]
