@@ -68,6 +68,15 @@ def test_norm(device: str, seed: int, n: int, cols: int, exponent: int) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_a_norm_past_what_floats_hold_is_no_row_of_zeros(device: str) -> None:
+    x, w = np.ones((2, 64), np.float32), np.ones(64, np.float32)
+    x[1, 40] = 1e20
+    values, _ = norm(device, x, w, 1e-5)
+    assert np.isfinite(values[0]).all()
+    assert np.isnan(values[1]).all()
+
+
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_rounding_passes_nan_on(device: str, bad: float) -> None:
     x, w = np.ones((2, 64), np.float32), np.ones(64, np.float32)

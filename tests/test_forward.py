@@ -157,6 +157,12 @@ def test_rope_scaling(tmp_path: Path, arch: str, scaling: RopeScaling | None) ->
     compare(path, SHARPEST, list(range(50)) * 5, Dense(window=32))
 
 
+@pytest.mark.parametrize("kind", [Type.F16, Type.Q4_1])
+def test_biases_of_all_matrices(tmp_path: Path, kind: Type) -> None:
+    path = tiny(tmp_path, dim=64, n_ff=96, types=kind, sharp=8, biases=True)
+    compare(path, SHARPEST if kind == Type.F16 else ISAS[-1], list(range(50)) * 5, Dense(window=32))
+
+
 def test_rope_frequencies_of_llama3(tmp_path: Path) -> None:
     factors = np.linspace(1, 8, 16, dtype=np.float32)
     path = tiny(tmp_path, dim=64, n_ff=96, sharp=8, rope_freqs=factors)

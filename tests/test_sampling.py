@@ -11,16 +11,16 @@ from pyllm import _native
 
 FORBIDDEN = -np.inf
 DRAWS = 400
+PLAIN: dict[str, float] = {
+    "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0,
+    "repeat_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0,
+}  # fmt: skip
 
 
 def draw(logits: list[float], recent: list[int], params: dict[str, float]) -> dict[int, int]:
     """How often each token came up."""
-    plain: dict[str, float] = {
-        "temperature": 1, "top_k": 0, "top_p": 1, "min_p": 0,
-        "repeat_penalty": 1, "frequency_penalty": 0, "presence_penalty": 0,
-    }  # fmt: skip
     rng, array = np.zeros(1, np.uint64), np.array(logits, np.float32)
-    given = {**plain, **params}
+    given = {**PLAIN, **params}
     drawn = (_native.sample(array, given, np.array(recent, np.int32), rng) for _ in range(DRAWS))
     return dict(Counter(drawn))
 
@@ -46,3 +46,17 @@ def test_penalties_that_overflow(params: dict[str, float], logits: list[float], 
     assert max(drawn.values()) < DRAWS * 0.6 or len(expected) == 1
     assert set(draw(logits, recent, {**params, "temperature": 0})) <= expected
     assert set(draw(logits, recent, {**params, "top_k": 3, "top_p": 0.99, "min_p": 0.01})) == expected
+
+
+# The first draw of this seed is 1 - 2^-53: past the sum of all that rounding left.
+LAST = 0x31628AF67B2131AB
+
+
+@pytest.mark.parametrize("n", [3, 25, 100])
+def test_rounding_draws_nothing_forbidden(n: int) -> None:
+    logits = np.array([1.0] * n + [FORBIDDEN] * 3, np.float32)
+    assert _native.sample(logits, PLAIN, np.empty(0, np.int32), np.array([LAST], np.uint64)) < n
+
+
+def test_a_top_p_of_nothing_is_the_best() -> None:
+    assert set(draw([1.0, 1.1, 1.05], [], {"top_p": 0})) == {1}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import struct
 import threading
 import time
 from pathlib import Path
@@ -235,6 +236,26 @@ def test_a_session_of_another_fine_tune_is_refused(tiny: LLM, tiny_model: Path, 
         LLM(tmp_path / "other.gguf").session().load(tmp_path / "s")
 
 
+def test_tokens_of_a_file_are_checked(tiny: LLM, tmp_path: Path) -> None:
+    """A file that its checksum fits, with a token that no vocabulary has."""
+    session = tiny.session()
+    session.eval(ids(10))
+    session.save(tmp_path / "s")
+    data = bytearray((tmp_path / "s").read_bytes())
+    header = struct.Struct("<8sIiiiQQ")
+    for token in (-1, 320):
+        data[header.size + 8 : header.size + 12] = struct.pack("<i", token)
+        checksum = 0
+        for (word,) in struct.iter_unpack("<Q", bytes(data[header.size :])):
+            checksum = (checksum ^ word) * 0x100000001B3 % 2**64
+            checksum ^= checksum >> 32
+        data[header.size - 8 : header.size] = struct.pack("<Q", checksum)
+        (tmp_path / "s").write_bytes(data)
+        with pytest.raises(FormatError, match=f"s: .*token {token} at position 2 is not in the vocabulary"):
+            session.load(tmp_path / "s")
+        assert session.tokens == ids(10)
+
+
 def test_files_that_are_no_such_session(tiny: LLM, tmp_path: Path, rng: np.random.Generator) -> None:
     session = tiny.session()
     session.eval(ids(100))
@@ -243,7 +264,11 @@ def test_files_that_are_no_such_session(tiny: LLM, tmp_path: Path, rng: np.rando
     flipped = bytearray(good)
     flipped[rng.integers(64, len(good))] ^= 1
     session.rewind(50)
-    for name, data in {"empty": b"", "text": b"x" * 200, "cut": good[:-1], "flipped": bytes(flipped)}.items():
+    signs = bytearray(good)
+    for byte in (len(good) - 9, len(good) - 1):  # of two words, in their last bits
+        signs[byte] ^= 0x80
+    wrong = {"empty": b"", "text": b"x" * 200, "cut": good[:-1], "flipped": flipped, "signs": signs}
+    for name, data in wrong.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(FormatError, match=name):
             session.load(tmp_path / name)

@@ -86,9 +86,11 @@ def write_tiny(
     rope_scaling: RopeScaling | None = None,
     rope_freqs: np.ndarray | None = None,
     attention_scale: float | None = None,
+    floats: Mapping[str, float] | None = None,
     sliding_window: int | None = None,
     n_ctx_train: int = 4096,
     sharp: float = 1.0,
+    biases: bool = False,
     tokenizer: bool = False,
     same_layers: bool = False,
     seed: int = 0,
@@ -100,13 +102,17 @@ def write_tiny(
     rope_freqs: (head_dim // 2) factors that divide the RoPE frequencies. sharp: random
     attention is nearly uniform; this scales queries up, by 1 for the first head to sharp for the last (qwen3
     normalizes its heads, so there by √sharp for all), so that decisions vary between heads and queries.
+    biases: all matrices of a layer have one, not only qwen2's queries, keys and values.
     same_layers: all have the first one's matrices, so that large models are written soon.
+    floats: more keys, without the architecture they begin with.
     tokenizer: adds a byte-level BPE vocabulary with a chat template, for which n_vocab must be at least 267.
     n_embeddings: rows of the embedding table, where they are not to be n_vocab.
     """
     shape = Shape(n_layers, n_heads, n_kv_heads, head_dim, dim, n_ff, n_embeddings or n_vocab)
     writer = gguf.GGUFWriter(str(path), arch)
     _write_config(writer, shape, rope_base, rope_scaling, attention_scale, n_ctx_train)
+    for key, value in (floats or {}).items():
+        writer.add_float32(f"{arch}.{key}", value)
     if sliding_window is not None:
         writer.add_sliding_window(sliding_window)
     if tokenizer:
@@ -114,7 +120,7 @@ def write_tiny(
     rng = np.random.default_rng(seed)
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", np.asarray(rope_freqs, np.float32))
-    _write_weights(writer, rng, arch, shape, types, tied, sharp, same_layers)
+    _write_weights(writer, rng, arch, shape, types, tied, sharp, biases, same_layers)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -206,9 +212,15 @@ def _write_weights(
     types: Type | Mapping[str, Type],
     tied: bool,
     sharp: float,
+    biases: bool,
     same_layers: bool,
 ) -> None:
     first: dict[str, np.ndarray] = {}
+
+    def projection(name: str, rows: int, cols: int, gain: RowStd = 1.0) -> None:
+        matrix(f"{name}.weight", rows, cols, gain)
+        if biases or (arch == "qwen2" and name.endswith(("attn_q", "attn_k", "attn_v"))):
+            writer.add_tensor(f"{name}.bias", rng.normal(0.0, 0.3, rows).astype(np.float32))
 
     def matrix(name: str, rows: int, cols: int, gain: RowStd = 1.0) -> None:
         part = name.removesuffix(".weight").split(".")[-1]
@@ -222,29 +234,23 @@ def _write_weights(
     def norm(name: str, n: int, gain: float = 1.0) -> None:
         writer.add_tensor(name, (gain * rng.normal(1.0, 0.1, n)).astype(np.float32))
 
-    def bias(name: str, n: int) -> None:
-        writer.add_tensor(name, rng.normal(0.0, 0.3, n).astype(np.float32))
-
     q_rows, kv_rows = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     q_gain = np.repeat(np.geomspace(1.0, sharp, shape.n_heads), shape.head_dim)
     matrix("token_embd.weight", shape.n_vocab, shape.dim)
     for layer in range(shape.n_layers):
         blk = f"blk.{layer}"
         norm(f"{blk}.attn_norm.weight", shape.dim)
-        matrix(f"{blk}.attn_q.weight", q_rows, shape.dim, q_gain)
-        matrix(f"{blk}.attn_k.weight", kv_rows, shape.dim)
-        matrix(f"{blk}.attn_v.weight", kv_rows, shape.dim)
-        matrix(f"{blk}.attn_output.weight", shape.dim, q_rows)
-        if arch == "qwen2":
-            for part, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
-                bias(f"{blk}.attn_{part}.bias", rows)
+        projection(f"{blk}.attn_q", q_rows, shape.dim, q_gain)
+        projection(f"{blk}.attn_k", kv_rows, shape.dim)
+        projection(f"{blk}.attn_v", kv_rows, shape.dim)
+        projection(f"{blk}.attn_output", shape.dim, q_rows)
         if arch == "qwen3":
             norm(f"{blk}.attn_q_norm.weight", shape.head_dim, sharp**0.5)
             norm(f"{blk}.attn_k_norm.weight", shape.head_dim)
         norm(f"{blk}.ffn_norm.weight", shape.dim)
-        matrix(f"{blk}.ffn_gate.weight", shape.n_ff, shape.dim)
-        matrix(f"{blk}.ffn_up.weight", shape.n_ff, shape.dim)
-        matrix(f"{blk}.ffn_down.weight", shape.dim, shape.n_ff)
+        projection(f"{blk}.ffn_gate", shape.n_ff, shape.dim)
+        projection(f"{blk}.ffn_up", shape.n_ff, shape.dim)
+        projection(f"{blk}.ffn_down", shape.dim, shape.n_ff)
     norm("output_norm.weight", shape.dim)
     if not tied:
         matrix("output.weight", shape.n_vocab, shape.dim)

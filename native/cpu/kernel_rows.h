@@ -15,7 +15,9 @@ static float dot(const float *x, const float *y, int32_t n) {
 }
 
 static void rms_norm(const float *x, const float *w, float eps, int32_t n, float *y) {
-  float scale = 1.0f / sqrtf(dot(x, x, n) / (float)n + eps);
+  float squares = dot(x, x, n);
+  /* Where the sum overflows, 1/inf would make zeros of the row, which nothing after this could tell from a result. */
+  float scale = 1.0f / sqrtf(squares / (float)n + eps) + squares * 0.0f;
   for (int32_t i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 

@@ -10,7 +10,7 @@ typedef struct linear_run {
   const backend *be;
   const activation *x;
   const linear_job *jobs;
-  int32_t n_jobs, n_tokens;
+  int32_t n_tokens;
   int32_t n_tiles, n_token_blocks;
 } linear_run;
 
@@ -66,7 +66,7 @@ static void linear_items(void *context, int32_t begin, int32_t end, int32_t thre
 }
 
 void cpu_linear(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs) {
-  linear_run run = {be, x, jobs, n_jobs, n, 0, (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK};
+  linear_run run = {be, x, jobs, n, 0, (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK};
   for (int32_t i = 0; i < n_jobs; i++) run.n_tiles += tiles_of_rows(jobs[i].w->rows);
   /* Decode waits for memory, which likes long runs: a few pieces per thread. */
   int32_t even = run.n_tiles / (PIECES_PER_THREAD * pool_size(be->pool));

@@ -112,7 +112,6 @@ static void finish_rows(void *context, int32_t begin, int32_t end, int32_t threa
   (void)thread;
   const finish_run *run = context;
   const attention_batch *b = run->b;
-  if (b->rest.exists) merge_rest(b);
   for (int32_t t = begin; t < end; t++) {
     for (int32_t h = 0; h < b->n_heads; h++) {
       int64_t row = (int64_t)t * b->n_heads + h;
@@ -125,6 +124,7 @@ static void finish_rows(void *context, int32_t begin, int32_t end, int32_t threa
 }
 
 void cpu_finish(const backend *be, const attention_batch *b, bool rounded, activation *out) {
+  if (b->rest.exists) merge_rest(b);
   finish_run run = {be->kernels, b, rounded, out};
   pool_run(be->pool, b->n, TOKENS_PER_PIECE, finish_rows, &run);
 }

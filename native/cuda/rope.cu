@@ -13,7 +13,8 @@ __device__ void norm_head(float *x, const float *w, float eps, int32_t d, float 
   if (!w) return;
   float squares = 0;
   for (int32_t i = threadIdx.x; i < d; i += THREADS) squares += x[i] * x[i];
-  float scale = 1.0f / sqrtf(block_sum(squares, partial) / (float)d + eps);
+  float sum = block_sum(squares, partial);
+  float scale = 1.0f / sqrtf(sum / (float)d + eps) + sum * 0.0f; /* NaN where the sum overflows, as on the CPU */
   for (int32_t i = threadIdx.x; i < d; i += THREADS) x[i] = x[i] * scale * w[i];
   __syncthreads();
 }

@@ -207,7 +207,7 @@ typedef struct pyllm_layer_stats {
 
 typedef struct pyllm_stage_stats {
   const char *name;
-  uint64_t calls, ns, bytes; /* bytes of weights and KV cache that the stage streamed; 0 where it is not counted */
+  uint64_t calls, ns, bytes; /* bytes of weights, once per batch, and of the KV cache's bulk; 0 where it is not counted */
 } pyllm_stage_stats;
 
 /* Bytes a session with these parameters needs under policies of page_bits: for a check before
@@ -233,12 +233,13 @@ int32_t pyllm_session_sync(pyllm_session *session, const int32_t *tokens, int32_
 int32_t pyllm_session_position(const pyllm_session *session);
 /* The first n tokens of position: out (n). */
 int32_t pyllm_session_tokens(pyllm_session *session, int32_t *out, int32_t n, pyllm_error *err);
-/* From any thread: a running eval of this session returns PYLLM_ERR_ABORTED before its next layer. */
+/* From any thread: a running eval of this session returns PYLLM_ERR_ABORTED before its next layer, one
+ * that waits for the device too. */
 void pyllm_session_abort(pyllm_session *session);
 
-/* out: (n_layers). Counts since the session was opened. */
+/* out: (n_layers). Counts since the session was opened, of whole batches where nothing evaluates meanwhile. */
 void pyllm_session_layer_stats(const pyllm_session *session, pyllm_layer_stats *out);
-/* Writes up to n stages, returns how many there are. */
+/* Writes up to n stages, returns how many there are. From any thread, at any time. */
 int32_t pyllm_session_stage_stats(const pyllm_session *session, pyllm_stage_stats *out, int32_t n);
 /* Moments of the first n_pages bulk pages of one key/value head, ddof 0.
  * mean: (head_dim), cov: (head_dim, head_dim). */

@@ -75,6 +75,7 @@ void backend_free_matrix(const backend *be, matrix *m) {
 }
 
 int32_t pyllm_device_get_info(const char *device, pyllm_device_info *out, pyllm_error *err) {
+  if (strcmp(device, "cpu") == 0) return fail(err, PYLLM_ERR_ARGUMENT, "device 'cpu' is not a GPU");
   int32_t number = 0, status = cuda_number(device, &number, err);
   if (status) return status;
   const cuda_library *library = load_cuda(err);

@@ -52,12 +52,6 @@ static int32_t read_arch(const pyllm_file *file, const arch **out, pyllm_error *
               gguf_show(name, size, &shown), arch_supported());
 }
 
-#define TRY(call)                                                                                                      \
-  do {                                                                                                                 \
-    int32_t status_ = (call);                                                                                          \
-    if (status_) return status_;                                                                                       \
-  } while (0)
-
 /* Features that would silently change results if they were ignored. A sliding window does so past its end only, of which
  * sessions take care. */
 static int32_t refuse_unsupported(const pyllm_file *file, config *c, pyllm_error *err) {
@@ -149,10 +143,14 @@ static int32_t read_scaling(const pyllm_file *file, const config *c, rope_scalin
                       .beta_slow = 1.0f};
   TRY(read_float(file, c->arch, "rope.freq_base", false, &s->base, err));
   TRY(read_scaling_type(file, c, s, err));
+  TRY(read_float(file, c->arch, "rope.scale_linear", false, &s->factor, err)); /* the factor's name in old files */
   TRY(read_float(file, c->arch, "rope.scaling.factor", false, &s->factor, err));
+  if (s->factor == 0) s->factor = 1.0f; /* 0 means none */
+  float yarn_mscale = 1.0f;
   TRY(read_float(file, c->arch, "rope.scaling.attn_factor", false, &s->mscale, err));
   TRY(read_float(file, c->arch, "rope.scaling.yarn_ext_factor", false, &s->ext_factor, err));
-  TRY(read_float(file, c->arch, "rope.scaling.yarn_attn_factor", false, &s->mscale, err));
+  TRY(read_float(file, c->arch, "rope.scaling.yarn_attn_factor", false, &yarn_mscale, err));
+  s->mscale *= yarn_mscale;
   TRY(read_float(file, c->arch, "rope.scaling.yarn_beta_fast", false, &s->beta_fast, err));
   TRY(read_float(file, c->arch, "rope.scaling.yarn_beta_slow", false, &s->beta_slow, err));
   key k;
@@ -185,16 +183,16 @@ static double scaled_frequency(const config *c, const rope_scaling *s, int32_t i
 
 /* Llama 3 ships its scaling as divisors of the frequencies. */
 static int32_t divide_by_rope_freqs(const pyllm_file *file, const config *c, double *frequency, pyllm_error *err) {
-  const pyllm_tensor *t = gguf_find_tensor(file, "rope_freqs.weight");
+  const pyllm_tensor *t = gguf_find_tensor(file, ROPE_FREQS);
   if (!t) return PYLLM_OK;
   if (t->type != TYPE_F32 || t->n_dims != 1 || t->shape[0] != (uint64_t)(c->n_rot / 2))
-    return fail(err, PYLLM_ERR_FORMAT, "%s: tensor rope_freqs.weight is %s with %llu values, expected F32 with %d",
+    return fail(err, PYLLM_ERR_FORMAT, "%s: tensor " ROPE_FREQS " is %s with %llu values, expected F32 with %d",
                 gguf_path(file), pyllm_type_name(t->type), (unsigned long long)t->shape[0], c->n_rot / 2);
   for (int32_t i = 0; i < c->n_rot / 2; i++) {
     float divisor;
     memcpy(&divisor, (const char *)t->data + 4 * (size_t)i, 4);
     if (!isfinite(divisor) || divisor <= 0)
-      return fail(err, PYLLM_ERR_NUMERIC, "%s: tensor rope_freqs.weight holds %g at %d, expected a positive number",
+      return fail(err, PYLLM_ERR_NUMERIC, "%s: tensor " ROPE_FREQS " holds %g at %d, expected a positive number",
                   gguf_path(file), (double)divisor, i);
     frequency[i] /= divisor;
   }

@@ -15,6 +15,8 @@ static void linear(pyllm_session *s, enum stage stage, const activation *x, int3
   trace_lap(&s->trace, stage, bytes);
 }
 
+static linear_job job_of(const projection *p, bool add, float *out) { return (linear_job){&p->w, p->bias, add, out}; }
+
 static void norm(pyllm_session *s, const float *x, const float *w, int32_t n, bool rounded) {
   const backend *be = &s->model->backend;
   be->ops->norm(be, x, w, s->model->config.norm_eps, n, rounded, &s->buffers.normed);
@@ -25,8 +27,21 @@ static void rope_store(pyllm_session *s, const layer_weights *w, int32_t n, int3
   const backend *be = &s->model->backend;
   const config *c = &s->model->config;
   batch_buffers *b = &s->buffers;
-  rope_job job = {c->arch->rope, c->n_rot,  c->n_heads, c->n_kv_heads, c->head_dim, s->n_sink, s->position, b->cosine,
-                  b->sine,       w->q_norm, w->k_norm,  c->norm_eps,   b->q,        b->k,      b->v};
+  rope_job job = {.kind = c->arch->rope,
+                  .n_rot = c->n_rot,
+                  .n_heads = c->n_heads,
+                  .n_kv_heads = c->n_kv_heads,
+                  .head_dim = c->head_dim,
+                  .n_sink = s->n_sink,
+                  .position = s->position,
+                  .cosine = b->cosine,
+                  .sine = b->sine,
+                  .q_norm = w->q_norm,
+                  .k_norm = w->k_norm,
+                  .norm_eps = c->norm_eps,
+                  .q = b->q,
+                  .k = b->k,
+                  .v = b->v};
   be->ops->attention->rope_store(be, &job, n, s->attention, layer);
   trace_lap(&s->trace, STAGE_ROPE, 0);
 }
@@ -54,20 +69,20 @@ static void layer(pyllm_session *s, int32_t i, int32_t n, const batch_record *re
   const backend *be = &s->model->backend;
   const layer_weights *w = &s->model->layers[i];
   batch_buffers *b = &s->buffers;
-  norm(s, b->x, w->attn_norm, n, w->wq.quantized || w->wk.quantized || w->wv.quantized);
-  linear_job qkv[] = {{&w->wq, w->bq, false, b->q}, {&w->wk, w->bk, false, b->k}, {&w->wv, w->bv, false, b->v}};
+  norm(s, b->x, w->attn_norm, n, w->q.w.quantized || w->k.w.quantized || w->v.w.quantized);
+  linear_job qkv[] = {job_of(&w->q, false, b->q), job_of(&w->k, false, b->k), job_of(&w->v, false, b->v)};
   linear(s, STAGE_QKV, &b->normed, n, qkv, 3);
   rope_store(s, w, n, i);
-  attention(s, i, w->wo.quantized, record);
-  linear_job out = {&w->wo, NULL, true, b->x};
+  attention(s, i, w->o.w.quantized, record);
+  linear_job out = job_of(&w->o, true, b->x);
   linear(s, STAGE_ATTENTION_OUT, &b->attended, n, &out, 1);
 
-  norm(s, b->x, w->ffn_norm, n, w->gate.quantized || w->up.quantized);
-  linear_job gate_up[] = {{&w->gate, NULL, false, b->gate}, {&w->up, NULL, false, b->up}};
+  norm(s, b->x, w->ffn_norm, n, w->gate.w.quantized || w->up.w.quantized);
+  linear_job gate_up[] = {job_of(&w->gate, false, b->gate), job_of(&w->up, false, b->up)};
   linear(s, STAGE_GATE_UP, &b->normed, n, gate_up, 2);
-  be->ops->swiglu(be, b->gate, b->up, n, w->down.quantized, &b->hidden);
+  be->ops->swiglu(be, b->gate, b->up, n, w->down.w.quantized, &b->hidden);
   trace_lap(&s->trace, STAGE_SWIGLU, 0);
-  linear_job down = {&w->down, NULL, true, b->x};
+  linear_job down = job_of(&w->down, true, b->x);
   linear(s, STAGE_DOWN, &b->hidden, n, &down, 1);
 }
 
@@ -98,10 +113,8 @@ static void logits_to_host(pyllm_session *s, int32_t first, int32_t n, float *ou
 }
 
 static int32_t check_logits(const pyllm_session *s, const float *logits, int32_t n_logits, pyllm_error *err) {
-  int64_t n = (int64_t)n_logits * s->model->config.n_vocab;
-  float poison = 0;
-  for (int64_t i = 0; i < n; i++) poison += logits[i] * 0.0f;
-  if (poison == 0) return PYLLM_OK;
+  const backend *be = &s->model->backend;
+  if (be->cpu->finite(be, logits, (int64_t)n_logits * s->model->config.n_vocab)) return PYLLM_OK;
   return fail(err, PYLLM_ERR_NUMERIC, "the logits after position %d hold NaN or infinity: activations overflowed",
               s->position);
 }
@@ -123,10 +136,13 @@ static void before_layers(pyllm_session *s, int32_t n) {
   trace_lap(&s->trace, STAGE_EMBED, 0);
 }
 
+static bool aborted(const pyllm_session *s) {
+  return atomic_load_explicit(&s->aborts, memory_order_relaxed) != s->aborts_before;
+}
+
 static int32_t layers(pyllm_session *s, int32_t n, const batch_record *record, pyllm_error *err) {
   for (int32_t i = 0; i < s->model->config.n_layers; i++) {
-    if (atomic_load_explicit(&s->abort, memory_order_relaxed))
-      return fail(err, PYLLM_ERR_ABORTED, "evaluation stopped at position %d", s->position);
+    if (aborted(s)) return fail(err, PYLLM_ERR_ABORTED, "evaluation stopped at position %d", s->position);
     layer(s, i, n, record);
   }
   return PYLLM_OK;
@@ -153,7 +169,7 @@ static bool write_graph(pyllm_session *s) {
  * launch may load it, which no graph can hold. */
 static bool token_graph(pyllm_session *s, const batch_record *record, float *logits) {
   const backend *be = &s->model->backend;
-  if (!be->ops->graph_begin || !s->graph.warm || record->all || atomic_load(&s->abort)) return false;
+  if (!be->ops->graph_begin || !s->graph.warm || record->all || aborted(s)) return false;
   bool written = s->graph.stages == NULL;
   if (written && !write_graph(s)) return false;
   be->ops->graph_run(be, s->graph.stages);

@@ -11,12 +11,6 @@
 #include <stdlib.h>
 #include <string.h>
 
-#define TRY(call)                                                                                                      \
-  do {                                                                                                                 \
-    int32_t status_ = (call);                                                                                          \
-    if (status_) return status_;                                                                                       \
-  } while (0)
-
 enum {
   HEADER = 24, /* magic, version, number of tensors, number of values */
   MIN_VALUE = 8 + 1 + 4 + 1,

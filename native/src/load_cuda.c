@@ -20,7 +20,11 @@ static bool library_path(char path[PATH_BYTES]) {
 
 const cuda_library *load_cuda(pyllm_error *err) {
   char path[PATH_BYTES];
-  void *library = library_path(path) ? dlopen(path, RTLD_NOW | RTLD_LOCAL) : NULL;
+  if (!library_path(path)) {
+    fail(err, PYLLM_ERR_DEVICE, "CUDA cannot be used: where this library lies cannot be told in %d bytes", PATH_BYTES);
+    return NULL;
+  }
+  void *library = dlopen(path, RTLD_NOW | RTLD_LOCAL);
   if (!library) {
     fail(err, PYLLM_ERR_DEVICE, "CUDA cannot be used: %s (make -C native cuda builds it)", dlerror());
     return NULL;

@@ -2,6 +2,7 @@
 #include "backend.h"
 #include "error.h"
 #include "gguf.h"
+#include "gguf_name.h"
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -13,14 +14,30 @@ typedef struct binder {
   pyllm_error *err;
   int32_t status;
   bool counting; /* nothing is read, and no memory taken: the model counts what binding would take */
+  bool *found;   /* (tensors of the file) which of them the model has a use for */
 } binder;
 
 static const pyllm_tensor *find_tensor(binder *b, const char *name, bool required) {
   if (b->status) return NULL;
   const pyllm_tensor *t = gguf_find_tensor(b->model->file, name);
-  if (!t && required)
+  if (t) b->found[t - pyllm_file_tensor(b->model->file, 0)] = true;
+  else if (required)
     b->status = fail(b->err, PYLLM_ERR_FORMAT, "%s: tensor %s is missing", gguf_path(b->model->file), name);
   return t;
+}
+
+/* A tensor that nothing here multiplies with would be missing from every result. */
+static void refuse_unused(binder *b) {
+  const pyllm_file *file = b->model->file;
+  find_tensor(b, ROPE_FREQS, false);
+  for (uint64_t i = 0; i < pyllm_file_n_tensors(file) && !b->status; i++) {
+    if (b->found[i]) continue;
+    const pyllm_tensor *t = pyllm_file_tensor(file, i);
+    gguf_shown shown;
+    b->status =
+        fail(b->err, PYLLM_ERR_UNSUPPORTED, "%s: tensor %s has no place in a model of architecture %s",
+             gguf_part_path(file, t->part), gguf_show(t->name, t->name_size, &shown), b->model->config.arch->name);
+  }
 }
 
 static bool check_shape(binder *b, const pyllm_tensor *t, const char *name, int32_t rows, int32_t cols) {
@@ -91,31 +108,38 @@ static const char *layer_tensor(int32_t layer, const char *part, tensor_name *ou
   return out->text;
 }
 
+/* Layer i's NAME.weight (rows, cols) and NAME.bias (rows). */
+static void bind_projection(binder *b, int32_t i, const char *part, int32_t rows, int32_t cols, bool needs_bias,
+                            projection *out) {
+  tensor_name name;
+  snprintf(name.text, sizeof name.text, "blk.%d.%s.weight", i, part);
+  bind_matrix(b, name.text, rows, cols, &out->w);
+  snprintf(name.text, sizeof name.text, "blk.%d.%s.bias", i, part);
+  out->bias = bind_vector(b, name.text, rows, needs_bias);
+}
+
 static void bind_attention(binder *b, int32_t i, layer_weights *w) {
   const config *c = &b->model->config;
   tensor_name name;
   int32_t q_width = c->n_heads * c->head_dim, kv_width = c->n_kv_heads * c->head_dim;
   w->attn_norm = bind_vector(b, layer_tensor(i, "attn_norm.weight", &name), c->dim, true);
-  bind_matrix(b, layer_tensor(i, "attn_q.weight", &name), q_width, c->dim, &w->wq);
-  bind_matrix(b, layer_tensor(i, "attn_k.weight", &name), kv_width, c->dim, &w->wk);
-  bind_matrix(b, layer_tensor(i, "attn_v.weight", &name), kv_width, c->dim, &w->wv);
-  w->bq = bind_vector(b, layer_tensor(i, "attn_q.bias", &name), q_width, c->arch->qkv_bias);
-  w->bk = bind_vector(b, layer_tensor(i, "attn_k.bias", &name), kv_width, c->arch->qkv_bias);
-  w->bv = bind_vector(b, layer_tensor(i, "attn_v.bias", &name), kv_width, c->arch->qkv_bias);
+  bind_projection(b, i, "attn_q", q_width, c->dim, c->arch->qkv_bias, &w->q);
+  bind_projection(b, i, "attn_k", kv_width, c->dim, c->arch->qkv_bias, &w->k);
+  bind_projection(b, i, "attn_v", kv_width, c->dim, c->arch->qkv_bias, &w->v);
   if (c->arch->qk_norm) {
     w->q_norm = bind_vector(b, layer_tensor(i, "attn_q_norm.weight", &name), c->head_dim, true);
     w->k_norm = bind_vector(b, layer_tensor(i, "attn_k_norm.weight", &name), c->head_dim, true);
   }
-  bind_matrix(b, layer_tensor(i, "attn_output.weight", &name), c->dim, q_width, &w->wo);
+  bind_projection(b, i, "attn_output", c->dim, q_width, false, &w->o);
 }
 
 static void bind_feed_forward(binder *b, int32_t i, layer_weights *w) {
   const config *c = &b->model->config;
   tensor_name name;
   w->ffn_norm = bind_vector(b, layer_tensor(i, "ffn_norm.weight", &name), c->dim, true);
-  bind_matrix(b, layer_tensor(i, "ffn_gate.weight", &name), c->n_ff, c->dim, &w->gate);
-  bind_matrix(b, layer_tensor(i, "ffn_up.weight", &name), c->n_ff, c->dim, &w->up);
-  bind_matrix(b, layer_tensor(i, "ffn_down.weight", &name), c->dim, c->n_ff, &w->down);
+  bind_projection(b, i, "ffn_gate", c->n_ff, c->dim, false, &w->gate);
+  bind_projection(b, i, "ffn_up", c->n_ff, c->dim, false, &w->up);
+  bind_projection(b, i, "ffn_down", c->dim, c->n_ff, false, &w->down);
 }
 
 /* The embedding table stays in the mapping: a token reads one row. Its row count is the vocabulary. */
@@ -153,16 +177,18 @@ static int32_t bind_rope(pyllm_model *m, pyllm_error *err) {
 }
 
 static int32_t bind_weights(pyllm_model *m, bool counting, pyllm_error *err) {
-  binder b = {m, err, PYLLM_OK, counting};
+  binder b = {m, err, PYLLM_OK, counting, calloc((size_t)pyllm_file_n_tensors(m->file) + 1, sizeof *b.found)};
   m->layers = calloc((size_t)m->config.n_layers, sizeof *m->layers);
-  if (!m->layers)
-    return fail(err, PYLLM_ERR_MEMORY, "%s: memory for %d layers refused", gguf_path(m->file), m->config.n_layers);
+  if (!m->layers || !b.found)
+    b.status = fail(err, PYLLM_ERR_MEMORY, "%s: memory for %d layers refused", gguf_path(m->file), m->config.n_layers);
   bind_embedding(&b);
   for (int32_t i = 0; i < m->config.n_layers && !b.status; i++) {
     bind_attention(&b, i, &m->layers[i]);
     bind_feed_forward(&b, i, &m->layers[i]);
   }
   bind_output(&b);
+  refuse_unused(&b);
+  free(b.found);
   return b.status;
 }
 
@@ -193,10 +219,13 @@ int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *param
 }
 
 static void free_layer(const backend *be, layer_weights *w) {
-  float *vectors[] = {w->attn_norm, w->bq, w->bk, w->bv, w->q_norm, w->k_norm, w->ffn_norm};
-  matrix *matrices[] = {&w->wq, &w->wk, &w->wv, &w->wo, &w->gate, &w->up, &w->down};
-  for (size_t i = 0; i < sizeof vectors / sizeof *vectors; i++) be->ops->release(be, vectors[i]);
-  for (size_t i = 0; i < sizeof matrices / sizeof *matrices; i++) backend_free_matrix(be, matrices[i]);
+  float *norms[] = {w->attn_norm, w->q_norm, w->k_norm, w->ffn_norm};
+  projection *projections[] = {&w->q, &w->k, &w->v, &w->o, &w->gate, &w->up, &w->down};
+  for (size_t i = 0; i < sizeof norms / sizeof *norms; i++) be->ops->release(be, norms[i]);
+  for (size_t i = 0; i < sizeof projections / sizeof *projections; i++) {
+    backend_free_matrix(be, &projections[i]->w);
+    be->ops->release(be, projections[i]->bias);
+  }
 }
 
 void model_hold(const pyllm_model *m) { ((pyllm_model *)m)->n_holders++; }

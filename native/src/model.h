@@ -17,15 +17,19 @@ typedef struct config {
   float rope_mscale;     /* factor on cosine and sine (YaRN) */
 } config;
 
+typedef struct projection {
+  matrix w;
+  float *bias; /* (w.rows); NULL where absent */
+} projection;
+
 typedef struct layer_weights {
   float *attn_norm;       /* (dim) */
-  matrix wq, wk, wv;      /* (n_heads * head_dim, dim), (n_kv_heads * head_dim, dim) twice */
-  float *bq, *bk, *bv;    /* (n_heads * head_dim), (n_kv_heads * head_dim) twice; NULL where absent */
+  projection q, k, v;     /* (n_heads * head_dim, dim), (n_kv_heads * head_dim, dim) twice */
   float *q_norm, *k_norm; /* (head_dim); NULL where absent */
-  matrix wo;              /* (dim, n_heads * head_dim) */
+  projection o;           /* (dim, n_heads * head_dim) */
   float *ffn_norm;        /* (dim) */
-  matrix gate, up;        /* (n_ff, dim) */
-  matrix down;            /* (dim, n_ff) */
+  projection gate, up;    /* (n_ff, dim) */
+  projection down;        /* (dim, n_ff) */
 } layer_weights;
 
 struct pyllm_model {
@@ -41,6 +45,9 @@ struct pyllm_model {
   matrix output;         /* (n_vocab, dim) */
   uint64_t n_params, weight_bytes, resident_bytes;
 };
+
+/* Divisors of the RoPE frequencies, which are read with the configuration. */
+#define ROPE_FREQS "rope_freqs.weight"
 
 /* One more holder: pyllm_model_close frees with the last. */
 void model_hold(const pyllm_model *m);

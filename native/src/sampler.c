@@ -120,6 +120,7 @@ static int32_t draw(candidate *c, int32_t n, const pyllm_sampling *s, uint64_t *
   n = keep_top_p(c, n, s->top_p);
   n = keep_min_p(c, n, s->min_p);
   softmax(c, n, s->temperature);
+  while (n > 1 && c[n - 1].p == 0) n--; /* rounding may leave the last one some luck */
   double left = uniform(rng);
   for (int32_t i = 0; i < n - 1; i++)
     if ((left -= c[i].p) < 0) return c[i].token;
@@ -134,7 +135,6 @@ static int32_t check(const float *logits, int32_t n_vocab, const pyllm_sampling 
     if (!isfinite(settings[i])) return fail(err, PYLLM_ERR_ARGUMENT, "a sampling parameter is not a finite number");
   if (s->repeat_penalty <= 0)
     return fail(err, PYLLM_ERR_ARGUMENT, "repeat_penalty is %g, expected above 0", (double)s->repeat_penalty);
-  if (s->top_p <= 0) return fail(err, PYLLM_ERR_ARGUMENT, "top_p is %g, expected above 0", (double)s->top_p);
   bool any = false;
   for (int32_t i = 0; i < n_vocab; i++) {
     if (isnan(logits[i]) || logits[i] == INFINITY)

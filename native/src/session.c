@@ -124,7 +124,6 @@ int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params 
   s->n_sink = params->n_sink;
   s->policy = (attention_policy){.policy = PYLLM_DENSE, .granularity = PYLLM_GROUP, .n_window = 1024};
   atomic_flag_clear(&s->busy);
-  trace_init(&s->trace);
   session_take_device(s);
   status = allocate(s, params, err);
   session_give_device(s);
@@ -224,11 +223,12 @@ static int32_t eval_batches(pyllm_session *s, const int32_t *tokens, int32_t n, 
 
 int32_t pyllm_session_eval(pyllm_session *s, const int32_t *tokens, int32_t n, float *logits, int32_t n_logits,
                            const pyllm_record *record, pyllm_error *err) {
+  uint32_t aborts = atomic_load(&s->aborts); /* entering may have to wait, and be aborted while it does */
   int32_t status = session_enter(s, err);
   if (status) return status;
+  s->aborts_before = aborts;
   status = check_eval(s, tokens, n, n_logits, err);
   if (status) return session_leave(s, status);
-  atomic_store(&s->abort, false);
   bool on_host = s->model->backend.ops->on_host; /* on a GPU the session has the pool already */
   if (on_host) pool_begin(s->model->backend.pool);
   status = eval_batches(s, tokens, n, logits, n_logits, record, err);
@@ -276,7 +276,7 @@ int32_t pyllm_session_tokens(pyllm_session *s, int32_t *out, int32_t n, pyllm_er
   return session_leave(s, status);
 }
 
-void pyllm_session_abort(pyllm_session *s) { atomic_store(&s->abort, true); }
+void pyllm_session_abort(pyllm_session *s) { atomic_fetch_add(&s->aborts, 1); }
 
 void pyllm_session_layer_stats(const pyllm_session *s, pyllm_layer_stats *out) {
   const backend *be = &s->model->backend;
@@ -286,6 +286,6 @@ void pyllm_session_layer_stats(const pyllm_session *s, pyllm_layer_stats *out) {
 }
 
 int32_t pyllm_session_stage_stats(const pyllm_session *s, pyllm_stage_stats *out, int32_t n) {
-  for (int32_t i = 0; i < n && i < N_STAGES; i++) out[i] = s->trace.stages[i];
+  for (int32_t i = 0; i < n && i < N_STAGES; i++) out[i] = trace_stage(&s->trace, (enum stage)i);
   return N_STAGES;
 }

@@ -35,8 +35,9 @@ struct pyllm_session {
     uint64_t bytes;   /* that its stages book */
   } graph;
   trace trace;
-  atomic_bool abort;
-  atomic_flag busy; /* held while a call changes the session, or copies of it what another one changes */
+  _Atomic uint32_t aborts; /* asked for so far */
+  uint32_t aborts_before;  /* the running eval, which those that follow are for */
+  atomic_flag busy;        /* held while a call changes the session, or copies of it what another one changes */
 };
 
 /* forward.c: evaluates 1 <= n <= n_batch tokens at the session's position and advances it; logits (n_logits, n_vocab)

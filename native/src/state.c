@@ -5,7 +5,7 @@
 #include "fingerprint.h"
 #include <string.h>
 
-enum { STATE_VERSION = 2 };
+enum { STATE_VERSION = 3 };
 
 typedef struct state_header {
   char magic[8]; /* "pyllmkv\0" */
@@ -49,7 +49,7 @@ static int32_t save(const pyllm_session *s, void *buffer, uint64_t size, pyllm_e
   int32_t status = be->ops->sync(be, err);
   if (status) return status;
   state_header h = {"pyllmkv", STATE_VERSION, s->n_sink, position, 0, pyllm_file_fingerprint(s->model->file), 0};
-  h.checksum = hash_bytes(0, (unsigned char *)buffer + sizeof h, needed - sizeof h);
+  h.checksum = checksum_bytes((unsigned char *)buffer + sizeof h, needed - sizeof h);
   memcpy(buffer, &h, sizeof h);
   return PYLLM_OK;
 }
@@ -57,6 +57,18 @@ static int32_t save(const pyllm_session *s, void *buffer, uint64_t size, pyllm_e
 int32_t pyllm_session_save(pyllm_session *s, void *buffer, uint64_t size, pyllm_error *err) {
   int32_t status = session_enter(s, err);
   return status ? status : session_leave(s, save(s, buffer, size, err));
+}
+
+/* bytes: tokens i32 (n). */
+static int32_t check_tokens(const pyllm_session *s, const unsigned char *bytes, int32_t n, pyllm_error *err) {
+  for (int32_t i = 0; i < n; i++) {
+    int32_t token;
+    memcpy(&token, bytes + (size_t)i * sizeof token, sizeof token);
+    if (token < 0 || token >= s->model->config.n_vocab)
+      return fail(err, PYLLM_ERR_FORMAT, "saved session: token %d at position %d is not in the vocabulary of %d", token,
+                  i, s->model->config.n_vocab);
+  }
+  return PYLLM_OK;
 }
 
 static int32_t check_state(const pyllm_session *s, const state_header *h, const void *buffer, uint64_t size,
@@ -76,9 +88,9 @@ static int32_t check_state(const pyllm_session *s, const state_header *h, const 
   if (size != state_bytes(s, h->position))
     return fail(err, PYLLM_ERR_FORMAT, "saved session of %d tokens has %llu bytes, expected %llu", h->position,
                 (unsigned long long)size, (unsigned long long)state_bytes(s, h->position));
-  if (h->checksum != hash_bytes(0, (const unsigned char *)buffer + sizeof *h, size - sizeof *h))
+  if (h->checksum != checksum_bytes((const unsigned char *)buffer + sizeof *h, size - sizeof *h))
     return fail(err, PYLLM_ERR_FORMAT, "saved session is damaged: its checksum does not match");
-  return PYLLM_OK;
+  return check_tokens(s, (const unsigned char *)buffer + sizeof *h, h->position, err);
 }
 
 static int32_t load(pyllm_session *s, const void *buffer, uint64_t size, pyllm_error *err) {

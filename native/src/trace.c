@@ -1,5 +1,5 @@
 #include "trace.h"
-#include <string.h>
+#include <stdatomic.h>
 #include <time.h>
 
 static const char *const NAMES[N_STAGES] = {"embed",   "norm",        "qkv",   "rope_store", "attend_local",
@@ -12,23 +12,31 @@ static uint64_t now(void) {
   return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-void trace_init(trace *t) {
-  memset(t, 0, sizeof *t);
-  for (int i = 0; i < N_STAGES; i++) t->stages[i].name = NAMES[i];
+static uint64_t value(const _Atomic uint64_t *count) { return atomic_load_explicit(count, memory_order_relaxed); }
+
+/* One thread counts at a time: no need to lock the bus for it. */
+static void add(_Atomic uint64_t *count, uint64_t n) {
+  atomic_store_explicit(count, value(count) + n, memory_order_relaxed);
 }
 
 void trace_begin(trace *t) { t->last = now(); }
 
 void trace_lap(trace *t, enum stage stage, uint64_t bytes) {
   uint64_t time = now();
-  t->stages[stage].calls++;
-  t->stages[stage].ns += time - t->last;
-  t->stages[stage].bytes += bytes;
+  stage_counts *counts = &t->stages[stage];
+  add(&counts->calls, 1);
+  add(&counts->ns, time - t->last);
+  add(&counts->bytes, bytes);
   t->last = time;
+}
+
+pyllm_stage_stats trace_stage(const trace *t, enum stage stage) {
+  const stage_counts *counts = &t->stages[stage];
+  return (pyllm_stage_stats){NAMES[stage], value(&counts->calls), value(&counts->ns), value(&counts->bytes)};
 }
 
 uint64_t trace_bytes(const trace *t) {
   uint64_t bytes = 0;
-  for (int i = 0; i < N_STAGES; i++) bytes += t->stages[i].bytes;
+  for (int i = 0; i < N_STAGES; i++) bytes += value(&t->stages[i].bytes);
   return bytes;
 }

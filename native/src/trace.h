@@ -22,14 +22,19 @@ enum stage {
   N_STAGES
 };
 
+/* Read while another thread counts. */
+typedef struct stage_counts {
+  _Atomic uint64_t calls, ns, bytes;
+} stage_counts;
+
 typedef struct trace {
-  pyllm_stage_stats stages[N_STAGES];
+  stage_counts stages[N_STAGES];
   uint64_t last; /* nanoseconds */
 } trace;
 
-void trace_init(trace *t);
 void trace_begin(trace *t);
 void trace_lap(trace *t, enum stage stage, uint64_t bytes);
+pyllm_stage_stats trace_stage(const trace *t, enum stage stage);
 /* Of all stages so far. */
 uint64_t trace_bytes(const trace *t);
 

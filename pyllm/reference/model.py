@@ -95,9 +95,9 @@ def project_qkv(
 def swiglu(model: Model, layer: int, normed: Array, round_activations: bool) -> Array:
     """down(silu(gate(x)) · up(x)); normed and the result: (T, dim)."""
     blk = f"blk.{layer}"
-    gate = linear(normed, model.tensor(f"{blk}.ffn_gate.weight"), round_activations)
-    up = linear(normed, model.tensor(f"{blk}.ffn_up.weight"), round_activations)
-    return linear(silu(gate) * up, model.tensor(f"{blk}.ffn_down.weight"), round_activations)
+    gate = biased_linear(model, f"{blk}.ffn_gate", normed, round_activations)
+    up = biased_linear(model, f"{blk}.ffn_up", normed, round_activations)
+    return biased_linear(model, f"{blk}.ffn_down", silu(gate) * up, round_activations)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:

@@ -131,7 +131,7 @@ def _read_rope(keys: _Keys, head_dim: int, tensors: Mapping[str, Tensor]) -> Rop
         n_rot=int(keys.get("rope.dimension_count", head_dim)),
         base=float(keys.get("rope.freq_base", 10000.0)),
         scaling=scaling,
-        factor=float(keys.get("rope.scaling.factor", 1.0)),
+        factor=float(keys.get("rope.scaling.factor", keys.get("rope.scale_linear", 0)) or 1.0),
         original_context=int(
             keys.get("rope.scaling.original_context_length", keys.required("context_length"))
         ),
