@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import tempfile
 from pathlib import Path
 
@@ -15,6 +16,11 @@ def _umask() -> int:
         return int(status.split("Umask:")[1].split()[0], 8)
     except (OSError, IndexError, ValueError):
         return 0o077
+
+
+def _mode(path: Path) -> int:
+    """As open() would leave it: of the file that is there, or by the mask."""
+    return stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask()
 
 
 def write(path: Path, data: memoryview) -> None:
@@ -30,7 +36,7 @@ def write(path: Path, data: memoryview) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.fchmod(file.fileno(), 0o666 & ~_umask())  # as open() would have made it
+            os.fchmod(file.fileno(), _mode(path))
             os.replace(file.name, path)
         except BaseException:
             os.unlink(file.name)

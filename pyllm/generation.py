@@ -232,6 +232,7 @@ class Generation:
         self._prompt = prompt
         self._before = session.stats
         self._revision = 0  # of the session, as the last piece left it
+        self._ended: Stats | None = None  # the session's, when the answer was complete
 
     @property
     def n_generated(self) -> int:
@@ -240,20 +241,20 @@ class Generation:
 
     @property
     def stats(self) -> Stats:
-        return self.session.stats - self._before
+        return (self._ended or self.session.stats) - self._before
 
     def pieces(self, progress: Progress | None = None) -> Iterator[Piece]:
         """Evaluates what the session does not hold yet of the prompt, then yields the answer as it comes.
 
         progress: called with (tokens done, tokens in all) after each batch of the prompt.
         """
-        logits = self._begin(progress)
-        while True:
-            piece = self._draw(logits)
+        with self.session.lock:
+            piece = self._draw(self._begin(progress))
+        while not piece.finish_reason:
             yield piece
-            if piece.finish_reason:
-                return
-            logits = self._next()
+            with self.session.lock:
+                piece = self._draw(self._next())
+        yield piece
 
     def _begin(self, progress: Progress | None) -> NDArray[np.float32]:
         """The prompt's logits."""
@@ -265,7 +266,11 @@ class Generation:
         return logits
 
     def _draw(self, logits: NDArray[np.float32]) -> Piece:
-        return self.draft.draw(logits, full=self.session.position >= self.session.n_ctx)
+        """Under the lock of what made the logits: what comes after the last piece is not this answer's."""
+        piece = self.draft.draw(logits, full=self.session.position >= self.session.n_ctx)
+        if piece.finish_reason:
+            self._ended = self.session.stats
+        return piece
 
     def _next(self) -> NDArray[np.float32]:
         """The logits after the newest token."""

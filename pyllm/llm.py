@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -87,6 +88,8 @@ class LLM:
             self._open_model(choose("cpu", self._file), kv, threads, isa)
         self.guard = guard
         self._seeds = random.Random(seed)
+        self._first_use = threading.Lock()
+        self._default_session: Session | None = None
 
     def _open_model(self, device: str, kv: str, n_threads: int, isa: str | None) -> None:
         self.device, self.kv = device, _kv(kv, device)
@@ -248,11 +251,14 @@ class LLM:
         params = _native.SessionParams(n_ctx, self.n_batch, self.attention.sinks, window)
         return _native.session_memory(self._model, params, self.attention.sketch).total
 
-    @cached_property
+    @property
     def default_session(self) -> Session:
         """What `generate` and `chat` use where no session is given: a prompt's known prefix is not
         evaluated again."""
-        return self.session()
+        with self._first_use:
+            if self._default_session is None:
+                self._default_session = self.session()
+            return self._default_session
 
     # ---- answers ----
 
@@ -290,7 +296,9 @@ class LLM:
         part of it. logprobs: with each token its log-probability and that many alternatives. sampling: the
         fields of `Sampling`: temperature=0.8 (0 takes the most probable token), top_k=40, top_p=0.95,
         min_p=0.05, repeat_penalty=1.0, frequency_penalty=0.0, presence_penalty=0.0. The part of the prompt
-        that the session holds already is not evaluated again. progress: called with (tokens done, tokens in
+        that the session holds already is not evaluated again; its last token always is, and a page tier reads
+        other pages for a token alone than in a batch, so that the same prompt and seed may then give another
+        answer. progress: called with (tokens done, tokens in
         all) after each batch of the prompt. hold_back: only what the session's guard has verified; what it
         repairs is drawn again. Raises ArgumentError, and ContextError where the prompt does not fit.
         """
@@ -354,6 +362,8 @@ class LLM:
         self, prompt: Ids, request: Request, session: Session | None, hold_back: bool, chat: bool
     ) -> Completion:
         session = session or self.default_session
+        if not session.of(self._model):
+            raise ArgumentError("session: is one of another model")
         kind = VerifiedGeneration if hold_back else Generation
         ids = session.checked(prompt).tolist() if np.size(prompt) else []
         generation = kind(session, self.tokenizer, ids, request, continuing=not chat)

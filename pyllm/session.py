@@ -18,7 +18,14 @@ from rich.filesize import decimal
 from pyllm import _native, atomic_file
 from pyllm.attention import Policy
 from pyllm.device import available_on, memory_of
-from pyllm.errors import ArgumentError, ContextError, FileError, InsufficientMemoryError, PyllmError
+from pyllm.errors import (
+    AbortedError,
+    ArgumentError,
+    ContextError,
+    FileError,
+    InsufficientMemoryError,
+    PyllmError,
+)
 from pyllm.guard import Guard
 from pyllm.guard.watch import Watch
 from pyllm.record import Record
@@ -66,6 +73,7 @@ class Session:
         self._seconds = {"prefill": 0.0, "decode": 0.0}
         self._tokens = {"prefill": 0, "decode": 0}
         self._identity = identity or {}
+        self._aborted = threading.Event()
         self.watch: Watch | None = None
         self.attention = attention
         self.guard = guard
@@ -98,6 +106,10 @@ class Session:
 
     def _memory(self, n_ctx: int) -> _native.SessionMemory:
         return _native.session_memory(self._model, self._params(n_ctx), self._attention.sketch)
+
+    def of(self, model: _native.Model) -> bool:
+        """Whether it is one of this model's."""
+        return self._model is model
 
     # ---- the timeline ----
 
@@ -214,6 +226,7 @@ class Session:
 
     def abort(self) -> None:
         """From another thread: a running evaluation stops before its next layer and raises AbortedError."""
+        self._aborted.set()
         self._native.abort()
 
     def checked(self, ids: Ids) -> NDArray[np.int32]:
@@ -250,6 +263,7 @@ class Session:
         record: Record | None = None,
     ) -> NDArray[np.float32]:
         self.revision += 1
+        self._aborted.clear()
         start, began = self.position, time.perf_counter()
         logits = np.empty((len(tokens) if all_logits else 1, self.n_vocab), np.float32)
 
@@ -268,6 +282,8 @@ class Session:
                     self._evaluate_batch(batch, rows(first, stop), record, first - start)
                 if progress:
                     progress(stop - start, len(tokens))
+                if self._aborted.is_set() and stop < start + len(tokens):  # between two calls of the library
+                    raise AbortedError(f"evaluation stopped at position {stop}")
         finally:
             n = max(0, self.position - start)
             self._tokens[kind] += n
@@ -317,7 +333,8 @@ class Session:
     @property
     def guard(self) -> Guard | None:
         """What watches over the tokens evaluated from now on. Setting one begins with fresh counts and, if it
-        asks for one, a new log."""
+        asks for one, a new log. One that is refused changes nothing, but that the one before has no log any
+        more where both name the same file."""
         return self.watch.guard if self.watch else None
 
     @guard.setter
@@ -325,12 +342,17 @@ class Session:
         if guard is not None and not isinstance(guard, Guard):
             raise ArgumentError(f"guard: expected a Guard or None, got {guard!r}")
         with self.lock:
-            if self.watch:
-                self.watch.close()
+            before = self.watch
+            if before and guard and guard.log == before.guard.log:
+                before.close()  # the new one's file is not another's
+            watch = None
+            if guard:
+                watch = Watch(guard, self._native, self._attention, self.n_batch, self._identity)
+            if before:
+                before.close()
             self.watch = None
             self.attention = self._attention
-            if guard:
-                self.watch = Watch(guard, self._native, self._attention, self.n_batch, self._identity)
+            self.watch = watch
 
     def key_moments(
         self, layer: int, kv_head: int, n_pages: int

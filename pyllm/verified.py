@@ -53,6 +53,7 @@ class VerifiedGeneration(Generation):
             self._require_untouched()
             self.session.verify()
             self._revision = self.session.revision
+            self._ended = self.session.stats
 
     def _draw_again(self) -> NDArray[np.float32]:
         """Drops what was drawn from logits that no longer stand; the logits to go on from."""
@@ -65,6 +66,7 @@ class VerifiedGeneration(Generation):
             self._revision = self.session.revision
         kept = position + 1 - self.n_prompt
         self.draft.take_back(kept)
+        self._ended = None
         del self._held[kept - self._n_shown :]
         return logits
 

@@ -45,7 +45,7 @@ class Player:
                 return line
             raise line
 
-        Repl(self.conversation, read, self._write, self._show_progress).run()
+        Repl(self.conversation, read, self._write, self._show_progress, self._write).run()
         return "".join(self.output)
 
     def _write(self, text: str) -> None:

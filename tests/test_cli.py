@@ -71,6 +71,24 @@ def test_chat_over_pipes_is_plain(tiny_model: Path) -> None:
     assert out.count("[prompt") == 1
 
 
+def test_chat_over_pipes_tells_who_runs_it_of_errors(tiny_model: Path) -> None:
+    """Nobody reads along: answers go one way, errors another, and the status says that there were some."""
+    child = spawn("chat", "-m", tiny_model, "--max-tokens", "5")
+    out, err = child.communicate("/doc nosuch.txt\nwhat?\n")
+    assert child.returncode == 1
+    assert err.startswith("error: nosuch.txt: ")
+    assert err.count("\n") == 1
+    assert out.count("[prompt") == 1
+
+
+def test_a_document_of_no_name_is_refused(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As a variable leaves it that is not set."""
+    assert main(["chat", "-m", str(tiny_model), "--doc", "", "--ask", "what?"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("pyllm: error: ")
+
+
 def test_info(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--model", str(tiny_model), "--tensors", "--ctx", "1000"]) == 0
     shown = capsys.readouterr().out

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import native
-from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, Guard, Session, _native
+from pyllm import LLM, Adaptive, ArgumentError, Calibration, Dense, Guard, PyllmError, Session, _native
 from pyllm.evaluate import texts
 from pyllm.generation import Request, Sampling, TokenLogprob
 from pyllm.guard.controller import Control
@@ -102,6 +102,19 @@ def test_another_seed_audits_others(tiny: LLM) -> None:
         found.append([audit.position for audit in guarded.watch._timeline.audits])
     assert found[0] != found[1]
     assert len(found[0]) == pytest.approx((600 - 143) / 16, abs=2)
+
+
+def test_a_guard_that_is_refused_leaves_the_one_before(sharp: LLM, tmp_path: Path) -> None:
+    session = sharp.session(attention=BROKEN, guard=Guard(audit_rate=1.0, log=tmp_path / "log"))
+    for wrong in (Guard(log=tmp_path / "nowhere" / "log"), Guard(start=Control.none(7))):
+        with pytest.raises(PyllmError):
+            session.guard = wrong
+    session.eval(ids(200))
+    assert session.stats.guard is not None
+    assert session.stats.guard.audits > 0
+    session.guard = Guard(log=tmp_path / "log")  # its own file, once more
+    assert session.stats.guard is not None
+    assert session.stats.guard.audits == 0
 
 
 # ---- injected faults: detected, repaired, brought back under the target ----

@@ -271,7 +271,52 @@ def test_a_stream_whose_session_went_elsewhere_says_so(tiny: LLM) -> None:
         next(stream)
 
 
+def test_an_answer_counts_its_own_tokens(tiny: LLM) -> None:
+    """Also where the session goes on with something else before anybody asks."""
+    session = tiny.session()
+    request = Request(Sampling(temperature=0.0), 0, max_tokens=3)
+    generation = Generation(session, tiny.tokenizer, [1, 2, 3], request, continuing=True)
+    assert len(list(generation.pieces())) == 3
+    session.sync([7] * 50)
+    assert (generation.stats.prefill_tokens, generation.stats.decode_tokens) == (3, 2)
+
+
+def test_threads_that_come_first_share(tiny_model: Path) -> None:
+    """The library and a model's default session, which are made when they are first wanted."""
+    code = """
+import sys, threading
+from pyllm import LLM
+
+def at_once(work):
+    found, start = [], threading.Barrier(4)
+
+    def run():
+        start.wait()
+        found.append(work())
+
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return found
+
+llms = at_once(lambda: LLM(sys.argv[1]))
+sessions = at_once(lambda: llms[0].default_session)
+print(len(llms), len(sessions), len(set(map(id, sessions))))
+"""
+    ran = subprocess.run([sys.executable, "-c", code, str(tiny_model)], capture_output=True, text=True)
+    assert ran.stderr == ""
+    assert ran.stdout == "4 4 1\n"
+
+
 # ---- refusals ----
+
+
+def test_a_session_of_another_model_is_refused(tiny: LLM, tmp_path: Path) -> None:
+    other = LLM(write_tiny(tmp_path / "other.gguf", tokenizer=True, seed=1))
+    with pytest.raises(ArgumentError, match="session: is one of another model"):
+        tiny.generate("the", session=other.session())
 
 
 @pytest.mark.parametrize(

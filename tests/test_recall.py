@@ -49,7 +49,7 @@ def test_who_reads_nothing_loses_the_answers(llm: LLM) -> None:
         Adaptive(0.0, **WINDOW),
     ]
     seen: list[tuple[int, int]] = []
-    samples = recall.draw(llm, 900, n_texts=1)
+    samples = recall.draw(llm, 900, n_texts=2)
     local, everything, pages, again = recall.losses(llm, policies, samples, lambda *at: seen.append(at))
     assert abs(everything) < 1e-6
     assert everything < pages < local / 20

@@ -224,6 +224,17 @@ def test_saving_replaces_files_and_nothing_else(tiny: LLM, tmp_path: Path) -> No
     assert other.tokens == [1, 2, 3]
 
 
+def test_who_may_read_a_file_stays(tiny: LLM, tmp_path: Path) -> None:
+    session = tiny.session()
+    session.eval([1, 2, 3])
+    (tmp_path / "private").touch(0o600)
+    session.save(tmp_path / "private")
+    assert (tmp_path / "private").stat().st_mode & 0o777 == 0o600
+    session.save(tmp_path / "new")
+    (tmp_path / "usual").touch()
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "usual").stat().st_mode
+
+
 def test_a_session_of_another_fine_tune_is_refused(tiny: LLM, tiny_model: Path, tmp_path: Path) -> None:
     last = max(tiny.tensors(), key=lambda tensor: tensor.offset)
     changed = bytearray(tiny_model.read_bytes())
@@ -267,7 +278,13 @@ def test_files_that_are_no_such_session(tiny: LLM, tmp_path: Path, rng: np.rando
     signs = bytearray(good)
     for byte in (len(good) - 9, len(good) - 1):  # of two words, in their last bits
         signs[byte] ^= 0x80
-    wrong = {"empty": b"", "text": b"x" * 200, "cut": good[:-1], "flipped": flipped, "signs": signs}
+    wrong: dict[str, bytes | bytearray] = {
+        "empty": b"",
+        "text": b"x" * 200,
+        "cut": good[:-1],
+        "flipped": flipped,
+        "signs": signs,
+    }
     for name, data in wrong.items():
         (tmp_path / name).write_bytes(data)
         with pytest.raises(FormatError, match=name):
@@ -346,6 +363,21 @@ def test_abort_from_another_thread(slow_llm: LLM) -> None:
         worker.join(0.01)
     assert [type(error).__name__ for error in outcome] == ["AbortedError"]
     assert session.position == 0
+
+
+def test_abort_between_two_batches(tiny: LLM) -> None:
+    """Where the library has nothing to stop."""
+    session = LLM(tiny.paths[0], n_batch=64).session()
+
+    def progress(done: int, total: int) -> None:
+        if done == 128:
+            session.abort()
+
+    with pytest.raises(AbortedError, match="position 128"):
+        session.eval(ids(300), progress=progress)
+    assert session.tokens == ids(300)[:128]
+    session.eval(ids(300)[128:])
+    assert session.tokens == ids(300)
 
 
 def test_a_running_evaluation_is_not_copied(slow_llm: LLM) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +30,17 @@ ERRORS: dict[int, type[errors.PyllmError]] = {
 }
 
 
+# What one cffi.FFI made, another does not take: two threads must not both be the first to load.
+LOADING = threading.Lock()
+
+
 def library() -> tuple[Any, Any]:
     """The (ffi, lib) pair, loaded once. $PYLLM_LIBRARY names another build, such as one with sanitizers.
 
     Raises FileError when the library is not built or does not load.
     """
-    return loaded()
+    with LOADING:
+        return loaded()
 
 
 @functools.cache

@@ -14,6 +14,7 @@ from pyllm.cli.terminal import prefill_bar, render
 from pyllm.evaluate import texts
 from pyllm.evaluate.calibrate import BUDGETS, Plan, calibrate
 from pyllm.evaluate.outputs import require_writable
+from pyllm.exclusive import alone
 from pyllm.models import DEFAULT_MODEL
 from pyllm.profile import DECODE_PART, Profile, beside
 
@@ -89,10 +90,10 @@ def run(args: argparse.Namespace) -> int:
     for file in (path, kept):
         require_writable(file)
     documents = texts.files(args.text) if args.text else texts.builtin(fitted=True)
-    with prefill_bar() as tick:
+    with alone(kept), prefill_bar() as tick:
         profile = calibrate(llm, documents, plan, tick, kept)
-    profile.save(path)
-    kept.unlink(missing_ok=True)
+        profile.save(path)
+        kept.unlink(missing_ok=True)
     print(render(table(profile)), end="")
     print(LEGEND)
     for name, preset in profile.presets.items():

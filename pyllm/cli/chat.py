@@ -11,7 +11,7 @@ from contextlib import closing
 
 from rich.table import Table
 
-from pyllm.cli import options
+from pyllm.cli import FAILED, options
 from pyllm.cli.conversation import Conversation, Document
 from pyllm.cli.terminal import (
     ShowProgress,
@@ -39,18 +39,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    document = Document.read(args.doc) if args.doc else None
+    document = Document.read(args.doc) if args.doc is not None else None
     conversation = Conversation(options.open_llm(args), options.sampling(args))
     conversation.open(document)
     if args.ask is not None:
         return ask_once(conversation, args.ask)
-    Repl(conversation, line_reader("> "), write, prefill_bar).run()
-    return 0
+    # On a pipe nobody reads along: errors are for standard error and the exit status.
+    interactive = sys.stdin.isatty()
+    repl = Repl(conversation, line_reader("> "), write, prefill_bar, write if interactive else complain)
+    repl.run()
+    return FAILED if repl.failed and not interactive else 0
 
 
 def write(text: str) -> None:
     sys.stdout.write(text)
     sys.stdout.flush()
+
+
+def complain(text: str) -> None:
+    sys.stdout.flush()
+    sys.stderr.write(text)
 
 
 def ask_once(conversation: Conversation, question: str) -> int:
@@ -82,7 +90,7 @@ class Repl:
 
     read: returns the user's next line, raises EOFError at the end and KeyboardInterrupt for Ctrl-C. write:
     takes text as it is to appear. show_progress: a context around a prefill, whose value is called with
-    (tokens done, in all).
+    (tokens done, in all). complain: takes the text of errors. failed: whether there was one.
     """
 
     def __init__(
@@ -91,11 +99,14 @@ class Repl:
         read: Callable[[], str],
         write: Callable[[str], None],
         show_progress: ShowProgress,
+        complain: Callable[[str], None],
     ) -> None:
         self.conversation = conversation
         self.read = read
         self.write = write
         self.show_progress = show_progress
+        self.complain = complain
+        self.failed = False
         self.commands: dict[str, tuple[Callable[[str], None], str]] = {
             "/help": (self.help, "this list"),
             "/doc": (self.doc, "FILE: talk about another document; none: about none; alone: which one it is"),
@@ -132,7 +143,8 @@ class Repl:
         try:
             action()
         except PyllmError as error:
-            self.line(f"error: {error}")
+            self.failed = True
+            self.complain(f"error: {error}\n")
         except KeyboardInterrupt:
             self.line("\n[stopped]")
 

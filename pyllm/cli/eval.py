@@ -17,9 +17,10 @@ from pyllm.evaluate import compare, dialogue, domains, report, texts, tradeoff
 from pyllm.evaluate.asked import asked
 from pyllm.evaluate.candidates import PAGE_BITS, PAGE_SHARES, ROWS, SHARES, THRESHOLDS, Candidate, Choice
 from pyllm.evaluate.evaluation import Evaluation, fitting_texts
-from pyllm.evaluate.outputs import IMAGES, require_outputs, require_plot, write
-from pyllm.evaluate.results import FITTED, Results, csv_bytes
+from pyllm.evaluate.outputs import IMAGES, csv_bytes, require_outputs, require_plot, write
+from pyllm.evaluate.results import FITTED, Results, Row
 from pyllm.evaluate.texts import Text
+from pyllm.exclusive import alone
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
 
@@ -126,8 +127,11 @@ def run(args: argparse.Namespace) -> int:
     _check(args)
     if args.compare:
         return _compare(args.compare)
-    if args.tasks is not None:
-        return eval_tasks.run(args)
+    with alone(args.json):
+        return _run_texts(args) if args.tasks is None else eval_tasks.run(args)
+
+
+def _run_texts(args: argparse.Namespace) -> int:
     policies = ("dense",) if args.attentions else tuple(ROWS)
     choice = Choice(
         window=args.window,
@@ -158,7 +162,7 @@ def run(args: argparse.Namespace) -> int:
         left = evaluation.run(args.limit, tick)
     rows = evaluation.finished()
     if args.csv:
-        write(args.csv, csv_bytes(rows))
+        write(args.csv, csv_bytes(rows, Row))
     if args.plot and rows:
         write(args.plot, report.plot(rows, args.plot.suffix[1:].lower()))
     for headline, tables in report.by_text(rows):

@@ -12,7 +12,7 @@ from pyllm.cli.terminal import prefill_bar, render
 from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.asked import asked
-from pyllm.evaluate.outputs import write
+from pyllm.evaluate.outputs import csv_bytes, write
 from pyllm.evaluate.tasks import catalog, haystack, summary
 from pyllm.evaluate.tasks.answers import Answers
 from pyllm.evaluate.tasks.running import TaskEvaluation, asking, require_bulk, with_dense
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
         left = evaluation.run(args.limit, tick)
     rows = summary.rows(evaluation.finished())
     if args.csv:
-        write(args.csv, summary.csv_bytes(rows))
+        write(args.csv, csv_bytes(rows, summary.TaskRow))
     print(f"{llm.name}: {samples.length:,} tokens{', plain prompts' if samples.plain else ''}")
     print(render(summary.table(rows)), summary.LEGEND, sep="\n")
     print(f"dense attention is above chance on: {', '.join(summary.above_chance(rows)) or 'no task'}")

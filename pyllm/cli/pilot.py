@@ -21,6 +21,7 @@ from pyllm.evaluate.candidates import Candidate, Choice
 from pyllm.evaluate.evaluation import Evaluation
 from pyllm.evaluate.outputs import require_apart, require_matplotlib, require_outputs, write
 from pyllm.evaluate.results import Results
+from pyllm.exclusive import alone
 from pyllm.llm import LLM
 from pyllm.pilot import page, pilot
 from pyllm.pilot.calibration import DECODED, search_presets
@@ -28,6 +29,7 @@ from pyllm.pilot.sample import draw
 from pyllm.profile import Profile
 from pyllm.survey.folder import Folder, shown
 from pyllm.survey.model_file import ModelFile
+from pyllm.survey.result import Survey
 from pyllm.survey.shares import combined
 
 HELP = "Try attention policies on a sample of a folder's documents and write an HTML report."
@@ -82,6 +84,11 @@ def run(args: argparse.Namespace) -> int:
     model = ModelFile.open(args.model)
     n_ctx = context(args, model)
     found = survey(args, model, n_ctx, combined([]), timed=False)
+    with alone(args.json):
+        return _report(args, choice, model, n_ctx, found)
+
+
+def _report(args: argparse.Namespace, choice: Choice, model: ModelFile, n_ctx: int, found: Survey) -> int:
     llm = options.open_llm(args)
     least = tradeoff.least(args.window, args.sinks, args.decode)
     texts = draw(llm, found.folder, n_ctx=n_ctx, limit=args.limit, least=least, seed=args.seed)
@@ -117,7 +124,7 @@ def _presets(
         except ArgumentError as error:
             return [], f"No presets: {error}."
         profile.save(path)
-        source = "searched on other documents of the folder than those reported on"
+        source = "searched on other documents than those that the recommendation is measured on"
     presets = [Candidate(name, preset.policy) for name, preset in profile.presets.items()]
     return presets, f"The presets {', '.join(profile.presets)} are {source}; they are kept in {shown(path)}."
 

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import csv
+import dataclasses
+import io
 import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from pyllm import atomic_file
 from pyllm.errors import ArgumentError, FileError, UnsupportedError
@@ -19,6 +23,15 @@ def write(path: Path, data: bytes) -> None:
         atomic_file.write(path, memoryview(data))
     except OSError as error:
         raise FileError(f"{path}: cannot be written: {error.strerror or error}") from None
+
+
+def csv_bytes(rows: Iterable[Any], kind: type) -> bytes:
+    """One line per row under the names of the fields of `kind`, a dataclass; None is empty."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(kind)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(row) for row in rows)
+    return text.getvalue().encode()
 
 
 def require_outputs(files: Mapping[str, Path | None]) -> None:

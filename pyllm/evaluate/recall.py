@@ -49,7 +49,8 @@ def losses(
     """Of every policy the KL to dense attention in nats, the upper end of the mean's 95 % interval, over the
     tokens of the right answers, evaluated one by one behind prompts that dense attention read.
 
-    policies: with the same window and sinks. samples: at least two. progress: (tokens read, in all).
+    policies: with the same window and sinks. samples: as `draw` has them, of at least two texts. progress:
+    (tokens read, in all).
     """
     dense = Dense(window=policies[0].window, sinks=policies[0].sinks)
     n_ctx = max(len(sample.tokens) + sample.max_new for sample in samples)
@@ -64,7 +65,9 @@ def losses(
         done += len(sample.tokens)
         if progress:
             progress(done, total)
-    return [ratio_interval(row, counts)[1] for row in sums]
+    # Those of one text share what was hidden and nearly all of the prompt: only texts are independent.
+    of_texts = counts.reshape(-1, KEYS).sum(axis=1)
+    return [ratio_interval(row.reshape(-1, KEYS).sum(axis=1), of_texts)[1] for row in sums]
 
 
 def _of_answer(

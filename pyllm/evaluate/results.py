@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
-import io
 import json
 import os
 from dataclasses import dataclass, field
@@ -150,15 +148,6 @@ def _local_shares(found: Any) -> NDArray[np.float64] | None:
     if shares.ndim != 2 or not np.isfinite(shares).all():
         raise ValueError("local_shares: expected finite numbers by layer and head")
     return shares
-
-
-def csv_bytes(rows: list[Row]) -> bytes:
-    """One line per row under the names of its fields; None is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(Row)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in rows)
-    return text.getvalue().encode()
 
 
 def require_same(path: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import dataclasses
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -72,15 +69,6 @@ def table(found: Iterable[TaskRow]) -> Table:
         shown.add_row(*map(Text, ("" if row.task == before else row.task, row.policy, *_cells(row))))
         before = row.task
     return shown
-
-
-def csv_bytes(found: Iterable[TaskRow]) -> bytes:
-    """One line per row under the names of its fields; None is empty."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, [field.name for field in dataclasses.fields(TaskRow)], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(dataclasses.asdict(row) for row in found)
-    return text.getvalue().encode()
 
 
 def _rows(task: str, answers: Sequence[Answer]) -> list[TaskRow]:
