@@ -143,7 +143,9 @@ def test_a_token_is_one_launch(path: Path, policy: Policy) -> None:
 
 
 @pytest.mark.skipif(not is_emulated, reason="a real GPU does not fail when it is told to")
-@pytest.mark.parametrize("call", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"])
+@pytest.mark.parametrize(
+    "call", ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphUpload"]
+)
 def test_a_token_that_cannot_be_written_down(path: Path, call: str) -> None:
     """It goes stage by stage, and the next one is tried again, once."""
     llm = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256)
@@ -167,6 +169,24 @@ def test_a_token_that_cannot_be_written_down(path: Path, call: str) -> None:
     assert written(1) == 0
     fail_next(call, 2, times=2)
     assert written(4) == 0
+
+
+@pytest.mark.skipif(not is_emulated, reason="a real GPU does not fail when it is told to")
+def test_a_launch_whose_memory_is_refused(path: Path) -> None:
+    """The token goes stage by stage, and nothing else is different."""
+    llm = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256)
+    session, stages = llm.session(), llm.session()
+    for s in (session, stages):
+        s.eval(TOKENS[:100])
+    n_launched = []
+    for at in range(100, 104):
+        if at == 102:
+            fail_next("cudaGraphLaunch", 2)
+        before = calls(session)["token"]
+        expected = stages.eval(TOKENS[at : at + 1], record=stages.new_record(1))
+        assert np.array_equal(session.eval(TOKENS[at : at + 1]), expected)
+        n_launched.append(calls(session)["token"] - before)
+    assert n_launched == [0, 1, 0, 1]
 
 
 def test_a_stopped_token_loads_no_kernels(path: Path) -> None:

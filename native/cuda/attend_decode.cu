@@ -49,7 +49,9 @@ __device__ bool find_item(const device_attention &a, enum attend_pass pass, int3
     item -= __shfl_sync(ALL_LANES, behind ? end - n : end, owner);
     if (!behind) continue;
     found.list = list_of_lane(l, owner);
-    found.panel = item / spans_of(found.list), found.span = item % spans_of(found.list);
+    /* Panels of one span next to each other: the second finds its keys and values in the cache. */
+    int32_t n_panels = (found.list.n_rows + SPAN_ROWS - 1) / SPAN_ROWS;
+    found.panel = item % n_panels, found.span = item / n_panels;
     return true;
   }
   return false;

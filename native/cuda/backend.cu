@@ -118,8 +118,8 @@ void copy(const backend *be, void *to, const void *from, size_t bytes) {
 void write(const backend *be, void *to, const void *from, size_t bytes) { copy(be, to, from, bytes); }
 
 void read(const backend *be, void *to, const void *from, size_t bytes) {
-  memset(to, 0, bytes); /* after a failure nothing comes */
   copy(be, to, from, bytes);
+  if (queue_of(be)->error) memset(to, 0, bytes); /* nothing came */
 }
 
 int32_t sync(const backend *be, pyllm_error *err) {
@@ -148,15 +148,28 @@ static void *graph_end(const backend *be) {
   if (!((device *)be->device)->writing) return nullptr;
   check(q, cudaStreamEndCapture(q->stream, &written));
   if (!q->error) check(q, cudaGraphInstantiate(&graph, written, 0));
+  /* Its memory is taken now, where its refusal is no failure of a token. */
+  if (!q->error) check(q, cudaGraphUpload(graph, q->stream));
+  if (!q->error) check(q, cudaStreamSynchronize(q->stream));
   if (written) cudaGraphDestroy(written);
-  if (q->error) cudaGetLastError();
+  if (q->error) {
+    cudaGetLastError();
+    if (graph) cudaGraphExecDestroy(graph);
+    graph = nullptr;
+  }
   q->error = cudaSuccess;
   return graph;
 }
 
-static void graph_run(const backend *be, void *graph) {
+static bool graph_run(const backend *be, void *graph) {
   queue *q = cuda_enter(be);
-  if (!q->error) check(q, cudaGraphLaunch((cudaGraphExec_t)graph, q->stream));
+  cudaError_t error = q->error ? q->error : cudaGraphLaunch((cudaGraphExec_t)graph, q->stream);
+  if (error == cudaErrorMemoryAllocation && !q->error) {
+    cudaGetLastError();
+    return false;
+  }
+  check(q, error);
+  return true;
 }
 
 static void graph_free(const backend *be, void *graph) {

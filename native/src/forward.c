@@ -172,7 +172,7 @@ static bool token_graph(pyllm_session *s, const batch_record *record, float *log
   if (!be->ops->graph_begin || !s->graph.warm || record->all || aborted(s)) return false;
   bool written = s->graph.stages == NULL;
   if (written && !write_graph(s)) return false;
-  be->ops->graph_run(be, s->graph.stages);
+  if (!be->ops->graph_run(be, s->graph.stages)) return false;
   read_logits(s, 1, logits);
   trace_lap(&s->trace, STAGE_TOKEN, written ? 0 : s->graph.bytes);
   return true;

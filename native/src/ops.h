@@ -113,7 +113,7 @@ struct ops {
    * nothing was done. All are NULL on a backend where starting a stage costs nothing. */
   void (*graph_begin)(const backend *be);
   void *(*graph_end)(const backend *be);
-  void (*graph_run)(const backend *be, void *graph);
+  bool (*graph_run)(const backend *be, void *graph); /* false where memory was refused, and nothing has run */
   void (*graph_free)(const backend *be, void *graph);
   /* A batch of n tokens from `position` on: what all stages after it work on. */
   void (*begin)(const backend *be, int32_t position, int32_t n);

@@ -219,7 +219,9 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t *out, cudaGraph_t graph, unsign
   *out = new (std::nothrow) emu_graph(*graph);
   return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }
+cudaError_t cudaGraphUpload(cudaGraphExec_t, cudaStream_t) { return planned(__func__); }
 cudaError_t cudaGraphLaunch(cudaGraphExec_t graph, cudaStream_t stream) {
+  if (cudaError_t error = planned(__func__)) return error;
   for (const auto &command : graph->list) submit(stream, command);
   return cudaSuccess;
 }
