@@ -217,11 +217,6 @@ def _write_weights(
 ) -> None:
     first: dict[str, np.ndarray] = {}
 
-    def projection(name: str, rows: int, cols: int, gain: RowStd = 1.0) -> None:
-        matrix(f"{name}.weight", rows, cols, gain)
-        if biases or (arch == "qwen2" and name.endswith(("attn_q", "attn_k", "attn_v"))):
-            writer.add_tensor(f"{name}.bias", rng.normal(0.0, 0.3, rows).astype(np.float32))
-
     def matrix(name: str, rows: int, cols: int, gain: RowStd = 1.0) -> None:
         part = name.removesuffix(".weight").split(".")[-1]
         kind = _type_of(types, part)
@@ -234,23 +229,32 @@ def _write_weights(
     def norm(name: str, n: int, gain: float = 1.0) -> None:
         writer.add_tensor(name, (gain * rng.normal(1.0, 0.1, n)).astype(np.float32))
 
+    def bias(name: str, n: int, always: bool = False) -> None:
+        if biases or always:
+            writer.add_tensor(name, rng.normal(0.0, 0.3, n).astype(np.float32))
+
     q_rows, kv_rows = shape.n_heads * shape.head_dim, shape.n_kv_heads * shape.head_dim
     q_gain = np.repeat(np.geomspace(1.0, sharp, shape.n_heads), shape.head_dim)
     matrix("token_embd.weight", shape.n_vocab, shape.dim)
     for layer in range(shape.n_layers):
         blk = f"blk.{layer}"
         norm(f"{blk}.attn_norm.weight", shape.dim)
-        projection(f"{blk}.attn_q", q_rows, shape.dim, q_gain)
-        projection(f"{blk}.attn_k", kv_rows, shape.dim)
-        projection(f"{blk}.attn_v", kv_rows, shape.dim)
-        projection(f"{blk}.attn_output", shape.dim, q_rows)
+        matrix(f"{blk}.attn_q.weight", q_rows, shape.dim, q_gain)
+        matrix(f"{blk}.attn_k.weight", kv_rows, shape.dim)
+        matrix(f"{blk}.attn_v.weight", kv_rows, shape.dim)
+        matrix(f"{blk}.attn_output.weight", shape.dim, q_rows)
+        for part, rows in (("q", q_rows), ("k", kv_rows), ("v", kv_rows)):
+            bias(f"{blk}.attn_{part}.bias", rows, arch == "qwen2")
+        bias(f"{blk}.attn_output.bias", shape.dim)
         if arch == "qwen3":
             norm(f"{blk}.attn_q_norm.weight", shape.head_dim, sharp**0.5)
             norm(f"{blk}.attn_k_norm.weight", shape.head_dim)
         norm(f"{blk}.ffn_norm.weight", shape.dim)
-        projection(f"{blk}.ffn_gate", shape.n_ff, shape.dim)
-        projection(f"{blk}.ffn_up", shape.n_ff, shape.dim)
-        projection(f"{blk}.ffn_down", shape.dim, shape.n_ff)
+        matrix(f"{blk}.ffn_gate.weight", shape.n_ff, shape.dim)
+        matrix(f"{blk}.ffn_up.weight", shape.n_ff, shape.dim)
+        matrix(f"{blk}.ffn_down.weight", shape.dim, shape.n_ff)
+        for part, rows in (("gate", shape.n_ff), ("up", shape.n_ff), ("down", shape.dim)):
+            bias(f"{blk}.ffn_{part}.bias", rows)
     norm("output_norm.weight", shape.dim)
     if not tied:
         matrix("output.weight", shape.n_vocab, shape.dim)

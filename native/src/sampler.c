@@ -4,6 +4,7 @@
 #include <math.h>
 #include <stdbool.h>
 #include <stdlib.h>
+#include <string.h>
 
 typedef struct candidate {
   int32_t token;
@@ -37,8 +38,7 @@ static float penalized(float logit, int32_t times, const pyllm_sampling *s) {
 }
 
 /* Applies the penalties to each distinct recent token; false when memory is refused. */
-static bool penalize(candidate *c, int32_t n_vocab, const pyllm_sampling *s, const int32_t *recent, int32_t n_recent) {
-  if (n_recent == 0 || !has_penalties(s)) return true;
+static bool penalize(float *logits, int32_t n_vocab, const pyllm_sampling *s, const int32_t *recent, int32_t n_recent) {
   int32_t *sorted = malloc((size_t)n_recent * sizeof *sorted);
   if (!sorted) return false;
   for (int32_t i = 0; i < n_recent; i++) sorted[i] = recent[i];
@@ -46,8 +46,7 @@ static bool penalize(candidate *c, int32_t n_vocab, const pyllm_sampling *s, con
   for (int32_t i = 0, end; i < n_recent; i = end) {
     for (end = i; end < n_recent && sorted[end] == sorted[i];) end++;
     if (sorted[i] < 0 || sorted[i] >= n_vocab) continue;
-    float *logit = &c[sorted[i]].logit;
-    *logit = penalized(*logit, end - i, s);
+    logits[sorted[i]] = penalized(logits[sorted[i]], end - i, s);
   }
   free(sorted);
   return true;
@@ -85,38 +84,36 @@ static double uniform(uint64_t *state) {
   return (double)((z ^ (z >> 31)) >> 11) * 0x1p-53;
 }
 
-static int32_t greedy(const candidate *c, int32_t n) {
-  int32_t best = 0;
-  for (int32_t i = 1; i < n; i++)
-    if (c[i].logit > c[best].logit) best = i;
-  return c[best].token;
+enum {
+  INSERTION_LIMIT = 256, /* so many are kept in order while the others pass by; more are sorted with all */
+  AT_ONCE = 32           /* logits that are compared with the worst of the kept ones before any is looked at */
+};
+
+static bool any_above(const float *logits, float least) {
+  uint32_t above = 0;
+  for (int32_t i = 0; i < AT_ONCE; i++) above |= logits[i] > least;
+  return above != 0;
 }
 
-enum { INSERTION_LIMIT = 256 };
-
-/* Brings the k best to the front, in order, without sorting the rest. */
-static void select_best(candidate *c, int32_t n, int32_t k) {
+/* The k best of n logits, in order; 1 <= k <= n. */
+static void select_best(const float *logits, int32_t n, int32_t k, candidate *best) {
   int32_t kept = 0;
   for (int32_t i = 0; i < n; i++) {
-    candidate x = c[i];
-    if (kept == k && by_logit(&x, &c[kept - 1]) > 0) continue;
+    while (kept == k && i + AT_ONCE <= n && !any_above(logits + i, best[k - 1].logit)) i += AT_ONCE;
+    if (i == n || (kept == k && logits[i] <= best[k - 1].logit)) continue;
     int32_t at = kept < k ? kept++ : kept - 1;
-    c[i] = c[at]; /* what falls out is not needed again: it is worse than k others */
-    for (; at > 0 && by_logit(&x, &c[at - 1]) < 0; at--) c[at] = c[at - 1];
-    c[at] = x;
+    for (; at > 0 && best[at - 1].logit < logits[i]; at--) best[at] = best[at - 1];
+    best[at] = (candidate){i, logits[i], 0};
   }
 }
 
-/* Orders the candidates, best first, and returns how many remain. */
-static int32_t keep_top_k(candidate *c, int32_t n, int32_t top_k) {
-  int32_t k = top_k > 0 && top_k < n ? top_k : n;
-  if (k <= INSERTION_LIMIT) select_best(c, n, k);
-  else qsort(c, (size_t)n, sizeof *c, by_logit);
-  return k;
+static void sort_all(const float *logits, int32_t n, candidate *all) {
+  for (int32_t i = 0; i < n; i++) all[i] = (candidate){i, logits[i], 0};
+  qsort(all, (size_t)n, sizeof *all, by_logit);
 }
 
+/* c: the n best, best first. */
 static int32_t draw(candidate *c, int32_t n, const pyllm_sampling *s, uint64_t *rng) {
-  n = keep_top_k(c, n, s->top_k);
   n = keep_top_p(c, n, s->top_p);
   n = keep_min_p(c, n, s->min_p);
   softmax(c, n, s->temperature);
@@ -135,24 +132,42 @@ static int32_t check(const float *logits, int32_t n_vocab, const pyllm_sampling 
     if (!isfinite(settings[i])) return fail(err, PYLLM_ERR_ARGUMENT, "a sampling parameter is not a finite number");
   if (s->repeat_penalty <= 0)
     return fail(err, PYLLM_ERR_ARGUMENT, "repeat_penalty is %g, expected above 0", (double)s->repeat_penalty);
-  bool any = false;
+  uint32_t any = 0, bad = 0; /* not bool, which GCC does not put into vectors */
   for (int32_t i = 0; i < n_vocab; i++) {
-    if (isnan(logits[i]) || logits[i] == INFINITY)
-      return fail(err, PYLLM_ERR_NUMERIC, "logit %d is %g", i, (double)logits[i]);
     any |= logits[i] > -INFINITY;
+    bad |= !(logits[i] < INFINITY);
   }
+  for (int32_t i = 0; bad && i < n_vocab; i++)
+    if (!(logits[i] < INFINITY)) return fail(err, PYLLM_ERR_NUMERIC, "logit %d is %g", i, (double)logits[i]);
   return any ? PYLLM_OK : fail(err, PYLLM_ERR_ARGUMENT, "every logit is -infinity: no token is allowed");
+}
+
+/* false when memory is refused. */
+static bool sample(const float *logits, int32_t n_vocab, const pyllm_sampling *s, uint64_t *rng, int32_t *token) {
+  bool greedy = s->temperature <= 0;
+  int32_t k = greedy ? 1 : s->top_k > 0 && s->top_k < n_vocab ? s->top_k : n_vocab;
+  bool few = k <= INSERTION_LIMIT;
+  candidate *c = malloc((size_t)(few ? k : n_vocab) * sizeof *c);
+  if (!c) return false;
+  if (few) select_best(logits, n_vocab, k, c);
+  else sort_all(logits, n_vocab, c);
+  *token = greedy ? c[0].token : draw(c, k, s, rng);
+  free(c);
+  return true;
 }
 
 int32_t pyllm_sample(const float *logits, int32_t n_vocab, const pyllm_sampling *params, const int32_t *recent,
                      int32_t n_recent, uint64_t *rng, int32_t *token, pyllm_error *err) {
   int32_t status = check(logits, n_vocab, params, err);
   if (status) return status;
-  candidate *c = malloc((size_t)n_vocab * sizeof *c);
-  if (!c) return fail(err, PYLLM_ERR_MEMORY, "memory to sample from %d logits was refused", n_vocab);
-  for (int32_t i = 0; i < n_vocab; i++) c[i] = (candidate){i, logits[i], 0};
-  bool ok = penalize(c, n_vocab, params, recent, n_recent);
-  if (ok) *token = params->temperature <= 0 ? greedy(c, n_vocab) : draw(c, n_vocab, params, rng);
-  free(c);
-  return ok ? PYLLM_OK : fail(err, PYLLM_ERR_MEMORY, "memory for %d recent tokens was refused", n_recent);
+  float *changed = NULL;
+  bool ok = true;
+  if (n_recent > 0 && has_penalties(params)) {
+    size_t bytes = (size_t)n_vocab * sizeof *changed;
+    changed = malloc(bytes);
+    ok = changed && penalize(memcpy(changed, logits, bytes), n_vocab, params, recent, n_recent);
+  }
+  ok = ok && sample(changed ? changed : logits, n_vocab, params, rng, token);
+  free(changed);
+  return ok ? PYLLM_OK : fail(err, PYLLM_ERR_MEMORY, "memory to sample from %d logits was refused", n_vocab);
 }
