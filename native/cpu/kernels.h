@@ -12,7 +12,15 @@
 #include <stdint.h>
 #include <string.h>
 
-enum { STRIP = 16, TILE_ROWS = 16, ACT_GROUP = 32, ACT_HALF = 16, KV_BLOCK = 64, KV_STRIPS = 4, ATTEND_ROWS = 64 };
+enum {
+  STRIP = PYLLM_READ_PAGE, /* columns of a strip: of a cache, tokens or dimensions */
+  TILE_ROWS = 16,
+  ACT_GROUP = 32,
+  ACT_HALF = 16,
+  KV_BLOCK = PYLLM_PAGE,
+  KV_STRIPS = STRIPS_PER_PAGE,
+  ATTEND_ROWS = SHARED_ROWS /* query rows that attention takes at once, at most */
+};
 
 enum strip_type { STRIP_F16, STRIP_BF16, STRIP_F32 };
 

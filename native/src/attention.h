@@ -19,7 +19,7 @@
 enum {
   SPAN_STRIPS =
       32, /* strips of 16 keys folded into one softmax state before it is merged: part of the result's definition */
-  PANEL_ROWS = 64 /* query rows of one work item at most: a head's in a whole tile */
+  PANEL_ROWS = ATTEND_ROWS /* query rows of one work item at most: a head's in a whole tile */
 };
 
 typedef struct key_range {

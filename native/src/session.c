@@ -19,8 +19,15 @@ static int32_t check_params(const pyllm_session_params *p, pyllm_error *err) {
 static int32_t batch_within(const pyllm_session_params *p) { return p->n_batch < p->n_ctx ? p->n_batch : p->n_ctx; }
 
 static attention_shape shape_of(const config *c, const pyllm_session_params *p) {
-  return (attention_shape){c->n_layers, batch_within(p), p->n_ctx,           c->n_heads,  c->n_kv_heads,
-                           c->head_dim, p->n_sink,       c->attention_scale, p->kv_window};
+  return (attention_shape){.n_layers = c->n_layers,
+                           .n_batch = batch_within(p),
+                           .n_ctx = p->n_ctx,
+                           .n_heads = c->n_heads,
+                           .n_kv_heads = c->n_kv_heads,
+                           .head_dim = c->head_dim,
+                           .n_sink = p->n_sink,
+                           .scale = c->attention_scale,
+                           .kv_window = p->kv_window};
 }
 
 static int32_t logit_rows(int32_t n_batch) { return n_batch < LOGITS_AT_ONCE ? n_batch : LOGITS_AT_ONCE; }
