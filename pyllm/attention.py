@@ -25,6 +25,8 @@ PageBits = int | str
 PAGE_BITS: dict[PageBits, int] = {0: 0, GRADED: 1, 2: 2, 3: 3, 4: 4}  # and as the library numbers them
 GAUSSIANS = ("lognormal", "frozen", "truncated")
 ESTIMATES = ("gaussian", "regression", "maximum")
+# A threshold that no share reaches: every head is long, and attention dense to the last bit.
+NEVER_LOCAL = 2.0
 # Names of the policies that `pyllm calibrate` finds for a model, the first the closest to dense attention.
 PRESETS = ("conservative", "balanced", "aggressive")
 # What page_rest is by default. It takes back about what rounding adds to a mean of exponentials; from 0.5 to

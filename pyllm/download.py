@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import hashlib
 import http.client
 import re
 import shutil
@@ -17,12 +16,13 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pyllm.errors import DownloadError
+from pyllm.files import file_sha256
 
 Progress = Callable[
     [int, int | None], None
 ]  # (bytes done, bytes in all or None where the server does not say)
 
-CHUNK = 1 << 20  # bytes read, hashed and written at once
+CHUNK = 1 << 20  # bytes read and written at once
 TIMEOUT = 30  # seconds without a byte from the server
 ATTEMPTS = 5  # connections in a row that may break without bringing a byte
 
@@ -45,14 +45,6 @@ class Source:
 
 def no_progress(done: int, total: int | None) -> None:
     """A `Progress` that shows nothing."""
-
-
-def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def check_file(path: Path, size: int | None, sha256: str | None) -> None:

@@ -362,7 +362,7 @@ class LLM:
         self, prompt: Ids, request: Request, session: Session | None, hold_back: bool, chat: bool
     ) -> Completion:
         session = session or self.default_session
-        if not session.of(self._model):
+        if not session.belongs_to(self._model):
             raise ArgumentError("session: is one of another model")
         kind = VerifiedGeneration if hold_back else Generation
         ids = session.checked(prompt).tolist() if np.size(prompt) else []

@@ -107,8 +107,7 @@ class Session:
     def _memory(self, n_ctx: int) -> _native.SessionMemory:
         return _native.session_memory(self._model, self._params(n_ctx), self._attention.sketch)
 
-    def of(self, model: _native.Model) -> bool:
-        """Whether it is one of this model's."""
+    def belongs_to(self, model: _native.Model) -> bool:
         return self._model is model
 
     # ---- the timeline ----

@@ -134,7 +134,7 @@ for kv in ("gpu", "split"):
     for token in range(8):
         session.eval([token])
     pages = {"page_bits": "graded", "decode_share": 0.1, "calibration": calibration}
-    # The second: lists cut by what they drop, behind so many pages that what stands for them has several parts.
+    # The second: lists cut by what they drop; what stands for pages in several parts.
     for drop, n_more in ((1.0, 0), (0.05, 2300 if d == 128 else 0)):
         session.attention = Adaptive(0.6, window=64, page_drop=drop, **pages)
         if n_more:

@@ -24,12 +24,14 @@ from test_attention import (
     Inputs,
     Result,
     assert_same,
+    assert_shows_at_once,
     near_ties,
     random_inputs,
     with_arrays,
 )
 from test_attention import run as run_on
 from test_estimates import assert_estimates, calibrated, forms, kinds
+from test_linear import ISAS
 from test_record import assert_record, audits
 
 # Groups of decode fill a panel of 8 rows or not, have a warp per row up to 32; lists are counted by 32.
@@ -159,6 +161,10 @@ def test_nan_never_passes(chunk: int) -> None:
     others = np.ones((200, 4), bool)
     others[199, 2] = False
     assert np.array_equal(result.output[others], clean.output[others])
+
+
+def test_a_key_past_halves_shows_at_once() -> None:
+    assert_shows_at_once("cuda", ISAS[-1], 64)
 
 
 @settings(max_examples=12, deadline=None)

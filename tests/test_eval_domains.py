@@ -15,7 +15,7 @@ import pytest
 
 from pyllm import LLM
 from pyllm.cli import main
-from pyllm.evaluate import dialogue, domains, report, texts
+from pyllm.evaluate import dialogue, domains, frontier, texts
 from pyllm.evaluate.results import Results, Row
 from tiny_models import RopeScaling, write_tiny
 
@@ -121,19 +121,28 @@ def test_a_line_is_the_same_in_all_panels() -> None:
         for line, read in of_read.items()
         if line in lines
     ]
-    figure = report.draw(rows)
+    figure = frontier.draw(rows)
     left, right = figure.axes
     assert left.get_title() == "$^$.txt"
     assert all(panel.get_xlim()[1] > 117 for panel in figure.axes)
-    legend = right.get_legend()
-    assert legend
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["static", "pages", "window"]
     # (colour, marker) of every line of points in a panel
     static, pages = (line.get_color() for line in left.lines)
     assert [line.get_color() for line in right.lines] == [pages, right.lines[1].get_color()]
     assert len({static, pages, right.lines[1].get_color()}) == 3
     assert left.lines[1].get_marker() == right.lines[0].get_marker()
-    assert report.plot(rows, "svg")
+    assert frontier.plot(rows, "svg")
+    # Decode has panels of its own where it had tokens enough, with the same colours.
+    decoded = [
+        replace(row, decode_tokens=256 if row.line == "pages" else 8, decode_kl=0.2, decode_bulk_read=120.0)
+        for row in rows
+    ]
+    figure = frontier.draw(decoded)
+    titles = [panel.get_title() for panel in figure.axes]
+    assert titles == ["$^$.txt", "code", "$^$.txt in decode", "code in decode"]
+    assert all([line.get_color() for line in panel.lines] == [pages] for panel in figure.axes[2:])
+    assert all(panel.get_xlim()[1] > 120 for panel in figure.axes)
 
 
 def test_names_that_are_markup_or_no_text(

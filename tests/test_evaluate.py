@@ -24,7 +24,7 @@ from pyllm.cli import main
 from pyllm.evaluate import texts, tradeoff
 from pyllm.evaluate.candidates import ROWS, Candidate, Choice, Fitted, candidates
 from pyllm.evaluate.evaluation import Evaluation, fitting_texts
-from pyllm.evaluate.metrics import BLOCK, Reference, Scores, mean_interval, perplexity, student
+from pyllm.evaluate.metrics import BLOCK, Reference, Scores, blocks_interval, perplexity, student
 from pyllm.evaluate.results import Results
 from pyllm.evaluate.static_labels import local_shares
 from pyllm.evaluate.texts import Text
@@ -98,7 +98,7 @@ def test_interval_covers_the_mean_of_dependent_tokens(n_blocks: int, least: floa
     rng = np.random.default_rng(7)
     covered, below = 0, 0
     for _ in range(2000):
-        interval = mean_interval(np.repeat(rng.lognormal(0, 1, n_blocks), BLOCK))
+        interval = blocks_interval(np.repeat(rng.lognormal(0, 1, n_blocks), BLOCK))
         assert interval
         covered += interval[0] <= math.exp(0.5) <= interval[1]
         below += math.exp(0.5) <= interval[1]
@@ -106,11 +106,11 @@ def test_interval_covers_the_mean_of_dependent_tokens(n_blocks: int, least: floa
 
 
 def test_interval_of_little(rng: np.random.Generator) -> None:
-    assert mean_interval(np.arange(BLOCK) / 1.0) is None
-    assert mean_interval(np.full(BLOCK + 1, 0.25)) == (0.25, 0.25)
-    assert mean_interval(np.zeros(3 * BLOCK)) == (0, 0)
+    assert blocks_interval(np.arange(BLOCK) / 1.0) is None
+    assert blocks_interval(np.full(BLOCK + 1, 0.25)) == (0.25, 0.25)
+    assert blocks_interval(np.zeros(3 * BLOCK)) == (0, 0)
     values = rng.random(50 * BLOCK)
-    interval = mean_interval(values)
+    interval = blocks_interval(values)
     assert interval
     assert 0 < interval[0] < values.mean() < interval[1]
 

@@ -112,6 +112,9 @@ def test_a_guard_that_is_refused_leaves_the_one_before(sharp: LLM, tmp_path: Pat
     session.eval(ids(200))
     assert session.stats.guard is not None
     assert session.stats.guard.audits > 0
+    with pytest.raises(ArgumentError, match="start"):
+        session.guard = Guard(log=tmp_path / "log", start=Control.none(7))
+    session.eval(ids(10))  # without the log, which the refused one was to have
     session.guard = Guard(log=tmp_path / "log")  # its own file, once more
     assert session.stats.guard is not None
     assert session.stats.guard.audits == 0

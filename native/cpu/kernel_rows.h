@@ -113,6 +113,8 @@ static void kv_store(const float *k, const float *v, int32_t head_dim, int32_t s
   uint16_t half[STRIP];
   for (int32_t i = 0; i < head_dim; i += STRIP) {
     round_f16(k + i, half);
+    /* A key past what halves hold is NaN: infinity could hide behind a weight of 0 until another token looks at it. */
+    for (int32_t j = 0; j < STRIP; j++) half[j] |= (half[j] & 0x7fff) == 0x7c00;
     for (int32_t j = 0; j < STRIP; j += 2) memcpy(keys + (i + j) / 2 * 2 * STRIP, half + j, 2 * sizeof *half);
     round_f16(v + i, half);
     for (int32_t j = 0; j < STRIP; j++) values[i / STRIP * STRIP * STRIP + 2 * j] = half[j];

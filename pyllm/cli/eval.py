@@ -11,9 +11,8 @@ from typing import Any, TypeVar
 from pyllm.attention import OPTIONS, Dense, PageBits, Policy
 from pyllm.cli import eval_tasks, options
 from pyllm.cli.terminal import prefill_bar, render
-from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
-from pyllm.evaluate import compare, dialogue, domains, report, texts, tradeoff
+from pyllm.evaluate import compare, dialogue, domains, frontier, report, texts, tradeoff
 from pyllm.evaluate.asked import asked
 from pyllm.evaluate.candidates import PAGE_BITS, PAGE_SHARES, ROWS, SHARES, THRESHOLDS, Candidate, Choice
 from pyllm.evaluate.evaluation import Evaluation, fitting_texts
@@ -21,6 +20,7 @@ from pyllm.evaluate.outputs import IMAGES, csv_bytes, require_outputs, require_p
 from pyllm.evaluate.results import FITTED, Results, Row
 from pyllm.evaluate.texts import Text
 from pyllm.exclusive import alone
+from pyllm.files import file_sha256
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
 
@@ -164,7 +164,7 @@ def _run_texts(args: argparse.Namespace) -> int:
     if args.csv:
         write(args.csv, csv_bytes(rows, Row))
     if args.plot and rows:
-        write(args.plot, report.plot(rows, args.plot.suffix[1:].lower()))
+        write(args.plot, frontier.plot(rows, args.plot.suffix[1:].lower()))
     for headline, tables in report.by_text(rows):
         print(headline, *map(render, tables), sep="\n")
     print(report.LEGEND)

@@ -9,7 +9,6 @@ from typing import Any
 from pyllm.attention import Adaptive
 from pyllm.cli import options
 from pyllm.cli.terminal import prefill_bar, render
-from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.asked import asked
 from pyllm.evaluate.outputs import csv_bytes, write
@@ -17,6 +16,7 @@ from pyllm.evaluate.tasks import catalog, haystack, summary
 from pyllm.evaluate.tasks.answers import Answers
 from pyllm.evaluate.tasks.running import TaskEvaluation, asking, require_bulk, with_dense
 from pyllm.evaluate.tasks.samples import Samples
+from pyllm.files import file_sha256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

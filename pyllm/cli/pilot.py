@@ -13,7 +13,6 @@ from pyllm.cli import options
 from pyllm.cli.eval import evaluation_settings
 from pyllm.cli.survey import add_length_options, context, survey
 from pyllm.cli.terminal import prefill_bar
-from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import tradeoff
 from pyllm.evaluate.calibrate import Plan
@@ -22,12 +21,13 @@ from pyllm.evaluate.evaluation import Evaluation
 from pyllm.evaluate.outputs import require_apart, require_matplotlib, require_outputs, write
 from pyllm.evaluate.results import Results
 from pyllm.exclusive import alone
+from pyllm.files import file_sha256, shown
 from pyllm.llm import LLM
 from pyllm.pilot import page, pilot
 from pyllm.pilot.calibration import DECODED, search_presets
 from pyllm.pilot.sample import draw
 from pyllm.profile import Profile
-from pyllm.survey.folder import Folder, shown
+from pyllm.survey.folder import Folder
 from pyllm.survey.model_file import ModelFile
 from pyllm.survey.result import Survey
 from pyllm.survey.shares import combined

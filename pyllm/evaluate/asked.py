@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from pyllm.attention import Policy
+from pyllm.files import shown
 from pyllm.llm import LLM
-from pyllm.survey.folder import shown
 
 
 def asked(llm: LLM, attentions: Sequence[Policy | str]) -> dict[str, Policy]:

@@ -20,7 +20,7 @@ from pyllm.calibration import Calibration
 from pyllm.errors import ArgumentError
 from pyllm.evaluate import recall, search, tradeoff
 from pyllm.evaluate.fit import fit
-from pyllm.evaluate.metrics import BLOCK, Scores, mean_interval
+from pyllm.evaluate.metrics import BLOCK, Scores, blocks_interval
 from pyllm.evaluate.parts import deal
 from pyllm.evaluate.static_labels import local_shares
 from pyllm.evaluate.tasks.samples import Sample
@@ -242,7 +242,7 @@ def _measured(outcomes: Sequence[_Outcome]) -> Measured:
     )
     if not len(decode):
         decode, decoded = prefill, prefilled
-    interval, decode_interval = (mean_interval(scores.kl) for scores in (prefill, decode))
+    interval, decode_interval = (blocks_interval(scores.kl) for scores in (prefill, decode))
     if not interval or not decode_interval or prefilled.bulk_work is None or decoded.bulk_read is None:
         raise ValueError(f"{len(prefill)} and {len(decode)} tokens with a bulk are too few")
     return Measured(

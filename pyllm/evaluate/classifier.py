@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.attention import Adaptive
+from pyllm.attention import NEVER_LOCAL, Adaptive
 from pyllm.evaluate.fields import checked, each
-from pyllm.evaluate.fit import EVERYTHING
 from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
 from pyllm.session import Progress
@@ -85,7 +84,7 @@ def classify(
     queries, of every token that has a bulk. The last token is nobody's query: it is there to be predicted.
     """
     queries = text.tokens[:-1]
-    session = llm.session(n_ctx=len(queries), attention=replace(policy, threshold=EVERYTHING))
+    session = llm.session(n_ctx=len(queries), attention=replace(policy, threshold=NEVER_LOCAL))
     record = session.new_record(len(queries), audit=True)
     session.eval(queries, progress=progress, record=record)
     bulk = np.isfinite(record.true_mass).all(axis=(0, 2))

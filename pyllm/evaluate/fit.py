@@ -8,15 +8,13 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.attention import Adaptive
+from pyllm.attention import NEVER_LOCAL, Adaptive
 from pyllm.bulk import PAGE, bulk_from, bulk_tokens
 from pyllm.calibration import MOMENTS, Calibration
 from pyllm.errors import ArgumentError
 from pyllm.llm import LLM
 from pyllm.record import Record
 from pyllm.session import Progress, Session
-
-EVERYTHING = 2.0  # a threshold that no share reaches: every head is long, and attention dense to the last bit
 
 Ids = NDArray[np.int32]
 
@@ -42,7 +40,7 @@ def fit(
     """
     if moments not in MOMENTS:
         raise ArgumentError(f"moments: expected one of {MOMENTS}, got {moments!r}")
-    policy = Adaptive(EVERYTHING, "head", window=window, sinks=sinks)
+    policy = Adaptive(NEVER_LOCAL, "head", window=window, sinks=sinks)
     readings = _Readings(llm, texts, progress, 1 + (moments == "calibrated"))
     known = readings.read(policy)
     if moments == "calibrated":

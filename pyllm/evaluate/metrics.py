@@ -85,7 +85,7 @@ def perplexity(nll: NDArray[np.float64]) -> float:
     return float(np.exp(nll.mean()))
 
 
-def mean_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
+def blocks_interval(values: NDArray[np.float64]) -> tuple[float, float] | None:
     """95 % confidence interval of the mean of values (n,) >= 0, which stand in the order of the text: of
     blocks, as neighbouring tokens are not independent. None for fewer than two blocks."""
     starts = np.arange(0, len(values), BLOCK)

@@ -1,31 +1,19 @@
-"""Results for people: a table and a plot."""
+"""Results for people: tables."""
 
 from __future__ import annotations
 
-import io
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 from rich.text import Text
 
 from pyllm.evaluate.classifier import Classifier, Quality
 from pyllm.evaluate.metrics import BLOCK
-from pyllm.evaluate.outputs import require_matplotlib
 from pyllm.evaluate.results import Row
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.container import ErrorbarContainer
-    from matplotlib.figure import Figure
-
-MARKERS = "osD^vP*X"
-COLOURS = 10  # of matplotlib's cycle
 DEFAULT_THRESHOLD = 0.9
 COLUMNS = 4  # of a table by layers, so that it fits a terminal
-FLOOR = 1e-5  # nats; what is below, dense attention itself among it, stands at the plot's lower edge
-
 
 LEGEND = (
     "KL to dense attention in nats with its 95 % interval; ppl: perplexity. In %: top-1, tokens whose "
@@ -109,56 +97,6 @@ def _columns(first: str, others: Sequence[str], rows: Iterable[Sequence[str]]) -
     for cells in rows:
         found.add_row(*map(Text, cells))
     return found
-
-
-def plot(rows: Sequence[Row], kind: str) -> bytes:
-    """KL against bulk bytes read, a panel per text and a line per policy, as an image of that kind ("png",
-    "svg", "pdf"). Raises UnsupportedError where matplotlib is missing."""
-    require_matplotlib()
-    figure = draw(rows)
-    image = io.BytesIO()
-    figure.savefig(image, format=kind, dpi=90)
-    return image.getvalue()
-
-
-def draw(rows: Sequence[Row]) -> Figure:
-    """A line has one colour and marker in all panels, and stands in the one legend."""
-    from matplotlib.figure import Figure
-
-    texts = list(dict.fromkeys(row.text for row in rows))
-    figure = Figure(figsize=(6.2 * len(texts), 4.6), layout="constrained")
-    panels = figure.subplots(1, len(texts), sharey=True, squeeze=False)[0]
-    points = [row for row in rows if row.bulk_read is not None]
-    lines = list(dict.fromkeys(row.line for row in points))
-    # A sketch may cost more than the pages that it spares.
-    reach = max([100.0, *(row.bulk_read or 0.0 for row in points)])
-    drawn: dict[str, ErrorbarContainer] = {}
-    for text, panel in zip(texts, panels, strict=True):
-        for number, line in enumerate(lines):
-            if of_line := [row for row in points if (row.text, row.line) == (text, line)]:
-                drawn[line] = _draw(panel, number, of_line)
-        panel.set(xlabel="bulk bytes read, % of dense", yscale="log", xlim=(-4, reach + 4))
-        panel.set_title(text, parse_math=False)  # a file's name
-        panel.grid(alpha=0.3)
-    panels[0].set_ylabel("KL to dense, nats")
-    legend = panels[-1].legend([drawn[line] for line in lines], lines, fontsize=8)
-    for name in legend.get_texts():
-        name.set_parse_math(False)
-    return figure
-
-
-def _draw(panel: Axes, number: int, points: Sequence[Row]) -> ErrorbarContainer:
-    """The line of that number."""
-    x = [row.bulk_read or 0.0 for row in points]
-    y = [max(row.kl, FLOOR) for row in points]
-    low = [v - max(row.kl_low or v, FLOOR) for v, row in zip(y, points, strict=True)]
-    high = [(row.kl_high or v) - v for v, row in zip(y, points, strict=True)]
-    errors = [[max(0.0, v) for v in side] for side in (low, high)]
-    for row, at, kl in zip(points, x, y, strict=True):
-        if row.setting is not None:
-            panel.annotate(f"{row.setting:g}", (at, kl), (4, 3), textcoords="offset points", fontsize=6)
-    style: dict[str, Any] = {"color": f"C{number % COLOURS}", "marker": MARKERS[number % len(MARKERS)]}
-    return panel.errorbar(x, y, yerr=errors, markersize=5, linewidth=1.2, elinewidth=0.6, **style)
 
 
 def _cells(row: Row) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.attention import Dense, Oracle
+from pyllm.attention import NEVER_LOCAL, Dense, Oracle
 from pyllm.bulk import first_with_bulk
 from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
@@ -15,7 +15,6 @@ from pyllm.session import Progress, Session
 
 THRESHOLD = 0.9  # of the oracle, the method's default
 STRIDE, PROBE = 512, 64  # tokens: in every stretch of the text, its last ones are asked about
-NEVER_LOCAL = 2.0  # a threshold that no share reaches
 
 
 def local_shares(

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from pyllm import documents
 from pyllm.errors import ArgumentError
+from pyllm.files import shown
 from pyllm.llm import LLM
-from pyllm.survey.folder import shown
 
 # A token is rarely longer on average, so that this many characters per token are enough to cut from.
 CHARACTERS_PER_TOKEN = 16

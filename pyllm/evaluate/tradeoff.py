@@ -15,7 +15,7 @@ from pyllm.bulk import bulk_from, first_with_bulk
 from pyllm.device import available_on
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.candidates import Candidate
-from pyllm.evaluate.metrics import Reference, Scores, mean_interval, perplexity
+from pyllm.evaluate.metrics import Reference, Scores, blocks_interval, perplexity
 from pyllm.evaluate.results import Row
 from pyllm.evaluate.texts import Text
 from pyllm.llm import LLM
@@ -143,7 +143,7 @@ def _steps(n_prefill: int, n: int, n_batch: int) -> Iterator[tuple[int, int]]:
 
 def _row(text: Text, candidate: Candidate, run: Run, dense: Run) -> Row:
     scores, decoded = (Scores.joined(parts) for parts in run.scores)
-    interval, decode_interval = mean_interval(scores.kl), mean_interval(decoded.kl)
+    interval, decode_interval = blocks_interval(scores.kl), blocks_interval(decoded.kl)
     return Row(
         text=text.name,
         line=candidate.line,

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from pyllm.attention import Policy
+from pyllm.attention import NEVER_LOCAL, Policy
 from pyllm.guard.audit import Audit
 
 # Nats by which a margin sinks in a control period without a miss: η = DRIFT / α. From everything long to a
@@ -143,4 +143,4 @@ def _share(margin: float) -> float:
 def threshold(margin: NDArray[np.float64]) -> NDArray[np.float64]:
     """τ of margins ln(τ/(1−τ)) within ±MARGIN, whose ends call everything local and nothing."""
     inside = 1 / (1 + np.exp(-margin))
-    return np.where(margin <= -MARGIN, 0.0, np.where(margin >= MARGIN, 2.0, inside))
+    return np.where(margin <= -MARGIN, 0.0, np.where(margin >= MARGIN, NEVER_LOCAL, inside))

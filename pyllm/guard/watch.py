@@ -107,8 +107,10 @@ class Watch:
         return self._timeline.stretch
 
     def close(self) -> None:
+        """Ends the log, if there is one."""
         if self._log:
             self._log.close()
+        self._log = None
 
     # ---- the timeline ----
 

@@ -7,10 +7,11 @@ from collections.abc import Collection
 
 from pyllm import documents
 from pyllm.evaluate.calibrate import PARTS, Plan, calibrate
+from pyllm.files import shown
 from pyllm.llm import LLM
 from pyllm.profile import Profile
 from pyllm.session import Progress
-from pyllm.survey.folder import Folder, shown
+from pyllm.survey.folder import Folder
 
 DECODED = 256  # tokens at the end of each text: four of the interval's blocks
 

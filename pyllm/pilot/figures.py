@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from pyllm.evaluate import report
+from pyllm.evaluate import frontier as tradeoff
 from pyllm.evaluate.results import Row
 from pyllm.pilot.heads import PROMISE, Heads
 from pyllm.survey import plot
@@ -28,7 +28,7 @@ def lengths(survey: Survey) -> bytes:
 
 def frontier(pooled: Sequence[Row]) -> bytes:
     """KL against bulk bytes read, a line per policy. pooled: a row per policy, all of the same text."""
-    return report.plot(pooled, "svg")
+    return tradeoff.plot(pooled, "svg")
 
 
 def heat_map(heads: Heads, policy: str) -> bytes:

@@ -13,12 +13,12 @@ from rich.filesize import decimal
 
 import pyllm
 from pyllm.bulk import bulk_from
+from pyllm.files import shown
 from pyllm.pilot import figures
 from pyllm.pilot.choice import cost, loss
 from pyllm.pilot.heads import AUDITED, PROMISE
 from pyllm.pilot.kpis import kpis
 from pyllm.pilot.pilot import Pilot
-from pyllm.survey.folder import shown
 
 TEMPLATE = "pilot.html"
 

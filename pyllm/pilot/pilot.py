@@ -12,10 +12,10 @@ from pyllm.evaluate.candidates import Candidate, candidates
 from pyllm.evaluate.evaluation import Evaluation
 from pyllm.evaluate.results import Row
 from pyllm.evaluate.texts import Text
+from pyllm.files import shown
 from pyllm.pilot.choice import Recommendation, by_policy, pool, recommend
 from pyllm.pilot.heads import Heads, observe
 from pyllm.session import Progress
-from pyllm.survey.folder import shown
 from pyllm.survey.projection import Projection, project
 from pyllm.survey.result import Survey
 from pyllm.survey.shares import Share

@@ -10,8 +10,9 @@ import numpy as np
 from pyllm import documents
 from pyllm.errors import ArgumentError
 from pyllm.evaluate.texts import Text, bos
+from pyllm.files import shown
 from pyllm.llm import LLM
-from pyllm.survey.folder import Document, Folder, shown
+from pyllm.survey.folder import Document, Folder
 
 
 def draw(llm: LLM, folder: Folder, *, n_ctx: int, limit: int, least: int, seed: int) -> list[Text]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pyllm import documents
 from pyllm.errors import DocumentError, FileError, PyllmError
+from pyllm.files import shown
 
 # (files done, files in all)
 Progress = Callable[[int, int], None]
@@ -57,12 +58,6 @@ def survey(root: Path, count: Callable[[str], int], progress: Progress | None = 
     if not found:
         raise DocumentError(_no_document(root, unreadable))
     return Folder(root, found, unreadable)
-
-
-def shown(path: str | os.PathLike[str]) -> str:
-    """A path that any terminal and file can take: bytes that are no UTF-8 and control characters replaced."""
-    text = os.fsencode(path).decode("utf-8", "replace")
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
 
 
 def _document(root: Path, path: Path, count: Callable[[str], int]) -> Document:

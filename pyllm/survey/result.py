@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pyllm.bulk import bulk_tokens
-from pyllm.survey.folder import Folder, shown
+from pyllm.files import shown
+from pyllm.survey.folder import Folder
 from pyllm.survey.model_file import ModelFile
 from pyllm.survey.projection import Projection
 from pyllm.survey.speed import Speed

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from pyllm.download import file_sha256
 from pyllm.errors import ArgumentError, FormatError
 from pyllm.evaluate.results import Results, Row
+from pyllm.files import file_sha256
 from pyllm.profile import Profile, find
 from pyllm.survey.model_file import ModelFile
 

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from pyllm import bulk
-from pyllm.survey.folder import shown
+from pyllm.files import shown
 from pyllm.survey.result import Survey
 
 UNREADABLE_SHOWN = 20
