@@ -207,8 +207,8 @@ typedef struct pyllm_layer_stats {
 
 typedef struct pyllm_stage_stats {
   const char *name;
-  uint64_t calls, ns,
-      bytes; /* bytes of weights, once per batch, and of the KV cache's bulk; 0 where it is not counted */
+  uint64_t calls, ns;
+  uint64_t bytes; /* of weights, once per batch, and of the KV cache's bulk; 0 where it is not counted */
 } pyllm_stage_stats;
 
 /* Bytes a session with these parameters needs under policies of page_bits: for a check before
