@@ -1,5 +1,6 @@
 /* Element-wise and row kernels. Part of kernels.c. Tails shorter than a vector are done one by one. */
 #include "kernels.h"
+#include "overflow.h"
 #include "quant.h"
 #include "vec.h"
 #include <float.h>
@@ -15,9 +16,7 @@ static float dot(const float *x, const float *y, int32_t n) {
 }
 
 static void rms_norm(const float *x, const float *w, float eps, int32_t n, float *y) {
-  float squares = dot(x, x, n);
-  /* Where the sum overflows, 1/inf would make zeros of the row, which nothing after this could tell from a result. */
-  float scale = 1.0f / sqrtf(squares / (float)n + eps) + squares * 0.0f;
+  float scale = rms_scale(dot(x, x, n), n, eps);
   for (int32_t i = 0; i < n; i++) y[i] = x[i] * scale * w[i];
 }
 
@@ -113,8 +112,7 @@ static void kv_store(const float *k, const float *v, int32_t head_dim, int32_t s
   uint16_t half[STRIP];
   for (int32_t i = 0; i < head_dim; i += STRIP) {
     round_f16(k + i, half);
-    /* A key past what halves hold is NaN: infinity could hide behind a weight of 0 until another token looks at it. */
-    for (int32_t j = 0; j < STRIP; j++) half[j] |= (half[j] & 0x7fff) == 0x7c00;
+    for (int32_t j = 0; j < STRIP; j++) half[j] = key_half(half[j]);
     for (int32_t j = 0; j < STRIP; j += 2) memcpy(keys + (i + j) / 2 * 2 * STRIP, half + j, 2 * sizeof *half);
     round_f16(v + i, half);
     for (int32_t j = 0; j < STRIP; j++) values[i / STRIP * STRIP * STRIP + 2 * j] = half[j];

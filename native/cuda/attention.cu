@@ -231,15 +231,15 @@ void write_blocks(const backend *be, attention_state *s, int32_t layer, int32_t 
   settle(be, s);
   /* Some blocks at once: every write waits for the one before. */
   enum { AT_ONCE = 4 };
-  host_block some[AT_ONCE];
-  uint16_t *to = some[0].half;
-  for (int32_t b = 0, at = 0; b < n; b++) {
-    const unsigned char *from = (const unsigned char *)blocks + (size_t)b * bytes; /* of any alignment */
-    uint16_t *block = to + at++ * kv_block_halves(d);
-    each_half(d, [&](int64_t mine, int64_t theirs) { memcpy(&block[mine], from + 2 * theirs, sizeof *block); });
-    if (at < AT_ONCE && b + 1 < n) continue;
-    be->ops->write(be, blocks_at(s, layer, kv_head) + (b + 1 - at) * kv_block_halves(d), to, (size_t)at * bytes);
-    at = 0;
+  uint16_t some[AT_ONCE * 2 * PYLLM_PAGE * MAX_HEAD_DIM];
+  for (int32_t b = 0; b < n; b += AT_ONCE) {
+    int32_t taken = n - b < AT_ONCE ? n - b : AT_ONCE;
+    for (int32_t i = 0; i < taken; i++) {
+      const unsigned char *from = (const unsigned char *)blocks + (size_t)(b + i) * bytes; /* of any alignment */
+      uint16_t *to = some + i * kv_block_halves(d);
+      each_half(d, [&](int64_t mine, int64_t theirs) { memcpy(&to[mine], from + 2 * theirs, sizeof *to); });
+    }
+    be->ops->write(be, blocks_at(s, layer, kv_head) + b * kv_block_halves(d), some, (size_t)taken * bytes);
   }
   bool last = kv_head == s->shape.n_kv_heads - 1; /* of the layer's heads */
   if (last && n > 0) cuda_fill_recent(queue_of(be), s->a, s->layers[layer], kv_block_start(s->shape.n_sink, n - 1) + 1);

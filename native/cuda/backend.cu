@@ -163,8 +163,9 @@ static void *graph_end(const backend *be) {
 
 static bool graph_run(const backend *be, void *graph) {
   queue *q = cuda_enter(be);
-  cudaError_t error = q->error ? q->error : cudaGraphLaunch((cudaGraphExec_t)graph, q->stream);
-  if (error == cudaErrorMemoryAllocation && !q->error) {
+  if (q->error) return true; /* what follows the first error does nothing */
+  cudaError_t error = cudaGraphLaunch((cudaGraphExec_t)graph, q->stream);
+  if (error == cudaErrorMemoryAllocation) {
     cudaGetLastError();
     return false;
   }

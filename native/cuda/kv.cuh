@@ -10,6 +10,7 @@
 #include "common.cuh"
 extern "C" {
 #include "geometry.h"
+#include "overflow.h"
 }
 
 /* Halves of one block; its values begin half way. */
@@ -24,9 +25,7 @@ ANYWHERE int64_t kv_value_at(int32_t head_dim, int32_t slot, int32_t i) {
 /* Rounds and stores one dimension of a token into its block. */
 __device__ inline void store_key_value(uint16_t *block, int32_t head_dim, int32_t slot, int32_t i, float key,
                                        float value) {
-  uint16_t half = float_to_half(key);
-  half |= (half & 0x7fff) == 0x7c00; /* NaN for infinity, as on the CPU, which could hide behind a weight of 0 */
-  block[kv_key_at(head_dim, slot, i)] = half;
+  block[kv_key_at(head_dim, slot, i)] = key_half(float_to_half(key));
   block[kv_value_at(head_dim, slot, i)] = float_to_half(value);
 }
 #endif

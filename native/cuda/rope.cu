@@ -1,5 +1,6 @@
 /* Queries and keys of a batch: norms, RoPE, and keys and values into the cache. */
 #include "blocks.cuh"
+#include "overflow.h"
 
 namespace {
 enum { THREADS = 128 };
@@ -13,8 +14,7 @@ __device__ void norm_head(float *x, const float *w, float eps, int32_t d, float 
   if (!w) return;
   float squares = 0;
   for (int32_t i = threadIdx.x; i < d; i += THREADS) squares += x[i] * x[i];
-  float sum = block_sum(squares, partial);
-  float scale = 1.0f / sqrtf(sum / (float)d + eps) + sum * 0.0f; /* NaN where the sum overflows, as on the CPU */
+  float scale = rms_scale(block_sum(squares, partial), d, eps);
   for (int32_t i = threadIdx.x; i < d; i += THREADS) x[i] = x[i] * scale * w[i];
   __syncthreads();
 }

@@ -1,5 +1,6 @@
 /* Stages that work on one token at a time. */
 #include "cuda.cuh"
+#include "overflow.h"
 #include "rows.cuh"
 
 namespace {
@@ -25,8 +26,7 @@ __global__ void norm_kernel(const float *x, const float *w, float eps, int32_t n
   float squares = 0;
 #pragma unroll 8
   for (int32_t i = threadIdx.x; i < cols; i += ROW_THREADS) squares += x[i] * x[i];
-  float sum = block_sum(squares, s.partial);
-  float scale = 1.0f / sqrtf(sum / (float)cols + eps) + sum * 0.0f; /* NaN where the sum overflows, as on the CPU */
+  float scale = rms_scale(block_sum(squares, s.partial), cols, eps);
   write_row(out, n, rounded, s.partial, [=](int32_t i) { return x[i] * scale * w[i]; });
 }
 

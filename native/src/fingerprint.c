@@ -8,7 +8,7 @@
  * nearly all tensors, and reading little keeps opening a large file fast. */
 enum { SAMPLE = 256 };
 
-/* Word i of data, padded with zeros past its end. */
+/* The word at byte i of data, padded with zeros past its end. */
 static uint64_t word_at(const void *data, uint64_t size, uint64_t i) {
   uint64_t word = 0;
   memcpy(&word, (const unsigned char *)data + i, size - i < 8 ? size - i : 8);

@@ -103,8 +103,8 @@ typedef struct tensor_name {
   char text[64];
 } tensor_name;
 
-static const char *layer_tensor(int32_t layer, const char *part, tensor_name *out) {
-  snprintf(out->text, sizeof out->text, "blk.%d.%s", layer, part);
+static const char *layer_tensor(int32_t layer, const char *part, const char *kind, tensor_name *out) {
+  snprintf(out->text, sizeof out->text, "blk.%d.%s.%s", layer, part, kind);
   return out->text;
 }
 
@@ -112,23 +112,21 @@ static const char *layer_tensor(int32_t layer, const char *part, tensor_name *ou
 static void bind_projection(binder *b, int32_t i, const char *part, int32_t rows, int32_t cols, bool needs_bias,
                             projection *out) {
   tensor_name name;
-  snprintf(name.text, sizeof name.text, "blk.%d.%s.weight", i, part);
-  bind_matrix(b, name.text, rows, cols, &out->w);
-  snprintf(name.text, sizeof name.text, "blk.%d.%s.bias", i, part);
-  out->bias = bind_vector(b, name.text, rows, needs_bias);
+  bind_matrix(b, layer_tensor(i, part, "weight", &name), rows, cols, &out->w);
+  out->bias = bind_vector(b, layer_tensor(i, part, "bias", &name), rows, needs_bias);
 }
 
 static void bind_attention(binder *b, int32_t i, layer_weights *w) {
   const config *c = &b->model->config;
   tensor_name name;
   int32_t q_width = c->n_heads * c->head_dim, kv_width = c->n_kv_heads * c->head_dim;
-  w->attn_norm = bind_vector(b, layer_tensor(i, "attn_norm.weight", &name), c->dim, true);
+  w->attn_norm = bind_vector(b, layer_tensor(i, "attn_norm", "weight", &name), c->dim, true);
   bind_projection(b, i, "attn_q", q_width, c->dim, c->arch->qkv_bias, &w->q);
   bind_projection(b, i, "attn_k", kv_width, c->dim, c->arch->qkv_bias, &w->k);
   bind_projection(b, i, "attn_v", kv_width, c->dim, c->arch->qkv_bias, &w->v);
   if (c->arch->qk_norm) {
-    w->q_norm = bind_vector(b, layer_tensor(i, "attn_q_norm.weight", &name), c->head_dim, true);
-    w->k_norm = bind_vector(b, layer_tensor(i, "attn_k_norm.weight", &name), c->head_dim, true);
+    w->q_norm = bind_vector(b, layer_tensor(i, "attn_q_norm", "weight", &name), c->head_dim, true);
+    w->k_norm = bind_vector(b, layer_tensor(i, "attn_k_norm", "weight", &name), c->head_dim, true);
   }
   bind_projection(b, i, "attn_output", c->dim, q_width, false, &w->o);
 }
@@ -136,7 +134,7 @@ static void bind_attention(binder *b, int32_t i, layer_weights *w) {
 static void bind_feed_forward(binder *b, int32_t i, layer_weights *w) {
   const config *c = &b->model->config;
   tensor_name name;
-  w->ffn_norm = bind_vector(b, layer_tensor(i, "ffn_norm.weight", &name), c->dim, true);
+  w->ffn_norm = bind_vector(b, layer_tensor(i, "ffn_norm", "weight", &name), c->dim, true);
   bind_projection(b, i, "ffn_gate", c->n_ff, c->dim, false, &w->gate);
   bind_projection(b, i, "ffn_up", c->n_ff, c->dim, false, &w->up);
   bind_projection(b, i, "ffn_down", c->dim, c->n_ff, false, &w->down);

@@ -28,9 +28,9 @@ static int32_t time_stages(const backend *be, stages call, void *context, int32_
   }
   for (int32_t i = -1; i < repeats && !status; i++) {
     double start = now();
-    if (graph) o->graph_run(be, graph);
-    else call(context);
-    status = o->sync(be, err);
+    if (!graph) call(context);
+    else if (!o->graph_run(be, graph)) status = fail(err, PYLLM_ERR_MEMORY, "memory to run a graph was refused");
+    if (!status) status = o->sync(be, err);
     if (i >= 0) seconds[i] = now() - start;
   }
   if (graph) o->graph_free(be, graph);

@@ -39,12 +39,17 @@ def library() -> tuple[Any, Any]:
 
     Raises FileError when the library is not built or does not load.
     """
-    with LOADING:
-        return loaded()
+    return loaded()
 
 
 @functools.cache
 def loaded() -> tuple[Any, Any]:
+    with LOADING:
+        return _load()
+
+
+@functools.cache
+def _load() -> tuple[Any, Any]:
     path = Path(os.environ.get("PYLLM_LIBRARY") or LIBRARY)
     if not path.exists() or not HEADER.exists():
         raise errors.FileError(f"{path}: the native library is not built; run: make -C native")

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from pyllm.evaluate.metrics import BLOCK
 from pyllm.evaluate.outputs import require_matplotlib
 from pyllm.evaluate.results import Row
 
@@ -81,7 +80,7 @@ def _of_prefill(row: Row) -> Point | None:
 
 
 def _of_decode(row: Row) -> Point | None:
-    if row.decode_kl is None or row.decode_bulk_read is None or row.decode_tokens < BLOCK:
+    if row.decode_kl is None or row.decode_bulk_read is None or not row.tells_decode:
         return None
     interval = row.decode_kl_low, row.decode_kl_high
     return Point(row.text, row.line, row.setting, row.decode_bulk_read, row.decode_kl, *interval)

@@ -9,7 +9,6 @@ from rich.table import Table
 from rich.text import Text
 
 from pyllm.evaluate.classifier import Classifier, Quality
-from pyllm.evaluate.metrics import BLOCK
 from pyllm.evaluate.results import Row
 
 DEFAULT_THRESHOLD = 0.9
@@ -33,7 +32,7 @@ def by_text(rows: Iterable[Row]) -> list[tuple[str, list[Table]]]:
     found = []
     for _, group in itertools.groupby(rows, lambda row: row.text):
         rows_of_text = list(group)
-        decoded = [row for row in rows_of_text if row.decode_tokens >= BLOCK]
+        decoded = [row for row in rows_of_text if row.tells_decode]
         tables = [_table(rows_of_text), *([_decode_table(decoded)] if decoded else [])]
         found.append((_headline(rows_of_text[0]), tables))
     return found

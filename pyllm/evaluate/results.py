@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from pyllm.errors import FileError, FormatError
 from pyllm.evaluate import domains, fields
 from pyllm.evaluate.classifier import Classifier
+from pyllm.evaluate.metrics import BLOCK
 from pyllm.evaluate.outputs import write
 
 FORMAT = "pyllm eval 1"
@@ -64,6 +65,11 @@ class Row:
     @property
     def name(self) -> str:
         return self.line if self.setting is None else f"{self.line} {self.setting:g}"
+
+    @property
+    def tells_decode(self) -> bool:
+        """Whether tokens enough were decoded to say something about its quality."""
+        return self.decode_tokens >= BLOCK
 
     @property
     def decode_read(self) -> float | None:
