@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import random
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from os import PathLike
@@ -40,12 +40,13 @@ class LLM:
     CPUs this process may use. device: "cpu", "cuda", "cuda:N", or "auto", a GPU where there is one that holds
     the model and a session; `device` then tells. kv: "gpu", or on a GPU "split", with all keys and values in
     the host's memory but those of the sinks, the window and a batch of tokens: for contexts that its own
-    memory does not hold. attention: for all its sessions, a policy, its text form ("dense", "adaptive:0.8")
-    or a preset of the model's profile ("conservative", "balanced", "aggressive", "balanced:FILE" of another
-    profile); by default "balanced" where there is a profile, or else pages alone by a 3-bit sketch
-    (`attention.UNCALIBRATED`). isa: one of `pyllm.cpus.ISAS`, by default $PYLLM_ISA or the best of this
-    processor. seed: makes the sequence of answers drawn without a seed of their own repeatable. guard: what
-    watches over attention in all its sessions, by default nothing.
+    memory does not hold. kv_type: what the KV cache holds, "f16", or on the CPU "q8_0", bytes with scales:
+    half the memory, for a loss that docs/performance.md measures. attention: for all its sessions, a policy,
+    its text form ("dense", "adaptive:0.8") or a preset of the model's profile ("conservative", "balanced",
+    "aggressive", "balanced:FILE" of another profile); by default "balanced" where there is a profile, or else
+    pages alone by a 3-bit sketch (`attention.UNCALIBRATED`). isa: one of `pyllm.cpus.ISAS`, by default
+    $PYLLM_ISA or the best of this processor. seed: makes the sequence of answers drawn without a seed of
+    their own repeatable. guard: what watches over attention in all its sessions, by default nothing.
 
     Raises FileError, FormatError, UnsupportedError, NumericError, ArgumentError and
     InsufficientMemoryError, the last before anything is allocated. Memory is given back with the last
@@ -61,6 +62,7 @@ class LLM:
         n_threads: int | None = None,
         device: str = "auto",
         kv: str = "gpu",
+        kv_type: str = "f16",
         attention: Policy | str | None = None,
         isa: str | None = None,
         seed: int | None = None,
@@ -72,6 +74,7 @@ class LLM:
         self.metadata = self._file.values()
         self.tokenizer = self._open_tokenizer()
         threads = default_threads() if n_threads is None else _whole("n_threads", n_threads, 1, MAX_THREADS)
+        self.kv_type = _one_of("kv_type", kv_type, _native.KV_TYPES)
         isa = isa or os.environ.get("PYLLM_ISA") or None
         try:
             self._open_model(choose(device, self._file), kv, threads, isa)
@@ -239,16 +242,24 @@ class LLM:
             n_ctx=self.n_ctx if n_ctx is None else self._context(n_ctx),
             n_batch=self.n_batch,
             split=self.kv == "split",
+            kv_type=self.kv_type,
             attention=self.attention if attention is None else self.policy(attention),
             policy=self.policy,
             guard=guard or self.guard,
             identity={"model": self.name, "fingerprint": self.fingerprint},
         )
 
+    def kv_bytes(self, n_ctx: int) -> int:
+        """Bytes of keys and values in a KV cache of n_ctx tokens, filled."""
+        kv_type = _native.KV_TYPES[self.kv_type]
+        params = _native.SessionParams(n_ctx, self.n_batch, self.attention.sinks, kv_type=kv_type)
+        return _native.session_memory(self._model, params, 0).kv_bytes
+
     def session_memory(self, n_ctx: int) -> int:
         """Bytes of the device's memory that a session with a context of n_ctx tokens needs."""
         window = min(self.attention.window, n_ctx) if self.kv == "split" else 0
-        params = _native.SessionParams(n_ctx, self.n_batch, self.attention.sinks, window)
+        kv_type = _native.KV_TYPES[self.kv_type]
+        params = _native.SessionParams(n_ctx, self.n_batch, self.attention.sinks, window, kv_type)
         return _native.session_memory(self._model, params, self.attention.sketch).total
 
     @property
@@ -372,11 +383,15 @@ class LLM:
 
 
 def _kv(kv: str, device: str) -> str:
-    if kv not in ("gpu", "split"):
-        raise ArgumentError(f"kv: expected 'gpu' or 'split', got {kv!r}")
-    if kv == "split" and device == "cpu":
+    if _one_of("kv", kv, ("gpu", "split")) == "split" and device == "cpu":
         raise ArgumentError("kv: 'split' is between a GPU and the host, and the model is on the CPU")
     return kv
+
+
+def _one_of(name: str, value: Any, known: Collection[str]) -> str:
+    if not isinstance(value, str) or value not in known:
+        raise ArgumentError(f"{name}: expected {' or '.join(map(repr, known))}, got {value!r}")
+    return value
 
 
 def _whole(name: str, value: Any, low: int, high: int) -> int:

@@ -40,9 +40,9 @@ class Session:
     """Made by `LLM.session()`. Safe to use from several threads: a second one waits for the first.
 
     n_ctx: tokens it can hold. split: keys and values of a GPU's session lie in the host's memory but for the
-    sinks, the window and a batch. policy: finds the policy that a text stands for. `revision` changes with
-    the contents, so that whoever goes on where they left off can tell that nobody else was there meanwhile.
-    identity: of the model, for the guard's log.
+    sinks, the window and a batch. kv_type: what keys and values are kept as, "f16" or "q8_0". policy: finds
+    the policy that a text stands for. `revision` changes with the contents, so that whoever goes on where
+    they left off can tell that nobody else was there meanwhile. identity: of the model, for the guard's log.
     """
 
     def __init__(
@@ -52,6 +52,7 @@ class Session:
         n_ctx: int,
         n_batch: int,
         split: bool = False,
+        kv_type: str = "f16",
         attention: Policy,
         policy: Callable[[Policy | str], Policy],
         guard: Guard | None = None,
@@ -66,6 +67,7 @@ class Session:
         self._model = model
         self._policy = policy
         self._kv_window = min(attention.window, n_ctx) if split else 0
+        self.kv_type = kv_type
         self._attention = attention
         self._require_memory()
         self._native = _native.NativeSession(model, self._params(n_ctx))
@@ -79,7 +81,8 @@ class Session:
         self.guard = guard
 
     def _params(self, n_ctx: int) -> _native.SessionParams:
-        return _native.SessionParams(n_ctx, self.n_batch, self.sinks, self._kv_window)
+        kv_type = _native.KV_TYPES[self.kv_type]
+        return _native.SessionParams(n_ctx, self.n_batch, self.sinks, self._kv_window, kv_type)
 
     def _require_memory(self) -> None:
         self._require(self._model.device, self.memory_needed)

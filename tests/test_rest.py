@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from pyllm.reference import attention as reference
 from pyllm.reference import sketch
 from pyllm.reference.attention import Policy
+from pyllm.reference.kv_cache import stored_keys
 from pyllm.reference.sketch import GRADED
 from test_attention import FIELDS, SEEDS, WEIGHT_ROUNDING, Inputs, random_inputs, run, with_arrays
 from test_linear import ISAS, products
@@ -101,7 +102,7 @@ def estimates(
 ) -> tuple[NDArray[np.float64], float]:
     """Of the last token's long heads: (n, read pages) shares of all attention, and by how much a score is
     over the local mass at most."""
-    sketches = reference.sketch_bulk(reference.stored(x.k).transpose(1, 0, 2), policy, 0)
+    sketches = reference.sketch_bulk(stored_keys(x.k).transpose(1, 0, 2), policy, 0)
     group = x.q.shape[1] // len(sketches)
     shares, above = [np.zeros((0, sketches[0].codes.shape[0] * 4))], [0.0]
     for h in np.flatnonzero(~result.decisions.local[0]):

@@ -28,6 +28,7 @@ typedef struct kernel_run {
   const kernels *kernels;
   tile_format format;
   enum strip_type strip;
+  int32_t kv_type;
   int32_t rows;                      /* tokens, or query rows */
   size_t piece_bytes, weights_bytes; /* of one call; of everything a thread goes over */
   thread_data threads[BENCH_MAX_THREADS];
@@ -74,25 +75,33 @@ static double run_attend(void *context, int thread) {
   float scores[PANEL * KV_BLOCK], alpha[PANEL], out[PANEL * HEAD_DIM] = {0};
   softmax_state state[PANEL];
   int32_t n_valid[PANEL];
+  size_t key_bytes = (size_t)key_strip_bytes(run->kv_type, HEAD_DIM),
+         value_bytes = (size_t)value_strip_bytes(run->kv_type, HEAD_DIM);
+  int16_t words[PANEL * HEAD_DIM];
+  float scale[PANEL];
+  run->kernels->round_queries(run->values, run->rows, HEAD_DIM, words, scale);
   for (int r = 0; r < PANEL; r++) {
     state[r] = (softmax_state){-1e30f, 0};
     n_valid[r] = KV_BLOCK;
   }
   for (int i = 0; i < CALLS; i++) {
-    const uint16_t *k = (const uint16_t *)(const void *)next_piece(run, thread), *v = k + KV_BLOCK * HEAD_DIM;
+    const unsigned char *k = next_piece(run, thread), *v = k + KV_STRIPS * key_bytes;
     attend_args args = {.rows = run->rows,
                         .head_dim = HEAD_DIM,
                         .n_strips = KV_STRIPS,
+                        .kv_type = run->kv_type,
                         .q = run->values,
+                        .q_words = words,
+                        .q_scale = scale,
                         .n_valid = n_valid,
                         .scores = scores,
                         .alpha = alpha,
                         .state = state,
                         .out = out};
-    for (int j = 0; j < KV_STRIPS; j++) {
-      args.k[j] = k + j * STRIP * HEAD_DIM;
-      args.v[j] = v + j * STRIP * HEAD_DIM;
-      args.next_k[j] = v + KV_BLOCK * HEAD_DIM + j * STRIP * HEAD_DIM;
+    for (size_t j = 0; j < KV_STRIPS; j++) {
+      args.k[j] = k + j * key_bytes;
+      args.v[j] = v + j * value_bytes;
+      args.next_k[j] = k + run->piece_bytes + j * key_bytes;
     }
     run->kernels->attend_strips(&args);
   }
@@ -179,11 +188,17 @@ static void bench_floats(report *to, kernel_run *run, size_t bytes) {
       run->rows = prefill ? TOKENS : 1;
       measure(to, run, "strip_gemm", names[type], false, prefill, run_strip);
     }
-  for (int prefill = 1; prefill >= 0; prefill--) {
-    run->piece_bytes = (size_t)2 * KV_BLOCK * HEAD_DIM * sizeof(uint16_t);
-    run->rows = prefill ? PANEL : GROUP;
-    measure(to, run, "attend_strips", "F16", false, prefill, run_attend);
-  }
+}
+
+static void bench_attention(report *to, kernel_run *run) {
+  static const char *const names[] = {[PYLLM_KV_F16] = "F16", [PYLLM_KV_Q8_0] = "Q8_0"};
+  for (int type = PYLLM_KV_F16; type <= PYLLM_KV_Q8_0; type++)
+    for (int prefill = 1; prefill >= 0; prefill--) {
+      run->kv_type = type;
+      run->piece_bytes = kv_block_bytes(type, HEAD_DIM);
+      run->rows = prefill ? PANEL : GROUP;
+      measure(to, run, "attend_strips", names[type], false, prefill, run_attend);
+    }
 }
 
 static void fill_activations(kernel_run *run) {
@@ -220,6 +235,7 @@ int main(int argc, char **argv) {
   print_peaks(&to);
   bench_tiles(&to, run, bytes);
   bench_floats(&to, run, bytes);
+  bench_attention(&to, run);
   if (o.json) printf("]}\n");
   for (int i = 0; i < o.threads; i++) free(run->threads[i].weights);
   free(run->values), free(run->x.planes), free(run->x.scale), free(run->x.sum), free(run->x.product);

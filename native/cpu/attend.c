@@ -65,6 +65,8 @@ static void load_panel(const attend_job *job, const work_item *item, panel *p) {
     p->position[r] = position;
     if (position < p->earliest) p->earliest = position;
   }
+  if (job->cache->kv_type == PYLLM_KV_Q8_0)
+    job->be->kernels->round_queries(p->q, item->n_rows, b->head_dim, p->q_words, p->q_scale);
 }
 
 static int32_t keys_visible(int32_t n_sink, const int32_t *strip, int32_t n, int32_t position) {
@@ -84,8 +86,25 @@ static int32_t find_visible(const attend_job *job, const work_item *item, const 
   return (most + STRIP - 1) / STRIP;
 }
 
-static const uint16_t *keys_of(const uint16_t *blocks, int32_t strip, int32_t head_dim) {
-  return blocks + ((int64_t)(strip / KV_STRIPS) * 2 * KV_STRIPS + strip % KV_STRIPS) * STRIP * head_dim;
+/* Where one head's strips are. */
+typedef struct strip_places {
+  const unsigned char *blocks;
+  size_t block_bytes, key_bytes, value_bytes; /* of a block, and of a strip of 16 tokens */
+} strip_places;
+
+static strip_places places_of(const layer_cache *cache, int32_t kv_head, int32_t head_dim) {
+  return (strip_places){cache_block(cache, kv_head, 0, head_dim), kv_block_bytes(cache->kv_type, head_dim),
+                        (size_t)key_strip_bytes(cache->kv_type, head_dim),
+                        (size_t)value_strip_bytes(cache->kv_type, head_dim)};
+}
+
+static const unsigned char *keys_at(const strip_places *p, int32_t strip) {
+  return p->blocks + (size_t)(strip / KV_STRIPS) * p->block_bytes + (size_t)(strip % KV_STRIPS) * p->key_bytes;
+}
+
+static const unsigned char *values_at(const strip_places *p, int32_t strip) {
+  return p->blocks + (size_t)(strip / KV_STRIPS) * p->block_bytes + KV_STRIPS * p->key_bytes +
+         (size_t)(strip % KV_STRIPS) * p->value_bytes;
 }
 
 /* Fresh state and output of one span. */
@@ -93,7 +112,7 @@ static void fold_span(const attend_job *job, const work_item *item, int32_t span
                       float *out) {
   const attention_batch *b = job->b;
   int32_t d = b->head_dim, strip[KV_STRIPS], next[KV_STRIPS];
-  const uint16_t *blocks = cache_blocks(job->cache, item->kv_head, d);
+  strip_places places = places_of(job->cache, item->kv_head, d);
   for (int32_t r = 0; r < item->n_rows; r++) state[r] = EMPTY;
   if (job->with_values) memset(out, 0, (size_t)item->n_rows * (size_t)d * sizeof *out);
   strip_cursor cursor = cursor_at(job->list, item, span * SPAN_STRIPS);
@@ -105,16 +124,19 @@ static void fold_span(const attend_job *job, const work_item *item, int32_t span
     attend_args args = {.rows = item->n_rows,
                         .head_dim = d,
                         .n_strips = n_seen,
+                        .kv_type = job->cache->kv_type,
                         .q = p->q,
+                        .q_words = p->q_words,
+                        .q_scale = p->q_scale,
                         .n_valid = p->n_valid,
                         .scores = p->scores,
                         .alpha = p->alpha,
                         .state = state,
                         .out = job->with_values ? out : NULL};
     for (int32_t s = 0; s < n_seen; s++) {
-      args.k[s] = keys_of(blocks, strip[s], d);
-      args.v[s] = args.k[s] + KV_BLOCK * d;
-      args.next_k[s] = s < n_next ? keys_of(blocks, next[s], d) : NULL;
+      args.k[s] = keys_at(&places, strip[s]);
+      args.v[s] = values_at(&places, strip[s]);
+      args.next_k[s] = s < n_next ? keys_at(&places, next[s]) : NULL;
     }
     if (n_seen > 0) job->be->kernels->attend_strips(&args);
     n = n_next;

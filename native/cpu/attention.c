@@ -6,6 +6,9 @@
 #include <string.h>
 
 static int32_t check_shape(const attention_shape *s, pyllm_error *err) {
+  if (s->kv_type == PYLLM_KV_Q8_0 && s->head_dim % KEY_GROUP != 0)
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "kv_type q8_0: heads of %d dimensions, expected a multiple of %d",
+                s->head_dim, KEY_GROUP);
   if (s->kv_window == 0) return PYLLM_OK;
   return fail(err, PYLLM_ERR_ARGUMENT, "a KV cache split between a GPU's memory and the host's, on the CPU");
 }
@@ -15,7 +18,7 @@ static int32_t memory_needed(const backend *be, const attention_shape *s, int32_
   int32_t status = check_shape(s, err);
   if (status) return status;
   uint64_t heads = (uint64_t)s->n_layers * (uint64_t)s->n_kv_heads, blocks = (uint64_t)kv_blocks(s->n_ctx, s->n_sink);
-  out->kv_bytes = heads * blocks * kv_block_bytes(s->head_dim);
+  out->kv_bytes = heads * blocks * kv_block_bytes(s->kv_type, s->head_dim);
   out->host_bytes = 0;
   out->moment_bytes = heads * moment_floats((size_t)s->head_dim) * sizeof(float);
   out->sketch_bytes = page_bits ? heads * blocks * sketch_page_bytes(page_bits, s->head_dim) : 0;
@@ -113,29 +116,28 @@ static int32_t set_policy(const backend *be, attention_state *a, const attention
 }
 
 static void cut(const backend *be, attention_state *a, int32_t from, int32_t to) {
-  (void)be;
-  for (int32_t i = 0; i < a->shape.n_layers; i++) cpu_cache_cut(&a->layers[i], &a->shape, from, to);
+  for (int32_t i = 0; i < a->shape.n_layers; i++) cpu_cache_cut(be->kernels, &a->layers[i], &a->shape, from, to);
 }
 
 static void read_blocks(const backend *be, attention_state *a, int32_t layer, int32_t kv_head, int32_t n,
                         void *blocks) {
   (void)be;
-  memcpy(blocks, cache_blocks(&a->layers[layer], kv_head, a->shape.head_dim),
-         (size_t)n * kv_block_bytes(a->shape.head_dim));
+  int32_t d = a->shape.head_dim;
+  memcpy(blocks, cache_block(&a->layers[layer], kv_head, 0, d), (size_t)n * kv_block_bytes(a->shape.kv_type, d));
 }
 
 static void write_blocks(const backend *be, attention_state *a, int32_t layer, int32_t kv_head, int32_t n,
                          const void *blocks) {
   (void)be;
-  memcpy(cache_blocks(&a->layers[layer], kv_head, a->shape.head_dim), blocks,
-         (size_t)n * kv_block_bytes(a->shape.head_dim));
+  int32_t d = a->shape.head_dim;
+  memcpy(cache_block(&a->layers[layer], kv_head, 0, d), blocks, (size_t)n * kv_block_bytes(a->shape.kv_type, d));
 }
 
 static void read_moments(const backend *be, attention_state *a, int32_t layer, int32_t kv_head, int32_t n_pages,
                          float *mean, float *cov) {
   key_moments *m = &a->layers[layer].moments[kv_head];
   int32_t d = a->shape.head_dim;
-  moments_fold(be->kernels, m, cache_blocks(&a->layers[layer], kv_head, d), d, n_pages);
+  moments_fold(be->kernels, &a->layers[layer], kv_head, d, n_pages);
   memcpy(mean, m->mean, (size_t)d * sizeof *mean);
   for (int64_t i = 0; i < (int64_t)d * d; i++) cov[i] = m->m2[i] / (float)(n_pages * PYLLM_PAGE);
 }

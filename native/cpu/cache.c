@@ -7,7 +7,9 @@
 bool cpu_cache_new(layer_cache *l, const attention_shape *s) {
   size_t g = (size_t)s->n_kv_heads, d = (size_t)s->head_dim;
   l->n_blocks = kv_blocks(s->n_ctx, s->n_sink);
-  l->kv = calloc(g * (size_t)l->n_blocks, kv_block_bytes(s->head_dim)); /* untouched blocks take no memory */
+  l->kv_type = s->kv_type;
+  l->kv =
+      calloc(g * (size_t)l->n_blocks, kv_block_bytes(s->kv_type, s->head_dim)); /* untouched blocks take no memory */
   l->moments = calloc(g, sizeof *l->moments);
   l->sketches = calloc(g, sizeof *l->sketches);
   if (!l->kv || !l->moments || !l->sketches) return false;
@@ -40,18 +42,25 @@ void cpu_cache_sketch(layer_cache *l, const attention_shape *s, int32_t page_bit
   l->sketch_bits = page_bits;
 }
 
-/* Zeroes the slots [slot, 64) of one block. */
-static void clear_slots(uint16_t *block, int32_t d, int32_t slot) {
-  uint16_t *values = block + PYLLM_PAGE * d;
-  for (int32_t t = slot; t < PYLLM_PAGE; t++)
-    for (int32_t i = 0; i < d; i++) block[block_key_index(d, t, i)] = values[block_value_index(d, t, i)] = 0;
+const uint16_t *cache_halves(const kernels *k, const layer_cache *cache, int32_t kv_head, int32_t block,
+                             int32_t head_dim, half_block made) {
+  const void *at = cache_block(cache, kv_head, block, head_dim);
+  if (cache->kv_type == PYLLM_KV_F16) return at;
+  k->kv_halves(at, head_dim, made);
+  return made;
 }
 
-static void clear_head(uint16_t *blocks, const attention_shape *s, int32_t from, int32_t to) {
-  int64_t halves = 2 * PYLLM_PAGE * (int64_t)s->head_dim;
-  int32_t first = kv_block_of(s->n_sink, from), last = kv_block_of(s->n_sink, to - 1);
-  clear_slots(blocks + first * halves, s->head_dim, from - kv_block_start(s->n_sink, first));
-  for (int32_t b = first + 1; b <= last; b++) memset(blocks + b * halves, 0, kv_block_bytes(s->head_dim));
+/* Zeroes the slots [slot, 64) of one block. */
+static void clear_slots(const kernels *k, const layer_cache *l, void *block, int32_t d, int32_t slot) {
+  float zeros[LARGEST_HEAD] = {0};
+  for (int32_t t = slot; t < PYLLM_PAGE; t++) k->kv_store(l->kv_type, zeros, zeros, d, t, block);
+}
+
+static void clear_head(const kernels *k, const layer_cache *l, int32_t kv_head, const attention_shape *s, int32_t from,
+                       int32_t to) {
+  int32_t first = kv_block_of(s->n_sink, from), last = kv_block_of(s->n_sink, to - 1), d = s->head_dim;
+  clear_slots(k, l, cache_block(l, kv_head, first, d), d, from - kv_block_start(s->n_sink, first));
+  for (int32_t b = first + 1; b <= last; b++) memset(cache_block(l, kv_head, b, d), 0, kv_block_bytes(l->kv_type, d));
 }
 
 /* Of the pages that are no longer whole, nothing stays that a product with zero does not make zero. */
@@ -61,10 +70,10 @@ static void cut_sketch(key_sketch *sketch, int32_t head_dim, int32_t whole_pages
   if (sketch->n_pages > whole_pages) sketch->n_pages = whole_pages;
 }
 
-void cpu_cache_cut(layer_cache *l, const attention_shape *s, int32_t from, int32_t to) {
+void cpu_cache_cut(const kernels *k, layer_cache *l, const attention_shape *s, int32_t from, int32_t to) {
   int32_t whole_pages = from > s->n_sink ? (from - s->n_sink) / PYLLM_PAGE : 0;
   for (int32_t g = 0; from < to && g < s->n_kv_heads; g++) {
-    clear_head(cache_blocks(l, g, s->head_dim), s, from, to);
+    clear_head(k, l, g, s, from, to);
     if (l->moments[g].n_pages > whole_pages) l->moments[g].n_pages = 0;
     cut_sketch(&l->sketches[g], s->head_dim, whole_pages);
   }

@@ -34,13 +34,15 @@ typedef struct sketch_memory {
 } sketch_memory;
 
 /* One layer's KV cache, head-major, in blocks of 64 tokens:
- *   block (g, b) at kv + (g * n_blocks + b) * 2 * 64 * head_dim: its keys, then its values, f16.
+ *   block (g, b) is the g * n_blocks + b-th of kv_block_bytes: its keys, then its values.
  *   keys   (4, head_dim / 2, 16, 2): strips of 16 tokens, dimension pairs interleaved.
  *   values (4, head_dim / 16, 8, 16, 2): strips of 16 tokens, of 16 dimensions, token pairs interleaved.
- * Both are strips as kernels.h defines them, so scores and weighted values are the same matrix product. */
+ * Both are strips as kernels.h defines them, so scores and weighted values are the same matrix product. Halves; or bytes, and
+ * behind those of each strip their scales (geometry.h). */
 typedef struct layer_cache {
   int32_t n_blocks;
-  uint16_t *kv;            /* (n_kv_heads, n_blocks, 2, 64 * head_dim) */
+  int32_t kv_type;         /* enum pyllm_kv_type */
+  unsigned char *kv;       /* (n_kv_heads, n_blocks) blocks */
   key_moments *moments;    /* (n_kv_heads) */
   key_sketch *sketches;    /* (n_kv_heads) */
   int32_t sketch_bits;     /* page_bits of the sketches; 0 where there are none */
@@ -70,7 +72,9 @@ typedef struct partial_span {
 /* One thread's scratch for a panel. */
 typedef struct panel {
   float *q, *out;        /* (PANEL_ROWS, head_dim) */
+  int16_t *q_words;      /* (PANEL_ROWS, head_dim) */
   float *scores, *alpha; /* (PANEL_ROWS, 64), (PANEL_ROWS) */
+  float q_scale[PANEL_ROWS];
   softmax_state state[PANEL_ROWS];
   int32_t position[PANEL_ROWS], earliest; /* of the rows' tokens */
   int32_t n_valid[PANEL_ROWS];
@@ -97,9 +101,15 @@ typedef struct cpu_scratch {
   float *page_memory;
 } cpu_scratch;
 
-static inline uint16_t *cache_blocks(const layer_cache *cache, int32_t kv_head, int32_t head_dim) {
-  return cache->kv + (int64_t)kv_head * cache->n_blocks * 2 * KV_BLOCK * head_dim;
+static inline unsigned char *cache_block(const layer_cache *cache, int32_t kv_head, int32_t block, int32_t head_dim) {
+  return cache->kv +
+         ((size_t)kv_head * (size_t)cache->n_blocks + (size_t)block) * kv_block_bytes(cache->kv_type, head_dim);
 }
+
+/* A block as halves, keys and then values: the block itself, or what is made of its bytes in `made`. */
+typedef uint16_t half_block[2 * KV_BLOCK * LARGEST_HEAD];
+const uint16_t *cache_halves(const struct kernels *k, const layer_cache *cache, int32_t kv_head, int32_t block,
+                             int32_t head_dim, half_block made);
 
 extern const attention_ops cpu_attention_ops;
 
@@ -137,14 +147,14 @@ void cpu_cache_free(layer_cache *cache, const attention_shape *shape);
 void cpu_cache_sketch(layer_cache *cache, const attention_shape *shape, int32_t page_bits, int32_t layer,
                       const sketch_memory *memory);
 /* Forgets positions [from, to), the last ones. */
-void cpu_cache_cut(layer_cache *cache, const attention_shape *shape, int32_t from, int32_t to);
+void cpu_cache_cut(const struct kernels *k, layer_cache *cache, const attention_shape *shape, int32_t from, int32_t to);
 
 /* out: scale * cov (head_dim, head_dim), symmetric, as key_moments.strips has it. */
 void covariance_strips(const float *cov, int32_t head_dim, float scale, float *out);
 
-/* Folds pages into one head's moments until it holds exactly n_pages; starts over where it holds more.
- * blocks: the head's KV blocks. */
-void moments_fold(const struct kernels *k, key_moments *m, const uint16_t *blocks, int32_t head_dim, int32_t n_pages);
+/* Folds pages into one head's moments until they hold exactly n_pages; starts over where they hold more. */
+void moments_fold(const struct kernels *k, const layer_cache *cache, int32_t kv_head, int32_t head_dim,
+                  int32_t n_pages);
 
 /* Marks in b->wanted what the scored queries of each tile want of the bulk, after is_long is decided. */
 void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy);

@@ -7,11 +7,11 @@
 enum { PREFETCH_ROWS = 8 };
 
 /* What comes after strip s of the keys and of the values; NULL where there is nothing, or time enough. */
-static inline const uint16_t *after_keys(const attend_args *a, int s) {
+static inline const void *after_keys(const attend_args *a, int s) {
   return a->rows > PREFETCH_ROWS ? NULL : a->out ? a->v[s] : a->next_k[s];
 }
 
-static inline const uint16_t *after_values(const attend_args *a, int s) {
+static inline const void *after_values(const attend_args *a, int s) {
   return a->rows > PREFETCH_ROWS ? NULL : a->next_k[s];
 }
 
@@ -41,7 +41,13 @@ static inline float softmax_step(float *scores, int32_t n_valid, softmax_state *
   return rescale;
 }
 
+#include "kernel_attend_q8.h"
+
 static void attend_strips(const attend_args *a) {
+  if (a->kv_type == PYLLM_KV_Q8_0) {
+    attend_bytes(a);
+    return;
+  }
   attend_scores(a);
   for (int32_t r = 0; r < a->rows; r++) {
     if (a->n_valid[r] > 0) {

@@ -142,8 +142,9 @@ static void attend_values(const attend_args *a) {
     for (int s = 0; s < a->n_strips; s++)
       for (int32_t k = 0; k < n_blocks; k++) {
         int32_t offset = (first + k * STRIP) * STRIP;
-        values.at[s][k] = a->v[s] + offset;
-        values.ahead[s][k] = after_values(a, s) ? after_values(a, s) + offset : NULL;
+        const uint16_t *v = a->v[s], *ahead = after_values(a, s);
+        values.at[s][k] = v + offset;
+        values.ahead[s][k] = ahead ? ahead + offset : NULL;
       }
     bf16_product(a->rows, n_blocks, weights, KV_BLOCK, &values, a->alpha, a->out + first, d);
   }

@@ -30,8 +30,9 @@ static void attend_values(const attend_args *a) {
     strips values = {STRIP_F16, a->n_strips, STRIP / 2, {0}, {0}};
     float *out = a->out + j * STRIP;
     for (int s = 0; s < a->n_strips; s++) {
-      values.data[s] = a->v[s] + j * STRIP * STRIP;
-      values.ahead[s] = after_values(a, s) ? after_values(a, s) + j * STRIP * STRIP : NULL;
+      const uint16_t *v = a->v[s], *ahead = after_values(a, s);
+      values.data[s] = v + j * STRIP * STRIP;
+      values.ahead[s] = ahead ? ahead + j * STRIP * STRIP : NULL;
     }
     if (a->rows >= F32_FROM_ROWS) {
       for (int s = 0; s < a->n_strips; s++) {

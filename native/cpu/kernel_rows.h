@@ -94,27 +94,3 @@ static void rope(float *x, const float *cosine, const float *sine, int32_t n_rot
     x[i * step + other] = a * sine[i] + b * cosine[i];
   }
 }
-
-/* STRIP halves. */
-static inline void round_f16(const float *x, uint16_t out[STRIP]) {
-#if VL == 4
-  for (int i = 0; i < STRIP; i++) out[i] = f32_to_f16(x[i]);
-#else
-  for (int i = 0; i < STRIP; i += 8)
-    _mm_storeu_si128((__m128i *)(out + i), _mm256_cvtps_ph(_mm256_loadu_ps(x + i), _MM_FROUND_TO_NEAREST_INT));
-#endif
-}
-
-static void kv_store(const float *k, const float *v, int32_t head_dim, int32_t slot, uint16_t *keys, uint16_t *values) {
-  int32_t strip = slot / STRIP, t = slot % STRIP;
-  keys += strip * STRIP * head_dim + 2 * t;
-  values += strip * STRIP * head_dim + t / 2 * 2 * STRIP + t % 2;
-  uint16_t half[STRIP];
-  for (int32_t i = 0; i < head_dim; i += STRIP) {
-    round_f16(k + i, half);
-    for (int32_t j = 0; j < STRIP; j++) half[j] = key_half(half[j]);
-    for (int32_t j = 0; j < STRIP; j += 2) memcpy(keys + (i + j) / 2 * 2 * STRIP, half + j, 2 * sizeof *half);
-    round_f16(v + i, half);
-    for (int32_t j = 0; j < STRIP; j++) values[i / STRIP * STRIP * STRIP + 2 * j] = half[j];
-  }
-}

@@ -3,6 +3,7 @@
 #include "kernel_tile.h"
 #include "kernel_attend.h"
 #include "kernel_rows.h"
+#include "kernel_kv.h"
 #include "kernel_sketch.h"
 
 #define JOIN_(a, b) a##b
@@ -16,6 +17,7 @@ const kernels JOIN(kernels_, ISA) = {
     .words = TILE_WORDS,
     .strip_gemm = strip_gemm,
     .tile_gemm = tile_gemm,
+    .round_queries = round_queries,
     .attend_strips = attend_strips,
     .sketch_fold = sketch_fold,
     .sketch_scores = sketch_scores,
@@ -26,5 +28,6 @@ const kernels JOIN(kernels_, ISA) = {
     .swiglu = swiglu,
     .rope = rope,
     .kv_store = kv_store,
+    .kv_halves = kv_halves,
     .dot = dot,
 };

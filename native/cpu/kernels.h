@@ -76,16 +76,19 @@ typedef struct softmax_state {
 } softmax_state;
 
 typedef struct attend_args {
-  int32_t rows, head_dim, n_strips;  /* rows <= 64, head_dim <= LARGEST_HEAD */
-  const float *q;                    /* (rows, head_dim), scaled by the score scale */
-  const uint16_t *k[KV_STRIPS];      /* (n_strips) keys of 16 tokens, f16 (head_dim / 2, 16, 2): see cpu.h */
-  const uint16_t *v[KV_STRIPS];      /* (n_strips) their values, f16 (head_dim / 16, 8, 16, 2) */
-  const uint16_t *next_k[KV_STRIPS]; /* (n_strips) what will be read after these; NULL where nothing is */
-  const int32_t *n_valid;            /* (rows) keys the row may see, 0..16 n_strips, counted from the first */
-  float *scores;                     /* scratch (rows, 64) */
-  float *alpha;                      /* scratch (rows) */
-  softmax_state *state;              /* (rows) continued */
-  float *out;                        /* (rows, head_dim) continued; NULL for the softmax state alone */
+  int32_t rows, head_dim, n_strips; /* rows <= 64, head_dim <= LARGEST_HEAD */
+  const float *q;                   /* (rows, head_dim), scaled by the score scale */
+  const int16_t *q_words;           /* the same as round_queries has it, with q_scale; of bytes alone */
+  const float *q_scale;
+  int32_t kv_type;               /* enum pyllm_kv_type */
+  const void *k[KV_STRIPS];      /* (n_strips) keys of 16 tokens, (head_dim / 2, 16, 2): see cpu.h */
+  const void *v[KV_STRIPS];      /* (n_strips) their values, (head_dim / 16, 8, 16, 2) */
+  const void *next_k[KV_STRIPS]; /* (n_strips) what will be read after these; NULL where nothing is */
+  const int32_t *n_valid;        /* (rows) keys the row may see, 0..16 n_strips, counted from the first */
+  float *scores;                 /* scratch (rows, 64) */
+  float *alpha;                  /* scratch (rows) */
+  softmax_state *state;          /* (rows) continued */
+  float *out;                    /* (rows, head_dim) continued; NULL for the softmax state alone */
 } attend_args;
 
 typedef struct kernels {
@@ -100,6 +103,8 @@ typedef struct kernels {
    * be NULL. x holds n_tokens rows of cols columns; cols % 32 == 0, for scaled formats cols % 256 == 0. */
   void (*tile_gemm)(const tile_format *format, const void *tile, int32_t cols, const quantized *x, int32_t n_tokens,
                     const float *bias, int32_t n_rows, bool add, float *out, int64_t ldo);
+  /* Queries (n, head_dim) as scale (n) times words. */
+  void (*round_queries)(const float *q, int32_t n, int32_t head_dim, int16_t *words, float *scale);
   /* Online softmax: state and out take in the strips' keys and values. */
   void (*attend_strips)(const attend_args *args);
 
@@ -127,8 +132,11 @@ typedef struct kernels {
   /* Rotates the first n_rot values of a head in place; cosine, sine: (n_rot / 2). pairs: (x[2i], x[2i+1]), otherwise
    * (x[i], x[i + n_rot/2]). */
   void (*rope)(float *x, const float *cosine, const float *sine, int32_t n_rot, bool pairs);
-  /* Rounds one key and one value (head_dim) to f16 and puts them into token `slot` of a KV block (cpu.h, geometry.h). */
-  void (*kv_store)(const float *k, const float *v, int32_t head_dim, int32_t slot, uint16_t *keys, uint16_t *values);
+  /* Rounds one key and one value (head_dim) and puts them into token `slot` of a KV block (cpu.h, geometry.h). A key that
+   * cannot be held is NaN, and among bytes that of such a value. */
+  void (*kv_store)(int32_t kv_type, const float *k, const float *v, int32_t head_dim, int32_t slot, void *block);
+  /* The halves (2, 64 head_dim) of a KV block of bytes. */
+  void (*kv_halves)(const void *block, int32_t head_dim, uint16_t *halves);
   float (*dot)(const float *x, const float *y, int32_t n);
 } kernels;
 

@@ -54,13 +54,15 @@ void covariance_strips(const float *cov, int32_t d, float scale, float *out) {
       out[((j / STRIP) * (d / 2) + i / 2) * 2 * STRIP + j % STRIP * 2 + i % 2] = cov[i * d + j] * scale;
 }
 
-void moments_fold(const kernels *k, key_moments *m, const uint16_t *blocks, int32_t d, int32_t n_pages) {
+void moments_fold(const kernels *k, const layer_cache *cache, int32_t kv_head, int32_t d, int32_t n_pages) {
+  key_moments *m = &cache->moments[kv_head];
+  half_block made;
   if (m->n_pages == n_pages) return;
   if (m->n_pages > n_pages || m->n_pages == 0) {
     memset(m->mean, 0, (size_t)d * sizeof *m->mean);
     memset(m->m2, 0, (size_t)d * (size_t)d * sizeof *m->m2);
     m->n_pages = 0;
   }
-  while (m->n_pages < n_pages) fold_page(k, m, blocks + (int64_t)(1 + m->n_pages) * 2 * KV_BLOCK * d, d);
+  while (m->n_pages < n_pages) fold_page(k, m, cache_halves(k, cache, kv_head, 1 + m->n_pages, d, made), d);
   covariance_strips(m->m2, d, 1.0f / ((float)n_pages * KV_BLOCK), m->strips);
 }

@@ -181,11 +181,13 @@ static void fold_page(const fold_job *job, const key_sketch *sketch, const uint1
 static void fold_sketches(void *context, int32_t begin, int32_t end, int32_t thread) {
   (void)thread;
   const fold_job *job = context;
+  half_block made;
   for (int32_t g = begin; g < end; g++) {
     key_sketch *sketch = &job->cache->sketches[g];
-    const uint16_t *pages = cache_blocks(job->cache, g, job->head_dim) + 2 * KV_BLOCK * job->head_dim;
-    for (; sketch->n_pages < job->n_pages; sketch->n_pages++)
-      fold_page(job, sketch, pages + (int64_t)sketch->n_pages * 2 * KV_BLOCK * job->head_dim, sketch->n_pages);
+    for (; sketch->n_pages < job->n_pages; sketch->n_pages++) {
+      int32_t page = sketch->n_pages;
+      fold_page(job, sketch, cache_halves(job->be->kernels, job->cache, g, 1 + page, job->head_dim, made), page);
+    }
   }
 }
 

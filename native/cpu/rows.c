@@ -157,8 +157,8 @@ static void rope_rows(void *context, int32_t begin, int32_t end, int32_t thread)
     int32_t position = job->position + t, block = kv_block_of(job->n_sink, position);
     int32_t slot = position - kv_block_start(job->n_sink, block);
     for (int32_t g = 0; g < job->n_kv_heads; g++) {
-      uint16_t *keys = run->cache->kv + ((int64_t)g * run->cache->n_blocks + block) * 2 * KV_BLOCK * d;
-      run->k->kv_store(k + g * d, v + g * d, d, slot, keys, keys + KV_BLOCK * d);
+      void *at = cache_block(run->cache, g, block, d);
+      run->k->kv_store(run->cache->kv_type, k + g * d, v + g * d, d, slot, at);
     }
   }
 }

@@ -2,7 +2,8 @@
 #include "cpu.h"
 #include <stdlib.h>
 
-static size_t panel_floats(int32_t head_dim) { return (size_t)PANEL_ROWS * (2 * (size_t)head_dim + KV_BLOCK + 1); }
+/* Queries, outputs and, in half the room, queries as words; scores and factors. */
+static size_t panel_floats(int32_t head_dim) { return (size_t)PANEL_ROWS * (5 * (size_t)head_dim / 2 + KV_BLOCK + 1); }
 
 static int32_t most_partial_rows(const attention_shape *s) {
   return (s->n_ctx / (STRIP * SPAN_STRIPS) + 2) * s->n_heads;
@@ -17,6 +18,7 @@ static void place_panel(panel *p, float *memory, int32_t head_dim) {
   p->out = p->q + PANEL_ROWS * head_dim;
   p->scores = p->out + PANEL_ROWS * head_dim;
   p->alpha = p->scores + PANEL_ROWS * KV_BLOCK;
+  p->q_words = (int16_t *)(void *)(p->alpha + PANEL_ROWS);
 }
 
 static void place_pages(page_scratch *p, float *memory, const attention_shape *s) {

@@ -20,8 +20,7 @@ static void fold_heads(void *context, int32_t begin, int32_t end, int32_t thread
   (void)thread;
   const select_job *job = context;
   for (int32_t g = begin; g < end; g++)
-    moments_fold(job->be->kernels, &job->cache->moments[g], cache_blocks(job->cache, g, job->b->head_dim),
-                 job->b->head_dim, job->tile->n_pages);
+    moments_fold(job->be->kernels, job->cache, g, job->b->head_dim, job->tile->n_pages);
 }
 
 /* What a key/value head's keys are taken to be like: mean (head_dim), covariance as key_moments.strips. */

@@ -150,8 +150,18 @@ static inline vbytes vload_bytes(const uint8_t *p) {
   return v;
 }
 
-/* To nearest even, as rint does, in every instruction set, by adding and subtracting 1.5 * 2^23; |x| below 2^22. */
-static inline vi vround(vf x) { return __builtin_convertvector((x + 12582912.0f) - 12582912.0f, vi); }
+/* To nearest even, as rint does, in every instruction set; |x| below 2^22. */
+static inline vi vround(vf x) {
+#if VL == 16
+  return (vi)_mm512_cvtps_epi32((__m512)x);
+#elif VL == 8
+  return (vi)_mm256_cvtps_epi32((__m256)x);
+#elif defined(__SSE2__)
+  return (vi)_mm_cvtps_epi32((__m128)x);
+#else
+  return __builtin_convertvector((x + 12582912.0f) - 12582912.0f, vi);
+#endif
+}
 
 /* VL integers of -128 to 127, narrowed. */
 static inline void vstore_i8(int8_t *p, vi v) {
@@ -162,6 +172,18 @@ static inline void vstore_i8(int8_t *p, vi v) {
   _mm_storeu_si64(p, _mm_packs_epi16(words, words));
 #else
   for (int lane = 0; lane < VL; lane++) p[lane] = (int8_t)v[lane];
+#endif
+}
+
+/* 16 integers of -32768 to 32767, narrowed. */
+static inline void vstore_words(int16_t *p, const vi v[16 / VL]) {
+#if VL == 16
+  _mm256_storeu_si256((__m256i *)(void *)p, _mm512_cvtepi32_epi16((__m512i)v[0]));
+#elif VL == 8
+  __m256i words = _mm256_packs_epi32((__m256i)v[0], (__m256i)v[1]); /* halves of both, and the other halves of both */
+  _mm256_storeu_si256((__m256i *)(void *)p, _mm256_permute4x64_epi64(words, 0xd8));
+#else
+  for (int i = 0; i < 16; i++) p[i] = (int16_t)v[i / VL][i % VL];
 #endif
 }
 
@@ -186,6 +208,22 @@ static inline vi vload_i8(const int8_t *p) { return (vi){p[0], p[1], p[2], p[3]}
 static inline vi vload_u8(const uint8_t *p) { return (vi){p[0], p[1], p[2], p[3]}; }
 static inline vu vload_u16(const uint16_t *p) { return (vu){p[0], p[1], p[2], p[3]}; }
 #endif
+
+/* 2 VL bytes as words. */
+static inline vbytes vload_words(const int8_t *p) {
+#if VL == 16
+  return (vbytes)_mm512_cvtepi8_epi16(_mm256_loadu_si256((const __m256i *)(const void *)p));
+#elif VL == 8
+  return (vbytes)_mm256_cvtepi8_epi16(_mm_loadu_si128((const __m128i *)(const void *)p));
+#elif defined(__SSE2__)
+  __m128i bytes = _mm_loadl_epi64((const __m128i *)(const void *)p);
+  return (vbytes)_mm_srai_epi16(_mm_unpacklo_epi8(bytes, bytes), 8);
+#else
+  vwords w = {0};
+  for (int i = 0; i < 2 * VL; i++) w[i] = (uint16_t)p[i];
+  return (vbytes)w;
+#endif
+}
 
 static inline vf vload_bf16(const uint16_t *p) { return (vf)(vload_u16(p) << 16); }
 
@@ -300,7 +338,9 @@ static inline vi dot_sum(vi acc) {
 
 /* acc[lane] += sum over j < 2 of w[2 lane + j] * x[j], words. */
 static inline vi dot_words(vi acc, vbytes w, int32_t x) {
-#if VL == 16
+#if defined(__AVX512VNNI__)
+  acc = (vi)_mm512_dpwssd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(x));
+#elif VL == 16
   acc += (vi)_mm512_madd_epi16((__m512i)w, _mm512_set1_epi32(x));
   MAKE_NOW(acc);
 #elif VL == 8

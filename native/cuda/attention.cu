@@ -27,6 +27,8 @@ struct nothing {
 device_attention shape_of(const attention_shape &s) { return attention_of(s, kv_blocks(s.n_ctx, s.n_sink)); }
 
 int32_t check_shape(const attention_shape *s, pyllm_error *err) {
+  if (s->kv_type != PYLLM_KV_F16)
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "kv_type q8_0: on the GPU keys and values are f16");
   if (with_head_dim(s->head_dim, nothing{})) return PYLLM_OK;
   return fail(err, PYLLM_ERR_UNSUPPORTED, "heads of %d dimensions: the GPU has kernels for 32, 64, 80, 96, 128 and 256",
               s->head_dim);
@@ -213,7 +215,7 @@ void settle(const backend *be, const attention_state *s) {
 
 void read_blocks(const backend *be, attention_state *s, int32_t layer, int32_t kv_head, int32_t n, void *blocks) {
   int32_t d = s->shape.head_dim;
-  size_t bytes = kv_block_bytes(d);
+  size_t bytes = kv_block_bytes(PYLLM_KV_F16, d);
   settle(be, s);
   be->ops->read(be, blocks, blocks_at(s, layer, kv_head), (size_t)n * bytes);
   for (int32_t b = 0; b < n; b++) {
@@ -227,7 +229,7 @@ void read_blocks(const backend *be, attention_state *s, int32_t layer, int32_t k
 void write_blocks(const backend *be, attention_state *s, int32_t layer, int32_t kv_head, int32_t n,
                   const void *blocks) {
   int32_t d = s->shape.head_dim;
-  size_t bytes = kv_block_bytes(d);
+  size_t bytes = kv_block_bytes(PYLLM_KV_F16, d);
   settle(be, s);
   /* Some blocks at once: every write waits for the one before. */
   enum { AT_ONCE = 4 };

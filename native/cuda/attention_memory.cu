@@ -90,7 +90,7 @@ device_attention attention_of(const attention_shape &s, int32_t n_blocks) {
 }
 
 static uint64_t head_bytes(const device_attention &a, int32_t n_blocks) {
-  return (uint64_t)a.n_kv_heads * (uint64_t)n_blocks * kv_block_bytes(a.head_dim);
+  return (uint64_t)a.n_kv_heads * (uint64_t)n_blocks * kv_block_bytes(PYLLM_KV_F16, a.head_dim);
 }
 
 uint64_t layer_kv_bytes(const device_attention &a) { return head_bytes(a, a.n_recent ? 1 + a.n_recent : a.n_blocks); }

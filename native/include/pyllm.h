@@ -128,7 +128,12 @@ typedef struct pyllm_session_params {
   int32_t
       kv_window; /* on a GPU: keys and values of so many last tokens, of a batch and of the sinks lie in its memory, all
                         others in the host's, where it reads them; 0: all in its memory */
+  int32_t kv_type; /* enum pyllm_kv_type; what a saved session has, too */
 } pyllm_session_params;
+
+/* What the KV cache holds: halves; or bytes, each key's with a scale for every 32 dimensions, as blocks of Q8_0, each value's
+ * with one scale. Bytes need heads of a multiple of 32 dimensions, and the CPU. */
+enum pyllm_kv_type { PYLLM_KV_F16 = 0, PYLLM_KV_Q8_0 = 1 };
 
 enum pyllm_policy { PYLLM_DENSE = 0, PYLLM_WINDOW = 1, PYLLM_STATIC = 2, PYLLM_ORACLE = 3, PYLLM_ADAPTIVE = 4 };
 enum pyllm_granularity { PYLLM_HEAD = 0, PYLLM_GROUP = 1 };

@@ -59,6 +59,7 @@ typedef struct attention_rest {
 /* One batch on its way through one layer's attention. */
 typedef struct attention_batch {
   int32_t n_heads, n_kv_heads, head_dim, n_sink;
+  int32_t kv_type;     /* enum pyllm_kv_type */
   float scale;         /* c */
   int32_t max_strips;  /* of a bulk */
   int32_t n, position; /* queries, and the position of the first */
@@ -93,6 +94,7 @@ static inline uint8_t *attention_wanted(const attention_batch *b, int32_t tile, 
 typedef struct attention_shape {
   int32_t n_layers, n_batch, n_ctx, n_heads, n_kv_heads, head_dim, n_sink;
   float scale;
+  int32_t kv_type;   /* enum pyllm_kv_type */
   int32_t kv_window; /* of a GPU's cache that is split: tokens whose keys and values it holds itself; 0: not split */
 } attention_shape;
 

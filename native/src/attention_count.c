@@ -73,7 +73,7 @@ static void count_rest(const attention_batch *b, const group_read *read, uint64_
 
 void attention_count(const attention_batch *b, const attention_policy *policy, pyllm_layer_stats *stats) {
   uint64_t strip_work = 2 * STRIP * (uint64_t)b->head_dim; /* multiply-adds of scores and weighted values */
-  uint64_t strip_bytes = 2 * STRIP * sizeof(uint16_t) * (uint64_t)b->head_dim; /* keys and values */
+  uint64_t strip_bytes = kv_block_bytes(b->kv_type, b->head_dim) / KV_STRIPS;
   int32_t group = b->n_heads / b->n_kv_heads;
   for (int32_t t = 0; t < b->n_tiles; t++) {
     const query_tile *tile = &b->tiles[t];

@@ -16,13 +16,25 @@ ANYWHERE int32_t kv_block_of(int32_t n_sink, int32_t position) {
 ANYWHERE int32_t kv_block_start(int32_t n_sink, int32_t block) {
   return block == 0 ? 0 : n_sink + (block - 1) * PYLLM_PAGE;
 }
-/* Blocks that one head needs for n_ctx tokens, and the bytes of one: keys and values, f16. */
+/* Blocks that one head needs for n_ctx tokens. */
 ANYWHERE int32_t kv_blocks(int32_t n_ctx, int32_t n_sink) {
   return 1 + (n_ctx > n_sink ? (n_ctx - n_sink + PYLLM_PAGE - 1) / PYLLM_PAGE : 0);
 }
-ANYWHERE uint64_t kv_block_bytes(int32_t head_dim) { return 2 * sizeof(uint16_t) * PYLLM_PAGE * (uint64_t)head_dim; }
-/* Dimension i of token `slot` within the keys of a block, and within its values, in the CPU's cache and in a saved session:
- * strips of 16 tokens, keys (head_dim / 2, 16, 2) and values (head_dim / 16, 8, 16, 2). */
+/* Bytes of 16 tokens' keys and of their values, by enum pyllm_kv_type: halves; or bytes, and behind them scales f16, of keys
+ * (head_dim / 32, 16) and of values (16). And of a block: 4 strips of keys, then 4 of values. */
+enum { KEY_GROUP = 32 }; /* dimensions that share a scale */
+ANYWHERE int32_t key_strip_bytes(int32_t kv_type, int32_t head_dim) {
+  return PYLLM_READ_PAGE * (kv_type == PYLLM_KV_Q8_0 ? head_dim + head_dim / KEY_GROUP * 2 : 2 * head_dim);
+}
+ANYWHERE int32_t value_strip_bytes(int32_t kv_type, int32_t head_dim) {
+  return PYLLM_READ_PAGE * (kv_type == PYLLM_KV_Q8_0 ? head_dim + 2 : 2 * head_dim);
+}
+ANYWHERE uint64_t kv_block_bytes(int32_t kv_type, int32_t head_dim) {
+  return STRIPS_PER_PAGE * (uint64_t)(key_strip_bytes(kv_type, head_dim) + value_strip_bytes(kv_type, head_dim));
+}
+/* Dimension i of token `slot` within the keys of a block of halves, and within its values, in the CPU's cache and in a saved
+ * session: strips of 16 tokens, keys (head_dim / 2, 16, 2) and values (head_dim / 16, 8, 16, 2). Bytes lie likewise in
+ * their strips. */
 ANYWHERE int32_t block_key_index(int32_t head_dim, int32_t slot, int32_t i) {
   return slot / 16 * 16 * head_dim + i / 2 * 32 + 2 * (slot % 16) + i % 2;
 }

@@ -11,6 +11,8 @@ static int32_t check_params(const pyllm_session_params *p, pyllm_error *err) {
     return fail(err, PYLLM_ERR_ARGUMENT, "n_batch is %d, expected 1 to 4096", p->n_batch);
   if (p->n_sink < 0 || p->n_sink > PYLLM_PAGE)
     return fail(err, PYLLM_ERR_ARGUMENT, "n_sink is %d, expected 0 to %d", p->n_sink, PYLLM_PAGE);
+  if (p->kv_type != PYLLM_KV_F16 && p->kv_type != PYLLM_KV_Q8_0)
+    return fail(err, PYLLM_ERR_ARGUMENT, "kv_type is %d, expected %d or %d", p->kv_type, PYLLM_KV_F16, PYLLM_KV_Q8_0);
   if (p->kv_window < 0) return fail(err, PYLLM_ERR_ARGUMENT, "kv_window is %d, expected at least 0", p->kv_window);
   return PYLLM_OK;
 }
@@ -27,6 +29,7 @@ static attention_shape shape_of(const config *c, const pyllm_session_params *p) 
                            .head_dim = c->head_dim,
                            .n_sink = p->n_sink,
                            .scale = c->attention_scale,
+                           .kv_type = p->kv_type,
                            .kv_window = p->kv_window};
 }
 
@@ -129,6 +132,7 @@ int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params 
   s->n_ctx = params->n_ctx;
   s->n_batch = batch_within(params);
   s->n_sink = params->n_sink;
+  s->kv_type = params->kv_type;
   s->policy = (attention_policy){.policy = PYLLM_DENSE, .granularity = PYLLM_GROUP, .n_window = 1024};
   atomic_flag_clear(&s->busy);
   session_take_device(s);

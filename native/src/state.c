@@ -11,7 +11,7 @@ typedef struct state_header {
   char magic[8]; /* "pyllmkv\0" */
   uint32_t version;
   int32_t n_sink, position;
-  int32_t reserved;
+  int32_t kv_type;
   uint64_t model;    /* pyllm_file_fingerprint */
   uint64_t checksum; /* of everything behind the header */
 } state_header;
@@ -22,7 +22,7 @@ static int32_t head_blocks(const pyllm_session *s, int32_t position) {
 }
 
 static uint64_t head_bytes(const pyllm_session *s, int32_t position) {
-  return (uint64_t)head_blocks(s, position) * kv_block_bytes(s->model->config.head_dim);
+  return (uint64_t)head_blocks(s, position) * kv_block_bytes(s->kv_type, s->model->config.head_dim);
 }
 
 static uint64_t state_bytes(const pyllm_session *s, int32_t position) {
@@ -48,7 +48,8 @@ static int32_t save(const pyllm_session *s, void *buffer, uint64_t size, pyllm_e
       be->ops->attention->read_blocks(be, s->attention, i, g, blocks, at);
   int32_t status = be->ops->sync(be, err);
   if (status) return status;
-  state_header h = {"pyllmkv", STATE_VERSION, s->n_sink, position, 0, pyllm_file_fingerprint(s->model->file), 0};
+  state_header h = {"pyllmkv", STATE_VERSION, s->n_sink, position, s->kv_type, pyllm_file_fingerprint(s->model->file),
+                    0};
   h.checksum = checksum_bytes((unsigned char *)buffer + sizeof h, needed - sizeof h);
   memcpy(buffer, &h, sizeof h);
   return PYLLM_OK;
@@ -82,6 +83,9 @@ static int32_t check_state(const pyllm_session *s, const state_header *h, const 
     return fail(err, PYLLM_ERR_FORMAT, "saved session of another model");
   if (h->n_sink != s->n_sink)
     return fail(err, PYLLM_ERR_FORMAT, "saved session with %d sinks, this one has %d", h->n_sink, s->n_sink);
+  if (h->kv_type != s->kv_type)
+    return fail(err, PYLLM_ERR_FORMAT, "saved session with keys and values of type %d, this one has %d", h->kv_type,
+                s->kv_type);
   if (h->position < 0 || h->position > s->n_ctx)
     return fail(err, PYLLM_ERR_CONTEXT, "saved session of %d tokens does not fit the context of %d", h->position,
                 s->n_ctx);

@@ -54,7 +54,18 @@ EMU __m512i emu_dpbusd_epi32(__m512i acc, __m512i a, __m512i b) {
   return (__m512i)out;
 }
 
+EMU __m512i emu_dpwssd_epi32(__m512i acc, __m512i a, __m512i b) {
+  return (__m512i)((emu_i32)acc + (emu_i32)emu_madd_epi16(a, b));
+}
+
 /* Between widths. */
+EMU __m512i emu_cvtepi8_epi16(__m256i a) {
+  emu_i16 out;
+  int8_t bytes[32];
+  memcpy(bytes, &a, sizeof bytes);
+  EACH(32) out[i] = bytes[i];
+  return (__m512i)out;
+}
 EMU __m512i emu_cvtepi8_epi32(__m128i a) {
   emu_i32 out;
   int8_t bytes[16];
@@ -92,6 +103,11 @@ EMU __m512 emu_cvtph_ps(__m256i a) {
 }
 
 /* Floats. */
+EMU __m512i emu_cvtps_epi32(__m512 a) {
+  emu_i32 out;
+  EACH(16) out[i] = (int32_t)rintf(a[i]);
+  return (__m512i)out;
+}
 EMU __m512 emu_max_ps(__m512 a, __m512 b) {
   __m512 out = b;
   EACH(16) out[i] = a[i] > b[i] ? a[i] : b[i];
@@ -170,14 +186,17 @@ EMU __m512 emu_dpbf16_ps(__m512 acc, emu_bf16x32 a, emu_bf16x32 b) {
 #define _mm512_and_si512 emu_and_si512
 #define _mm512_cvtepi32_epi16 emu_cvtepi32_epi16
 #define _mm512_cvtepi32_epi8 emu_cvtepi32_epi8
+#define _mm512_cvtepi8_epi16 emu_cvtepi8_epi16
 #define _mm512_cvtepi8_epi32 emu_cvtepi8_epi32
 #define _mm512_cvtepu16_epi32 emu_cvtepu16_epi32
 #define _mm512_cvtepu8_epi32 emu_cvtepu8_epi32
 #define _mm512_cvtne2ps_pbh emu_cvtne2ps_pbh
 #define _mm512_cvtneps_pbh emu_cvtneps_pbh
 #define _mm512_cvtph_ps emu_cvtph_ps
+#define _mm512_cvtps_epi32 emu_cvtps_epi32
 #define _mm512_dpbf16_ps emu_dpbf16_ps
 #define _mm512_dpbusd_epi32 emu_dpbusd_epi32
+#define _mm512_dpwssd_epi32 emu_dpwssd_epi32
 #define _mm512_fmsub_ps emu_fmsub_ps
 #define _mm512_loadu_si512 emu_loadu_si512
 #define _mm512_madd_epi16 emu_madd_epi16

@@ -82,8 +82,8 @@ int32_t hook_bulk_estimate(int32_t gaussian, int32_t estimate, const float *coef
 typedef struct hook_attention_shape {
   int32_t n, n_heads, n_kv_heads, head_dim, n_sink;
   float scale;
-  int32_t chunk;     /* queries evaluated at once */
-  int32_t kv_window; /* as in pyllm_session_params */
+  int32_t chunk;              /* queries evaluated at once */
+  int32_t kv_window, kv_type; /* as in pyllm_session_params */
 } hook_attention_shape;
 
 /* The attention pipeline of one layer over given q (n, n_heads, head_dim), k and v (n, n_kv_heads, head_dim), from an

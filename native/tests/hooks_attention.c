@@ -75,8 +75,8 @@ int32_t hook_attention(const char *device, const char *isa, int32_t n_threads, c
   attention_policy policy;
   int32_t status = policy_new(attention, &shape, &policy, err);
   if (status) return status;
-  attention_run r = {
-      .shape = {1, s->chunk, s->n, s->n_heads, s->n_kv_heads, s->head_dim, s->n_sink, s->scale, s->kv_window}};
+  attention_run r = {.shape = {1, s->chunk, s->n, s->n_heads, s->n_kv_heads, s->head_dim, s->n_sink, s->scale,
+                               s->kv_type, s->kv_window}};
   status = open_run(&r, device, isa, n_threads, &policy, err);
   size_t q_width = (size_t)s->n_heads * (size_t)s->head_dim, kv_width = (size_t)s->n_kv_heads * (size_t)s->head_dim;
   for (int32_t t = 0; t < s->n && !status; t += s->chunk) {
@@ -94,7 +94,7 @@ int32_t hook_attention(const char *device, const char *isa, int32_t n_threads, c
 
 int32_t hook_moments(const char *device, const char *isa, const float *k, int32_t n_pages, int32_t head_dim,
                      float *mean, float *cov, pyllm_error *err) {
-  attention_run r = {.shape = {1, PYLLM_PAGE, n_pages * PYLLM_PAGE, 1, 1, head_dim, 0, 1, 0}};
+  attention_run r = {.shape = {1, PYLLM_PAGE, n_pages * PYLLM_PAGE, 1, 1, head_dim, 0, 1, PYLLM_KV_F16, 0}};
   int32_t status = open_run(&r, device, isa, 1, &(attention_policy){.n_window = 1}, err);
   size_t d = (size_t)head_dim;
   for (int32_t p = 0; p < n_pages && !status; p++) {

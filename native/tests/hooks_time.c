@@ -231,7 +231,7 @@ int32_t hook_time_attention(const char *device, int32_t n_threads, const hook_ti
   enum { BATCH = 512 };
   pyllm_layer_stats *all = calloc((size_t)s->n_layers, sizeof *all);
   attention_run r = {.shape = {s->n_layers, s->n > BATCH ? s->n : BATCH, s->depth + s->n, s->n_heads, s->n_kv_heads,
-                               s->head_dim, s->n_sink, s->scale, 0}};
+                               s->head_dim, s->n_sink, s->scale, PYLLM_KV_F16, 0}};
   status = backend_open(device, n_threads, NULL, &r.be, err);
   if (!status) {
     pool_begin(r.be.pool);

@@ -9,6 +9,7 @@ from pyllm._native.loading import ERRORS, check, declarations, library
 from pyllm._native.model import DeviceInfo, Model, ModelInfo, device_info
 from pyllm._native.sampling import sample
 from pyllm._native.session import (
+    KV_TYPES,
     NativeSession,
     SessionMemory,
     SessionParams,
@@ -18,6 +19,7 @@ from pyllm._native.session import (
 
 __all__ = [
     "ERRORS",
+    "KV_TYPES",
     "DeviceInfo",
     "File",
     "Model",

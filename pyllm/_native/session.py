@@ -38,6 +38,10 @@ class SessionMemory:
         return self.kv_bytes + self.moment_bytes + self.sketch_bytes + self.scratch_bytes
 
 
+# enum pyllm_kv_type
+KV_TYPES = {"f16": 0, "q8_0": 1}
+
+
 @dataclass(frozen=True)
 class SessionParams:
     """The fields of pyllm_session_params."""
@@ -46,6 +50,7 @@ class SessionParams:
     n_batch: int
     n_sink: int
     kv_window: int = 0
+    kv_type: int = KV_TYPES["f16"]
 
     def native(self) -> Any:
         return library()[0].new("pyllm_session_params *", asdict(self))

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from pyllm.attention import Adaptive, Policy
 from pyllm.llm import LLM
 
+PAGES = 1024  # tokens of whole pages, whatever the sinks
 FLOAT_TYPES = ("F32", "F16", "BF16")
 # The weight matrix that tells whether a stage multiplies integers: part of a tensor's name.
 MATRICES = {
@@ -42,6 +43,7 @@ class StageMeter:
 
     def __init__(self, llm: LLM) -> None:
         self._info = llm.info
+        self._token_bytes = (llm.kv_bytes(2 * PAGES) - llm.kv_bytes(PAGES)) / PAGES
         types = {tensor.name: tensor.type_name for tensor in llm.tensors()}
         output = types.get("output.weight", types["token_embd.weight"])
         found = {
@@ -77,7 +79,7 @@ class StageMeter:
             "select": moments + scored,
         }
         # One query reads every key once for all heads of a group; more queries share a read.
-        local_bytes = local // info.n_heads * info.n_kv_heads * info.head_dim * 4 if decode else 0
+        local_bytes = round(local / info.n_heads / info.n_layers * self._token_bytes) if decode else 0
         return [
             Stage(
                 name,

@@ -29,6 +29,7 @@ from pyllm.evaluate.outputs import IMAGES, require_outputs, require_plot, write
 from pyllm.llm import LLM
 from pyllm.models import DEFAULT_MODEL
 
+GGML_Q8_0 = 8  # of enum ggml_type
 HELP = "Measure prefill and decode speed over depth, memory, and the time of each stage."
 
 
@@ -132,6 +133,7 @@ def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
             "model": {"name": engine.llm.name, "bytes": sum(p.stat().st_size for p in engine.llm.paths)},
             "device": engine.llm.device,
             "kv": engine.llm.kv,
+            "kv_type": engine.llm.kv_type,
             "isa": info.isa,
             "threads": info.n_threads,
             "batch": args.batch,
@@ -160,7 +162,8 @@ def _policies(llm: LLM, attentions: Sequence[Policy | str]) -> dict[str, Policy]
 
 
 def _open_peers(stack: ExitStack, python: str | None, engine: Engine) -> list[Peer]:
-    """llama.cpp with flash attention and without, each in its own process."""
+    """llama.cpp with flash attention and without, and where keys and values are bytes also with these, which
+    needs flash attention; each in its own process."""
     if python is None:
         return []
     llm, n_vocab = engine.llm, engine.llm.info.n_vocab
@@ -170,11 +173,15 @@ def _open_peers(stack: ExitStack, python: str | None, engine: Engine) -> list[Pe
         "n_threads": llm.info.n_threads,
         "n_threads_batch": llm.info.n_threads,
     }
+    kinds: dict[str, dict[str, Any]] = {
+        "llama.cpp": {"flash_attn": False},
+        "llama.cpp flash": {"flash_attn": True},
+    }
+    if llm.kv_type == "q8_0":
+        kinds["llama.cpp q8_0"] = {"flash_attn": True, "type_k": GGML_Q8_0, "type_v": GGML_Q8_0}
     return [
-        stack.enter_context(
-            Peer(python, name, llm.paths[0], engine.ids, n_vocab, flash_attn=flash, **settings)
-        )
-        for name, flash in (("llama.cpp", False), ("llama.cpp flash", True))
+        stack.enter_context(Peer(python, name, llm.paths[0], engine.ids, n_vocab, **settings, **kind))
+        for name, kind in kinds.items()
     ]
 
 

@@ -228,6 +228,7 @@ def evaluation_settings(
         **compare.rope(llm),
         "device": llm.device,
         **({"kv": llm.kv} if llm.kv != "gpu" else {}),
+        **({"kv_type": llm.kv_type} if llm.kv_type != "f16" else {}),
         "isa": llm.info.isa,
         "threads": llm.info.n_threads,
         "texts": {text.name: text.sha256 for text in chosen},

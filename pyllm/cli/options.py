@@ -42,6 +42,12 @@ def add_machine_options(group: argparse._ActionsContainer) -> None:
         default="gpu",
         help="split: on a GPU, keys and values in the host's memory but for sinks and window (default: gpu)",
     )
+    group.add_argument(
+        "--kv-type",
+        choices=("f16", "q8_0"),
+        default="f16",
+        help="q8_0: on the CPU, keys and values as bytes, at half the memory (default: f16)",
+    )
     group.add_argument("--isa", choices=ISAS, help="default: the best there is")
 
 
@@ -77,6 +83,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "n_threads": args.threads,
         "device": args.device,
         "kv": args.kv,
+        "kv_type": args.kv_type,
         "isa": args.isa,
     }
 

@@ -1,6 +1,6 @@
 """Adaptive attention of one layer: geometry, masses, head selection, output, statistics.
 
-Scores, masses and outputs are float64 over keys and values as the KV cache stores them (f16), so that what
+Scores, masses and outputs are float64 over keys and values as the KV cache stores them, so that what
 differs from the native library is the library's rounding. Axes: T queries, S positions, H query heads,
 G key/value heads, d = head_dim.
 
@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from .kv_cache import halves, stored_keys, stored_values, token_bytes
 from .moments import Moments, bulk_mass, score_moments
 from .rest import Rest, usual_values
 from .sketch import (
@@ -171,11 +172,6 @@ def tiles(
             start = t
 
 
-def stored(x: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Keys or values as the KV cache gives them back: rounded to f16."""
-    return np.asarray(x).astype(np.float16).astype(np.float64)
-
-
 def bfloat16(x: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """Rounded to 8 bits of mantissa, to nearest, ties to even."""
     bits = x.astype(np.float32).view(np.uint32)
@@ -199,6 +195,7 @@ def attend(
     layer: int = 0,
     chunk: int | None = None,
     products: str = "float",
+    kv_type: str = "f16",
 ) -> AttentionResult:
     """The attention of one layer.
 
@@ -206,14 +203,17 @@ def attend(
     scale: c, by which scores are multiplied. layer: the row of the policy's thresholds and labels. chunk: how
     many queries make a batch, all T by default; it matters only where page_bits is set. products: one of
     PRODUCTS; "bfloat16" rounds scaled queries, keys and values before they are multiplied (but not weights).
+    kv_type: one of KV_TYPES.
     """
     n_queries, n_heads, head_dim = np.shape(q)
     n_positions, n_kv_heads, _ = np.shape(k)
     first = n_positions - n_queries
     queries = by_head(np.asarray(q).astype(np.float64), n_kv_heads)
-    keys, values = stored(k).transpose(1, 0, 2), stored(v).transpose(1, 0, 2)
-    sketches = sketch_bulk(keys, policy, layer)
-    usual = usual_of_bulk(keys, values, scale, policy, layer)
+    keys = stored_keys(k, kv_type).transpose(1, 0, 2)
+    values = stored_values(v, kv_type).transpose(1, 0, 2)
+    summed_up = halves(keys)  # what moments, sketches and values that stand for pages are made of
+    sketches = sketch_bulk(summed_up, policy, layer)
+    usual = usual_of_bulk(summed_up, halves(values), scale, policy, layer)
     rounded = PRODUCTS[products]
     factors, values = rounded(keys), rounded(values)
 
@@ -227,7 +227,7 @@ def attend(
     moments = [Moments.empty(head_dim) for _ in range(n_kv_heads)]
     for start, stop in tiles(first, n_positions, policy.n_sink, policy.n_window, chunk):
         end = bulk_end(start, policy.n_sink, policy.n_window)
-        moments = [fold_pages(m, keys[g], policy.n_sink, end) for g, m in enumerate(moments)]
+        moments = [fold_pages(m, summed_up[g], policy.n_sink, end) for g, m in enumerate(moments)]
         rows = slice(start - first, stop - first)
         tile = queries[:, :, rows]  # (G, H/G, n, d)
         scores = rounded(scale * tile) @ factors[:, None, :stop].swapaxes(-1, -2)  # (G, H/G, n, stop)
@@ -258,7 +258,9 @@ def attend(
     decisions = Decisions(
         has_bulk, local, masses[0], masses[1], masses[2], mean_score, deviation, reads, scored, rested
     )
-    return AttentionResult(output, decisions, count(decisions, first, n_kv_heads, head_dim, policy), moments)
+    return AttentionResult(
+        output, decisions, count(decisions, first, n_kv_heads, head_dim, policy, kv_type), moments
+    )
 
 
 def fold_pages(moments: Moments, keys: npt.NDArray[np.float64], n_sink: int, end: int) -> Moments:
@@ -418,11 +420,13 @@ def positions_read(
     return mask
 
 
-def count(decisions: Decisions, first: int, n_kv_heads: int, head_dim: int, policy: Policy) -> LayerStats:
+def count(
+    decisions: Decisions, first: int, n_kv_heads: int, head_dim: int, policy: Policy, kv_type: str
+) -> LayerStats:
     """Statistics over the queries at positions first, first + 1, ...; a query without bulk counts nowhere."""
     stats = LayerStats()
     n_heads = decisions.local.shape[1]
-    key_and_value = 2 * 2 * head_dim  # bytes; and half as many multiply-adds for each head
+    key_and_value = token_bytes(kv_type, head_dim)
     for row in np.flatnonzero(decisions.has_bulk):
         n_pages = n_read_pages(first + int(row), policy)
         n_bulk = n_pages * READ_PAGE
