@@ -231,8 +231,9 @@ class LLM:
         n_ctx: int | None = None,
         attention: Policy | str | None = None,
         guard: Guard | None = None,
+        kv_type: str | None = None,
     ) -> Session:
-        """A new, empty session; by default with the model's context, attention and guard.
+        """A new, empty session; by default with the model's context, attention, guard and kv_type.
 
         Raises InsufficientMemoryError with the numbers where its KV cache would not fit, and FileError where
         the guard's log cannot be written.
@@ -242,7 +243,7 @@ class LLM:
             n_ctx=self.n_ctx if n_ctx is None else self._context(n_ctx),
             n_batch=self.n_batch,
             split=self.kv == "split",
-            kv_type=self.kv_type,
+            kv_type=self.kv_type if kv_type is None else _one_of("kv_type", kv_type, _native.KV_TYPES),
             attention=self.attention if attention is None else self.policy(attention),
             policy=self.policy,
             guard=guard or self.guard,

@@ -39,6 +39,8 @@ class Llama:
     def __init__(self, **options):
         assert options["model_path"].endswith(".gguf") and options["n_ctx"] > 0, options
         assert isinstance(options["flash_attn"], bool)
+        kinds = options.get("type_k"), options.get("type_v")
+        assert kinds == (None, None) or (kinds == (8, 8) and options["flash_attn"]), options
 
     def n_vocab(self):
         return 320
@@ -164,6 +166,15 @@ def test_peer_takes_turns(tiny_model: Path, capsys: pytest.CaptureFixture[str], 
             assert times == pytest.approx(speeds[subject] / speeds[ratio["peer"]])
     assert main(["bench", str(tiny_model), *arguments]) == 0
     assert "times as fast as llama.cpp" in capsys.readouterr().out
+
+
+def test_a_cache_of_bytes_has_a_peer_of_its_kind(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], peer_python: str
+) -> None:
+    arguments = [*SMALL, "--no-ceilings", "--peer-python", peer_python, "--kv-type", "q8_0"]
+    result = bench_json(capsys, tiny_model, *arguments)
+    assert result["kv_type"] == "q8_0"
+    assert result["peers"] == ["llama.cpp", "llama.cpp flash", "llama.cpp q8_0"]
 
 
 def test_peer_that_fails_says_why(

@@ -104,6 +104,14 @@ def opened(path: Path, kv_type: str = "q8_0", **options: Any) -> LLM:
     return LLM(path, device="cpu", kv_type=kv_type, attention=Dense(window=64), n_ctx=512, **options)
 
 
+def test_a_session_may_have_another_kind_than_its_model(path: Path) -> None:
+    expected = opened(path, "f16").session().eval(TOKENS)
+    assert np.array_equal(opened(path).session(kv_type="f16").eval(TOKENS), expected)
+    assert not np.array_equal(opened(path).session().eval(TOKENS), expected)
+    with pytest.raises(ArgumentError, match="kv_type"):
+        opened(path).session(kv_type="q8")
+
+
 def test_batches_change_nothing(path: Path) -> None:
     whole = opened(path).session().eval(TOKENS, all_logits=True)
     by_one = opened(path).session()
