@@ -143,7 +143,7 @@ def test_a_saved_session_has_its_kind(path: Path, tmp_path: Path) -> None:
     other.load(tmp_path / "bytes")
     assert np.array_equal(other.eval([7]), session.eval([7]))
     halves = opened(path, "f16").session()
-    with pytest.raises(FormatError, match="keys and values of type 1, this one has 0"):
+    with pytest.raises(FormatError, match="kv_type q8_0, this one's is f16"):
         halves.load(tmp_path / "bytes")
     halves.eval(TOKENS[:5])  # goes on as it was
     assert (tmp_path / "bytes").stat().st_size < 0.6 * halves_size(path, tmp_path)

@@ -99,8 +99,9 @@ static inline __attribute__((always_inline)) void q8_values(int rows, const atte
     }
 }
 
-/* How many of the rows that are left one pass takes. */
-static inline int q8_rows(int32_t left) { return left >= Q8_ROWS ? Q8_ROWS : left >= 3 ? 3 : 1; }
+/* How many of the rows that are left one pass takes; in decode often the 3 heads of a group. */
+enum { Q8_FEW = Q8_ROWS < 3 ? Q8_ROWS : 3 };
+static inline int q8_rows(int32_t left) { return left >= Q8_ROWS ? Q8_ROWS : left >= Q8_FEW ? Q8_FEW : 1; }
 
 static void round_queries(const float *q, int32_t n, int32_t head_dim, int16_t *words, float *scale) {
   for (int32_t r = 0; r < n; r++) scale[r] = round_words(q + r * head_dim, head_dim, words + r * head_dim);
@@ -116,7 +117,7 @@ static void q8_all_scores(const attend_args *a) {
       float *scores = a->scores + r * KV_BLOCK + s * STRIP;
       n = q8_rows(a->rows - r);
       if (n == Q8_ROWS) q8_scores(Q8_ROWS, q + r * d, scale + r, d, keys, ahead, scores);
-      else if (n == 3) q8_scores(3, q + r * d, scale + r, d, keys, ahead, scores);
+      else if (n == Q8_FEW) q8_scores(Q8_FEW, q + r * d, scale + r, d, keys, ahead, scores);
       else q8_scores(1, q + r * d, scale + r, d, keys, ahead, scores);
     }
 }
@@ -129,7 +130,7 @@ static void q8_all_values(const attend_args *a, const int16_t *weights, const fl
       float *out = a->out + r * d + i;
       n = q8_rows(a->rows - r);
       if (n == Q8_ROWS) q8_values(Q8_ROWS, a, w, a->alpha + r, factor + r, i * STRIP, out);
-      else if (n == 3) q8_values(3, a, w, a->alpha + r, factor + r, i * STRIP, out);
+      else if (n == Q8_FEW) q8_values(Q8_FEW, a, w, a->alpha + r, factor + r, i * STRIP, out);
       else q8_values(1, a, w, a->alpha + r, factor + r, i * STRIP, out);
     }
 }

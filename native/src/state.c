@@ -72,6 +72,10 @@ static int32_t check_tokens(const pyllm_session *s, const unsigned char *bytes, 
   return PYLLM_OK;
 }
 
+static const char *kv_type_name(int32_t kv_type) {
+  return kv_type == PYLLM_KV_F16 ? "f16" : kv_type == PYLLM_KV_Q8_0 ? "q8_0" : "unknown";
+}
+
 static int32_t check_state(const pyllm_session *s, const state_header *h, const void *buffer, uint64_t size,
                            pyllm_error *err) {
   if (memcmp(h->magic, "pyllmkv", 8) != 0)
@@ -84,8 +88,8 @@ static int32_t check_state(const pyllm_session *s, const state_header *h, const 
   if (h->n_sink != s->n_sink)
     return fail(err, PYLLM_ERR_FORMAT, "saved session with %d sinks, this one has %d", h->n_sink, s->n_sink);
   if (h->kv_type != s->kv_type)
-    return fail(err, PYLLM_ERR_FORMAT, "saved session with keys and values of type %d, this one has %d", h->kv_type,
-                s->kv_type);
+    return fail(err, PYLLM_ERR_FORMAT, "saved session of kv_type %s, this one's is %s", kv_type_name(h->kv_type),
+                kv_type_name(s->kv_type));
   if (h->position < 0 || h->position > s->n_ctx)
     return fail(err, PYLLM_ERR_CONTEXT, "saved session of %d tokens does not fit the context of %d", h->position,
                 s->n_ctx);
