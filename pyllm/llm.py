@@ -252,15 +252,13 @@ class LLM:
 
     def kv_bytes(self, n_ctx: int) -> int:
         """Bytes of keys and values in a KV cache of n_ctx tokens, filled."""
-        kv_type = _native.KV_TYPES[self.kv_type]
-        params = _native.SessionParams(n_ctx, self.n_batch, self.attention.sinks, kv_type=kv_type)
+        params = _native.SessionParams(n_ctx, self.n_batch, self.attention.sinks, kv_type=self.kv_type)
         return _native.session_memory(self._model, params, 0).kv_bytes
 
     def session_memory(self, n_ctx: int) -> int:
         """Bytes of the device's memory that a session with a context of n_ctx tokens needs."""
         window = min(self.attention.window, n_ctx) if self.kv == "split" else 0
-        kv_type = _native.KV_TYPES[self.kv_type]
-        params = _native.SessionParams(n_ctx, self.n_batch, self.attention.sinks, window, kv_type)
+        params = _native.SessionParams(n_ctx, self.n_batch, self.attention.sinks, window, self.kv_type)
         return _native.session_memory(self._model, params, self.attention.sketch).total
 
     @property

@@ -81,8 +81,7 @@ class Session:
         self.guard = guard
 
     def _params(self, n_ctx: int) -> _native.SessionParams:
-        kv_type = _native.KV_TYPES[self.kv_type]
-        return _native.SessionParams(n_ctx, self.n_batch, self.sinks, self._kv_window, kv_type)
+        return _native.SessionParams(n_ctx, self.n_batch, self.sinks, self._kv_window, self.kv_type)
 
     def _require_memory(self) -> None:
         self._require(self._model.device, self.memory_needed)

@@ -17,11 +17,10 @@ from numpy.typing import NDArray
 from pyllm import LLM, ArgumentError, Dense, FormatError, UnsupportedError
 from pyllm.cli import main
 from pyllm.evaluate.metrics import Reference
-from pyllm.reference import attention as reference
 from pyllm.reference.attention import Policy
 from pyllm.reference.kv_cache import KEY_GROUP, multiples, stored_keys, stored_values, token_bytes
-from test_attention import FIELDS, ISAS, SEEDS, Inputs, query_rounding, random_inputs, run, with_arrays
-from test_pages import paged
+from test_attention import ISAS, SEEDS, Inputs, random_inputs, run, with_arrays
+from test_pages import check_reference, paged
 from tiny_models import write_tiny
 
 shapes = st.sampled_from([(1, 1, 32), (6, 2, 64), (7, 1, 96), (4, 4, 128)])
@@ -78,18 +77,8 @@ def run_unchecked(x: Inputs, isa: str) -> NDArray[np.float32]:
     seed=SEEDS, shape=shapes, policy=paged, n=st.integers(100, 600), chunk=st.sampled_from([1, 7, 64, 512])
 )
 def test_pages(isa: str, seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int) -> None:
-    """A share that hangs on rounding flips a read page, so a few rows may differ, and the counts a little."""
     x = random_inputs(seed, n if chunk > 1 else min(n, 250), *shape)
-    policy = with_arrays(policy, shape, seed)
-    ours = run(x, policy, isa, chunk=min(chunk, len(x.q)), kv_type="q8_0")
-    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk, kv_type="q8_0")
-    error = np.abs(ours.output - theirs.output).max(2)
-    mass = 1 + np.abs(theirs.decisions.local_mass).max()
-    assert (error > (2e-5 * mass + query_rounding(x)) * np.abs(x.v).max()).mean() <= 0.02
-    for name in FIELDS:
-        count = getattr(theirs.stats, name)
-        slack = 0.02 * count + 64 * shape[0] * reference.PAGE * 4 * shape[2]
-        assert abs(ours.stats[name] - count) <= slack, name
+    check_reference(x, with_arrays(policy, shape, seed), isa, chunk, kv_type="q8_0")
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,17 @@ from native import check
 from pyllm.reference import attention as reference
 from pyllm.reference.attention import Policy
 from pyllm.reference.sketch import GRADED, PageBits
-from test_attention import FIELDS, SEEDS, WEIGHT_ROUNDING, random_inputs, run, shapes, with_arrays
+from test_attention import (
+    FIELDS,
+    SEEDS,
+    WEIGHT_ROUNDING,
+    Inputs,
+    query_rounding,
+    random_inputs,
+    run,
+    shapes,
+    with_arrays,
+)
 from test_linear import ISAS, products
 
 paged = st.builds(
@@ -40,19 +50,26 @@ paged = st.builds(
 def test_reference(
     isa: str, seed: int, shape: tuple[int, int, int], policy: Policy, n: int, chunk: int
 ) -> None:
-    """A share that hangs on rounding flips a read page, so a few rows may differ, and the counts a little."""
     x = random_inputs(seed, n if chunk > 1 else min(n, 250), *shape)
-    policy = with_arrays(policy, shape, seed)
-    ours = run(x, policy, isa, chunk=min(chunk, len(x.q)))
-    theirs = reference.attend(x.q, x.k, x.v, x.scale, policy, chunk=chunk, products=products(isa))
+    check_reference(x, with_arrays(policy, shape, seed), isa, chunk)
+
+
+def check_reference(x: Inputs, policy: Policy, isa: str, chunk: int, kv_type: str = "f16") -> None:
+    """A share that hangs on rounding flips a read page, so a few rows may differ, and the counts a little."""
+    arithmetic = products(isa) if kv_type == "f16" else "float"
+    rounding = query_rounding(x) if kv_type == "q8_0" else 0.0
+    ours = run(x, policy, isa, chunk=min(chunk, len(x.q)), kv_type=kv_type)
+    theirs = reference.attend(
+        x.q, x.k, x.v, x.scale, policy, chunk=chunk, products=arithmetic, kv_type=kv_type
+    )
     error = np.abs(ours.output - theirs.output).max(2)
     mass = 1 + np.abs(theirs.decisions.local_mass).max()
-    tolerance = (2e-5 * mass + WEIGHT_ROUNDING[products(isa)]) * np.abs(x.v).max()
+    tolerance = (2e-5 * mass + rounding + WEIGHT_ROUNDING[arithmetic]) * np.abs(x.v).max()
     assert (error > tolerance).mean() <= 0.02
     expected = {name: getattr(theirs.stats, name) for name in FIELDS}
     for name, count in expected.items():
         # One flipped page counts once for each row of its tile.
-        slack = 0.02 * count + 64 * shape[0] * reference.PAGE * 4 * shape[2]
+        slack = 0.02 * count + 64 * x.q.shape[1] * reference.PAGE * 4 * x.q.shape[2]
         assert abs(ours.stats[name] - count) <= slack, name
 
 

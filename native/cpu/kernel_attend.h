@@ -21,14 +21,18 @@ static inline const void *after_values(const attend_args *a, int s) {
 #include "kernel_attend_f32.h"
 #endif
 
+/* The largest of a row's scores and `least`; masked keys get a score that weighs nothing. */
+static inline float masked_max(float *scores, int32_t n_valid, float least) {
+  for (int32_t j = n_valid; j < KV_BLOCK; j++) scores[j] = -1e30f;
+  vf top = vset(least);
+  for (int j = 0; j < KV_BLOCK; j += VL) top = vmax(top, vload(scores + j));
+  return vreduce_max(top);
+}
+
 /* Turns scores of one row into e^(score - new maximum), continues its softmax state, returns the factor that
  * rescales what was accumulated under the old maximum. Masked keys get weight 0. */
 static inline float softmax_step(float *scores, int32_t n_valid, softmax_state *state) {
-  if (n_valid < KV_BLOCK)
-    for (int32_t j = n_valid; j < KV_BLOCK; j++) scores[j] = -1e30f;
-  vf top = vset(state->max);
-  for (int j = 0; j < KV_BLOCK; j += VL) top = vmax(top, vload(scores + j));
-  float max = vreduce_max(top);
+  float max = masked_max(scores, n_valid, state->max);
   vf sum = vset(0);
   for (int j = 0; j < KV_BLOCK; j += VL) {
     vf p = vexp_below(vload(scores + j), max);

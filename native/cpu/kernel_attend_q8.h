@@ -30,16 +30,6 @@ static inline float words_of(const float *x, int32_t n, float largest, int16_t *
   return scale;
 }
 
-/* The same of any x: NaN where that holds NaN or infinity. */
-static inline float round_words(const float *x, int32_t n, int16_t *q) {
-  vf top = vset(0), poison = vset(0);
-  for (int32_t i = 0; i < n; i += VL) {
-    top = vmax(top, (vf)((vi)vload(x + i) & INT32_MAX));
-    poison += vload(x + i) * 0.0f;
-  }
-  return words_of(x, n, vreduce_max(top) + vsum(poison), q);
-}
-
 /* acc = rows' words, a (rows, 2 n_pairs), times n_pairs row pairs of bytes at b, added to what acc holds. */
 static inline __attribute__((always_inline)) void q8_dot(int rows, const int16_t *a, int64_t lda, const int8_t *b,
                                                          int32_t n_pairs, const int8_t *ahead,
@@ -104,7 +94,10 @@ enum { Q8_FEW = Q8_ROWS < 3 ? Q8_ROWS : 3 };
 static inline int q8_rows(int32_t left) { return left >= Q8_ROWS ? Q8_ROWS : left >= Q8_FEW ? Q8_FEW : 1; }
 
 static void round_queries(const float *q, int32_t n, int32_t head_dim, int16_t *words, float *scale) {
-  for (int32_t r = 0; r < n; r++) scale[r] = round_words(q + r * head_dim, head_dim, words + r * head_dim);
+  for (int32_t r = 0; r < n; r++) {
+    const float *x = q + r * head_dim;
+    scale[r] = words_of(x, head_dim, vlargest(x, head_dim), words + r * head_dim);
+  }
 }
 
 static void q8_all_scores(const attend_args *a) {
@@ -142,13 +135,6 @@ typedef struct q8_softmax {
   float count[ATTEND_ROWS];                 /* what these keys count beside alpha of those before */
   int16_t words[ATTEND_ROWS * KV_BLOCK];
 } q8_softmax;
-
-static inline float q8_max(float *scores, int32_t n_valid) {
-  for (int32_t j = n_valid; j < KV_BLOCK; j++) scores[j] = -1e30f;
-  vf top = vset(-1e30f);
-  for (int j = 0; j < KV_BLOCK; j += VL) top = vmax(top, vload(scores + j));
-  return vreduce_max(top);
-}
 
 /* scores = e^(score - max), times the values' scales (64). */
 static inline void q8_weights(float *scores, float max, const float *value_scale, float *sum, float *heaviest) {
@@ -193,7 +179,7 @@ static void attend_bytes(const attend_args *a) {
   float value_scale[KV_BLOCK] = {0};
   q8_value_scales(a, value_scale);
   q8_all_scores(a);
-  for (int32_t r = 0; r < a->rows; r++) x.max[r] = q8_max(a->scores + r * KV_BLOCK, a->n_valid[r]);
+  for (int32_t r = 0; r < a->rows; r++) x.max[r] = masked_max(a->scores + r * KV_BLOCK, a->n_valid[r], -1e30f);
   for (int32_t r = 0; r < a->rows; r++) {
     if (a->n_valid[r] > 0) q8_weights(a->scores + r * KV_BLOCK, x.max[r], value_scale, &x.sum[r], &x.heaviest[r]);
     else x.sum[r] = x.heaviest[r] = 0;

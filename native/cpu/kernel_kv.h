@@ -30,12 +30,8 @@ static inline void store_f16(const float *k, const float *v, int32_t head_dim, i
 
 /* x (n) as scale * codes; n % 16 == 0. Returns the scale's half: NaN where x holds NaN or the half does not hold it. */
 static inline uint16_t round_bytes(const float *x, int32_t n, int8_t *codes) {
-  vf top = vset(0), poison = vset(0), most = vset(127.0f);
-  for (int32_t i = 0; i < n; i += VL) {
-    top = vmax(top, (vf)((vi)vload(x + i) & INT32_MAX));
-    poison += vload(x + i) * 0.0f;
-  }
-  uint16_t half = key_half(f32_to_f16(vreduce_max(top) / 127.0f + vsum(poison)));
+  vf most = vset(127.0f);
+  uint16_t half = key_half(f32_to_f16(vlargest(x, n) / 127.0f));
   float scale = f16_to_f32(half), inverse = scale > 0 ? 1.0f / scale : 0.0f; /* 0 for NaN, too */
   for (int32_t i = 0; i < n; i += VL) {
     vf code = inverse > 0 ? vload(x + i) * inverse : vset(0);
@@ -74,19 +70,25 @@ static inline void pair_halves(const int8_t *codes, const float *scale, uint16_t
   round_f16(x + STRIP, halves + STRIP);
 }
 
+static inline const uint16_t *scales_of(const int8_t *strip, int32_t head_dim) {
+  return (const uint16_t *)(const void *)(strip + STRIP * head_dim);
+}
+
 static void kv_halves(const void *block, int32_t head_dim, uint16_t *halves) {
   const int8_t *strip = block;
-  float scale[2 * STRIP];
   for (int32_t s = 0; s < KV_STRIPS; s++, strip += key_strip_bytes(PYLLM_KV_Q8_0, head_dim))
-    for (int32_t i = 0; i < head_dim / 2; i++, halves += 2 * STRIP) {
-      const uint16_t *of = (const uint16_t *)(const void *)(strip + STRIP * head_dim) + 2 * i / KEY_GROUP * STRIP;
-      for (int t = 0; t < 2 * STRIP; t++) scale[t] = f16_to_f32(of[t / 2]);
-      pair_halves(strip + i * 2 * STRIP, scale, halves);
+    for (int32_t first = 0; first < head_dim; first += KEY_GROUP) {
+      const uint16_t *of = scales_of(strip, head_dim) + first / KEY_GROUP * STRIP;
+      float scale[2 * STRIP];
+      for (int t = 0; t < STRIP; t++) scale[2 * t] = scale[2 * t + 1] = f16_to_f32(of[t]);
+      for (int32_t i = first / 2; i < (first + KEY_GROUP) / 2; i++, halves += 2 * STRIP)
+        pair_halves(strip + i * 2 * STRIP, scale, halves);
     }
-  for (int32_t s = 0; s < KV_STRIPS; s++, strip += value_strip_bytes(PYLLM_KV_Q8_0, head_dim))
-    for (int32_t i = 0; i < head_dim / 2; i++, halves += 2 * STRIP) {
-      const uint16_t *of = (const uint16_t *)(const void *)(strip + STRIP * head_dim) + i % 8 * 2;
-      for (int j = 0; j < 2 * STRIP; j++) scale[j] = f16_to_f32(of[j % 2]);
-      pair_halves(strip + i * 2 * STRIP, scale, halves);
-    }
+  for (int32_t s = 0; s < KV_STRIPS; s++, strip += value_strip_bytes(PYLLM_KV_Q8_0, head_dim)) {
+    float scale[STRIP / 2][2 * STRIP]; /* of two tokens each, by turns */
+    for (int t = 0; t < STRIP; t++)
+      for (int j = 0; j < STRIP; j++) scale[t / 2][2 * j + t % 2] = f16_to_f32(scales_of(strip, head_dim)[t]);
+    for (int32_t i = 0; i < head_dim / 2; i++, halves += 2 * STRIP)
+      pair_halves(strip + i * 2 * STRIP, scale[i % (STRIP / 2)], halves);
+  }
 }

@@ -55,12 +55,7 @@ static inline int32_t round_half_group(const float *x, float inverse, int8_t *pl
 
 static void quantize(const float *x, int32_t cols, int8_t *planes, float *scale, int32_t *sum, float *product) {
   for (int32_t g = 0; g < cols / ACT_GROUP; g++, x += ACT_GROUP, planes += 2 * ACT_GROUP) {
-    vf top = vset(0), poison = vset(0); /* 0, or NaN where x holds NaN or infinity: rounding must not hide it */
-    for (int i = 0; i < ACT_GROUP; i += VL) {
-      top = vmax(top, (vf)((vi)vload(x + i) & INT32_MAX));
-      poison += vload(x + i) * 0.0f;
-    }
-    scale[g] = vreduce_max(top) / ACT_MAX + vsum(poison);
+    scale[g] = vlargest(x, ACT_GROUP) / ACT_MAX;
     if (scale[g] != scale[g]) {
       memset(planes, 0, 2 * ACT_GROUP);
       sum[2 * g] = sum[2 * g + 1] = 0;

@@ -128,6 +128,16 @@ static inline float vreduce_max(vf v) {
 #endif
 }
 
+/* The largest |x| of n, a multiple of VL: NaN where one is NaN or infinite, which rounding must not hide. */
+static inline float vlargest(const float *x, int32_t n) {
+  vf top = vset(0), poison = vset(0); /* 0 or NaN */
+  for (int32_t i = 0; i < n; i += VL) {
+    top = vmax(top, (vf)((vi)vload(x + i) & INT32_MAX));
+    poison += vload(x + i) * 0.0f;
+  }
+  return vreduce_max(top) + vsum(poison);
+}
+
 /* VL halves. */
 static inline vf vload_f16(const uint16_t *p) {
 #if VL == 16

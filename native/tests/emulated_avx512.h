@@ -53,18 +53,17 @@ EMU __m512i emu_dpbusd_epi32(__m512i acc, __m512i a, __m512i b) {
   EACH(64) out[i / 4] += ((emu_u8)a)[i] * ((emu_i8)b)[i];
   return (__m512i)out;
 }
-
 EMU __m512i emu_dpwssd_epi32(__m512i acc, __m512i a, __m512i b) {
   return (__m512i)((emu_i32)acc + (emu_i32)emu_madd_epi16(a, b));
 }
 
 /* Between widths. */
 EMU __m512i emu_cvtepi8_epi16(__m256i a) {
-  emu_i16 out;
-  int8_t bytes[32];
-  memcpy(bytes, &a, sizeof bytes);
-  EACH(32) out[i] = bytes[i];
-  return (__m512i)out;
+  __m256i half[2] = {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(a)),
+                     _mm256_cvtepi8_epi16(_mm256_extracti128_si256(a, 1))};
+  __m512i out;
+  memcpy(&out, half, sizeof out);
+  return out;
 }
 EMU __m512i emu_cvtepi8_epi32(__m128i a) {
   emu_i32 out;

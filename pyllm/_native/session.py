@@ -44,16 +44,16 @@ KV_TYPES = {"f16": 0, "q8_0": 1}
 
 @dataclass(frozen=True)
 class SessionParams:
-    """The fields of pyllm_session_params."""
+    """The fields of pyllm_session_params; kv_type by name."""
 
     n_ctx: int
     n_batch: int
     n_sink: int
     kv_window: int = 0
-    kv_type: int = KV_TYPES["f16"]
+    kv_type: str = "f16"
 
     def native(self) -> Any:
-        return library()[0].new("pyllm_session_params *", asdict(self))
+        return library()[0].new("pyllm_session_params *", asdict(self) | {"kv_type": KV_TYPES[self.kv_type]})
 
 
 def session_memory(model: Model, params: SessionParams, page_bits: int) -> SessionMemory:
