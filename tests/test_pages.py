@@ -13,7 +13,7 @@ from emulated import ffi, lib
 from native import check
 from pyllm.reference import attention as reference
 from pyllm.reference.attention import Policy
-from pyllm.reference.sketch import GRADED, PageBits
+from pyllm.reference.sketch import GRADED, PageBits, estimated_scores, rounded_weights, sketch
 from test_attention import (
     FIELDS,
     SEEDS,
@@ -73,20 +73,82 @@ def check_reference(x: Inputs, policy: Policy, isa: str, chunk: int, kv_type: st
         assert abs(ours.stats[name] - count) <= slack, name
 
 
+def sketch_sums(
+    isa: str, bits: PageBits, keys: np.ndarray, q: np.ndarray, local_mass: np.ndarray
+) -> np.ndarray:
+    """(n, 4) of the kernel, over a page of keys (64, d) whose channels are in the order of the sketch."""
+    d, err = keys.shape[1], ffi.new("pyllm_error *")
+    order = ffi.from_buffer("uint16_t[]", np.arange(d, dtype=np.uint16))
+    floats = [ffi.from_buffer("float[]", np.ascontiguousarray(x, np.float32)) for x in (keys, q, local_mass)]
+    sums = np.full((len(q), 4), np.nan, np.float32)
+    page_bits = lib.PYLLM_GRADED if bits == GRADED else bits
+    status = lib.hook_sketch_sums(
+        isa.encode(),
+        floats[0],
+        d,
+        page_bits,
+        order,
+        *floats[1:],
+        len(q),
+        ffi.from_buffer("float[]", sums),
+        err,
+    )
+    check(status, err)
+    return sums
+
+
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=30, deadline=None)
-@given(seed=SEEDS, local_mass=st.floats(-40, 40), spread=st.sampled_from([0.1, 5.0, 60.0]))
-def test_sums_of_strips(isa: str, seed: int, local_mass: float, spread: float) -> None:
-    """To four digits; what is far from the local mass counts as not quite so far; NaN stays."""
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=SEEDS,
+    bits=st.sampled_from([2, 3, 4, GRADED]),
+    head_dim=st.sampled_from([16, 48, 64, 80, 128, 512]),
+    n=st.integers(1, 16),
+    spread=st.sampled_from([0.1, 2.0, 300.0]),
+)
+def test_sums_of_strips(isa: str, seed: int, bits: PageBits, head_dim: int, n: int, spread: float) -> None:
+    """To four digits beside the reference; what is far from the local mass counts as not quite so far.
+    A weight that lies between two whole numbers may become either."""
     rng = np.random.default_rng(seed)
-    scores = (local_mass + spread * rng.standard_normal((6, 16))).astype(np.float32)
-    scores[4, 3], scores[5, 8] = np.nan, rng.choice([-1e30, 1e30])
-    sums, err = np.full(6, np.nan, np.float32), ffi.new("pyllm_error *")
-    arrays = ffi.from_buffer("float[]", scores), ffi.from_buffer("float[]", sums)
-    check(lib.hook_strip_sums(isa.encode(), arrays[0], 6, local_mass, arrays[1], err), err)
-    above = np.clip(scores.astype(np.float64) - np.float32(local_mass), -120 * np.log(2), 100 * np.log(2))
-    np.testing.assert_allclose(sums, np.exp(above).sum(axis=1), rtol=2e-4)
-    assert np.isnan(sums).tolist() == [False] * 4 + [True, False]
+    level, width = rng.standard_normal(head_dim), rng.lognormal(size=head_dim)
+    keys = (rng.standard_normal((64, head_dim)) * width + level).astype(np.float32)
+    q = (spread / head_dim**0.5 * rng.standard_normal((n, head_dim))).astype(np.float32)
+    page = sketch(keys.astype(np.float16)[None], bits)
+    scores = estimated_scores(q, page, 1.0)
+    local_mass = scores.max(axis=1).astype(np.float32) + rng.uniform(-5, 20, n).astype(np.float32)
+    above = np.clip(scores - local_mass[:, None], -120 * np.log(2), 100 * np.log(2))
+    expected = np.log(np.exp(above).reshape(n, 4, 16).sum(axis=2))
+    _, unit = rounded_weights(q * page.step)
+    whole = np.divide(q * page.step, unit, where=unit > 0, out=np.zeros_like(q))
+    flips = (np.abs(np.abs(whole - np.rint(whole)) - 0.5) < 1e-4).sum(axis=1, keepdims=True)
+    summed = np.abs(q) @ (np.abs(page.lo[0]) + page.step[0] * page.codes.max())
+    tolerance = 2e-4 + 3e-7 * summed[:, None] + flips * unit * page.codes.max()
+    assert (np.abs(np.log(sketch_sums(isa, bits, keys, q, local_mass)) - expected) <= tolerance).all()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [2, 3, 4, GRADED])
+def test_largest_codes_with_largest_weights_fit(isa: str, bits: PageBits) -> None:
+    """Every key has its channel's highest or lowest code, every weight is 127: no sum may wrap."""
+    keys = np.repeat(np.arange(64) % 2, 512).reshape(64, 512)
+    q = np.full((3, 512), 1 / 64, np.float32)
+    sums = sketch_sums(isa, bits, keys, q, np.zeros(3))
+    codes = sketch(keys.astype(np.float16)[None], bits)
+    expected = np.exp(estimated_scores(q, codes, 1.0)).reshape(3, 4, 16).sum(axis=2)
+    np.testing.assert_allclose(sums, expected, rtol=2e-4)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [2, 3, 4, GRADED])
+def test_sums_are_finite_or_nan(isa: str, bits: PageBits) -> None:
+    """NaN of a query stays; what no float holds becomes the bounds."""
+    keys = np.random.default_rng(0).standard_normal((64, 64))
+    q = np.zeros((4, 64), np.float32)
+    q[1, 5], q[2], q[3] = np.nan, 1e30, -1e30
+    sums = sketch_sums(isa, bits, keys, q, np.array([-1e30, 0, 0, 0]))
+    assert np.isnan(sums).tolist() == [[False] * 4, [True] * 4, [False] * 4, [False] * 4]
+    np.testing.assert_allclose(sums[0], 16 * 2.0**100, rtol=2e-4)
+    assert np.isfinite(sums[[0, 2, 3]]).all()
 
 
 @settings(max_examples=15, deadline=None)

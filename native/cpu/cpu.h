@@ -82,12 +82,13 @@ typedef struct panel {
 
 /* The rows that are scored for one list, at most SHARED_ROWS. */
 typedef struct page_scratch {
-  int32_t n;         /* rows loaded */
-  int32_t kv_head;   /* whose sketch they are scored on */
-  float *local_mass; /* (rows) */
-  float *total;      /* (rows) all attention, that of sinks and window being 1 */
-  float *q;          /* (rows, head_dim) scaled, in the order of the sketch's channels */
-  float *shares;     /* (rows, max_strips) */
+  int32_t n;                   /* rows loaded */
+  int32_t kv_head;             /* whose sketch they are scored on */
+  float *local_mass;           /* (rows) */
+  float *total;                /* (rows) all attention, that of sinks and window being 1 */
+  float *q;                    /* (rows, head_dim) scaled, in the order of the sketch's channels */
+  float *shares;               /* (rows, max_strips) */
+  _Atomic int32_t pieces_left; /* of the bulk, not yet scored; in decode */
 } page_scratch;
 
 /* attention_batch.backend_scratch */

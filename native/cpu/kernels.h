@@ -109,16 +109,14 @@ typedef struct kernels {
   void (*attend_strips)(const attend_args *args);
 
   /* The key sketch of a page (sketch.h). fold: from a KV block's keys; channels (head_dim), the order of a graded one, NULL
-   * of others. scores: (n, 64), row r at scores + r * ld, of queries q (n, head_dim), scaled by the score scale and in the
-   * order of the sketch's channels, n <= 16. */
+   * of others. sums (n, 4), row r at sums + r * ld: of e^(score - local_mass) over the 16 tokens of each strip, to four
+   * digits beside the estimated scores. Queries q (n, head_dim) are scaled by the score scale and in the order of the sketch's
+   * channels; local_mass (n): logsumexp of what each reads anyway. What is over it by more than 69 counts as that, so
+   * that all sums together are finite, and what is under it by more than 83 as that. */
   void (*sketch_fold)(const uint16_t *keys, int32_t page_bits, int32_t head_dim, const uint16_t *channels,
                       uint8_t *page);
-  void (*sketch_scores)(const uint8_t *page, int32_t page_bits, int32_t head_dim, const float *q, int32_t n,
-                        float *scores, int64_t ld);
-  /* sums (n_strips): of e^(score - local_mass) over the 16 scores of each strip, to four digits. What is over local_mass by
-   * more than 69 counts as that, so that all sums together are finite, and what is under it by more than 83 as that.
-   * local_mass: logsumexp of what the query reads anyway. */
-  void (*strip_sums)(const float *scores, int32_t n_strips, float local_mass, float *sums);
+  void (*sketch_sums)(const uint8_t *page, int32_t page_bits, int32_t head_dim, const float *q, const float *local_mass,
+                      int32_t n, float *sums, int64_t ld);
   /* Makes of the sums of a query's whole bulk (n_strips, a multiple of 4) each strip's part of all attention; returns that,
    * what the query reads anyway being 1. */
   float (*strip_shares)(float *sums, int32_t n_strips);

@@ -6,6 +6,7 @@
  * wants. */
 #include "cpu.h"
 #include "sketch.h"
+#include <stdatomic.h>
 #include <string.h>
 
 typedef struct page_job {
@@ -36,22 +37,13 @@ static float *shares_of(const attention_batch *b, const page_scratch *x, int32_t
   return x->shares + (int64_t)i * b->max_strips;
 }
 
-enum { ROWS_AT_ONCE = 16 };
-
 /* Puts the sums of the loaded rows' estimated scores over the strips of pages [begin, end) into their shares. */
 static void sum_pages(const page_job *job, int32_t begin, int32_t end, page_scratch *x) {
   int32_t d = job->b->head_dim, bits = job->cache->sketch_bits;
-  const kernels *k = job->be->kernels;
   const uint8_t *pages = job->cache->sketches[x->kv_head].pages;
-  float scores[ROWS_AT_ONCE * KV_BLOCK];
   for (int32_t p = begin; p < end; p++)
-    for (int32_t first = 0; first < x->n; first += ROWS_AT_ONCE) {
-      int32_t n = x->n - first < ROWS_AT_ONCE ? x->n - first : ROWS_AT_ONCE;
-      k->sketch_scores(pages + (size_t)p * sketch_page_bytes(bits, d), bits, d, x->q + first * d, n, scores, KV_BLOCK);
-      for (int32_t r = 0; r < n; r++)
-        k->strip_sums(scores + r * KV_BLOCK, KV_STRIPS, x->local_mass[first + r],
-                      shares_of(job->b, x, first + r) + p * KV_STRIPS);
-    }
+    job->be->kernels->sketch_sums(pages + (size_t)p * sketch_page_bytes(bits, d), bits, d, x->q, x->local_mass, x->n,
+                                  x->shares + p * KV_STRIPS, job->b->max_strips);
 }
 
 /* The share above which a strip is read: the policy's, halved until what is left out is at most page_drop. */
@@ -124,44 +116,43 @@ static void want_of_lists(void *context, int32_t begin, int32_t end, int32_t thr
   }
 }
 
-/* Decode: a single query, whose pages are scored on all threads. */
+/* Decode: a single query, whose pages are scored on all threads; the thread that scores a group's last piece finds what it wants. */
 enum { PAGES_PER_PIECE = 16 };
 
-static int32_t pieces_of(const query_tile *tile) { return (tile->n_pages + PAGES_PER_PIECE - 1) / PAGES_PER_PIECE; }
+/* One even where there are no pages. */
+static int32_t pieces_of(const query_tile *tile) {
+  return tile->n_pages > 0 ? (tile->n_pages + PAGES_PER_PIECE - 1) / PAGES_PER_PIECE : 1;
+}
+
+static void want_of_group(const page_job *job, int32_t g) {
+  attention_batch *b = job->b;
+  page_list list = list_at(b, 0, g * (b->n_heads / b->n_kv_heads));
+  want(job, &list, &job->scratch[g]);
+  if (b->rest.exists)
+    cpu_rest(job->be, b, &job->cache->sketches[g], &job->scratch[g], list.wanted, job->policy->page_rest);
+}
 
 static void sum_pieces(void *context, int32_t begin, int32_t end, int32_t thread) {
   (void)thread;
   const page_job *job = context;
   const query_tile *tile = job->b->tiles;
   for (int32_t i = begin; i < end; i++) {
-    int32_t kv_head = i / pieces_of(tile), first = i % pieces_of(tile) * PAGES_PER_PIECE,
-            last = first + PAGES_PER_PIECE;
-    sum_pages(job, first, last < tile->n_pages ? last : tile->n_pages, &job->scratch[kv_head]);
-  }
-}
-
-/* Item: one key/value head. */
-static void want_of_group(void *context, int32_t begin, int32_t end, int32_t thread) {
-  (void)thread;
-  const page_job *job = context;
-  attention_batch *b = job->b;
-  for (int32_t g = begin; g < end; g++) {
-    page_list list = list_at(b, 0, g * (b->n_heads / b->n_kv_heads));
-    want(job, &list, &job->scratch[g]);
-    if (b->rest.exists)
-      cpu_rest(job->be, b, &job->cache->sketches[g], &job->scratch[g], list.wanted, job->policy->page_rest);
+    int32_t g = i / pieces_of(tile), first = i % pieces_of(tile) * PAGES_PER_PIECE, last = first + PAGES_PER_PIECE;
+    page_scratch *x = &job->scratch[g];
+    sum_pages(job, first, last < tile->n_pages ? last : tile->n_pages, x);
+    if (atomic_fetch_sub(&x->pieces_left, 1) == 1) want_of_group(job, g);
   }
 }
 
 static void want_of_one_query(page_job *job) {
   attention_batch *b = job->b;
-  int32_t group = b->n_heads / b->n_kv_heads;
+  int32_t group = b->n_heads / b->n_kv_heads, pieces = pieces_of(b->tiles);
   for (int32_t g = 0; g < b->n_kv_heads; g++) {
     page_list list = list_at(b, 0, g * group);
     load_list(job, &list, &job->scratch[g]);
+    atomic_store(&job->scratch[g].pieces_left, pieces);
   }
-  pool_run(job->be->pool, b->n_kv_heads * pieces_of(b->tiles), 1, sum_pieces, job);
-  pool_run(job->be->pool, b->n_kv_heads, 1, want_of_group, job);
+  pool_run(job->be->pool, b->n_kv_heads * pieces, 1, sum_pieces, job);
 }
 
 typedef struct fold_job {

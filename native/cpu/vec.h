@@ -128,6 +128,33 @@ static inline float vreduce_max(vf v) {
 #endif
 }
 
+/* The sums of four vectors, and the maxima. */
+#if VL == 8
+/* (a0, b0, a1, b1) and (a2, b2, a3, b3) of each half; unpacked twice, a lane of four vectors lies side by side. */
+static inline vf vzip_lo(vf a, vf b) { return (vf)_mm256_unpacklo_ps((__m256)a, (__m256)b); }
+static inline vf vzip_hi(vf a, vf b) { return (vf)_mm256_unpackhi_ps((__m256)a, (__m256)b); }
+
+static inline void vsum4(const vf v[4], float out[4]) {
+  vf a = vzip_lo(v[0], v[2]) + vzip_hi(v[0], v[2]), b = vzip_lo(v[1], v[3]) + vzip_hi(v[1], v[3]);
+  __m256 sums = (__m256)(vzip_lo(a, b) + vzip_hi(a, b));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1)));
+}
+
+static inline void vmax4(const vf v[4], float out[4]) {
+  vf a = vmax(vzip_lo(v[0], v[2]), vzip_hi(v[0], v[2])), b = vmax(vzip_lo(v[1], v[3]), vzip_hi(v[1], v[3]));
+  __m256 most = (__m256)vmax(vzip_lo(a, b), vzip_hi(a, b));
+  _mm_storeu_ps(out, _mm_max_ps(_mm256_castps256_ps128(most), _mm256_extractf128_ps(most, 1)));
+}
+#else
+static inline void vsum4(const vf v[4], float out[4]) {
+  for (int i = 0; i < 4; i++) out[i] = vsum(v[i]);
+}
+
+static inline void vmax4(const vf v[4], float out[4]) {
+  for (int i = 0; i < 4; i++) out[i] = vreduce_max(v[i]);
+}
+#endif
+
 /* The largest |x| of n, a multiple of VL: NaN where one is NaN or infinite, which rounding must not hide. */
 static inline float vlargest(const float *x, int32_t n) {
   vf top = vset(0), poison = vset(0); /* 0 or NaN */
@@ -262,23 +289,26 @@ static inline vf vexp2(vf y) {
 #endif
 }
 
-/* 2^y for y in [-126, 100], relative error under 8e-5. */
-static inline vf vexp2_rough(vf y) {
+/* y = 2^y for y in [-126, 100], relative error under 8e-5: of four vectors side by side, for in each of these steps one alone would wait
+ * for itself. */
+static inline void vexp2_rough(vf y[4]) {
 #if VL == 16
-  vf r = (vf)_mm512_reduce_ps((__m512)y, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-  vf p = vset(7.8024357557e-2f); /* on [0, 1] */
-  p = p * r + 2.2606773674e-1f;
-  p = p * r + 6.9583314657e-1f;
-  p = p * r + 9.9992525578e-1f;
-  return (vf)_mm512_scalef_ps((__m512)p, (__m512)y);
+  for (int i = 0; i < 4; i++) {
+    vf r = (vf)_mm512_reduce_ps((__m512)y[i], _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    vf p = vset(7.8024357557e-2f); /* on [0, 1] */
+    p = p * r + 2.2606773674e-1f;
+    p = p * r + 6.9583314657e-1f;
+    p = p * r + 9.9992525578e-1f;
+    y[i] = (vf)_mm512_scalef_ps((__m512)p, (__m512)y[i]);
+  }
 #else
-  vf shifted = y + 12582912.0f;
-  vf r = y - (shifted - 12582912.0f);
-  vf p = vset(5.5171553045e-2f); /* on [-1/2, 1/2] */
-  p = p * r + 2.4261136353e-1f;
-  p = p * r + 6.9326102734e-1f;
-  p = p * r + 9.9992805719e-1f;
-  return (vf)((vu)p + ((vu)shifted << 23));
+  vf shifted[4], r[4], p[4];
+  for (int i = 0; i < 4; i++) shifted[i] = y[i] + 12582912.0f;
+  for (int i = 0; i < 4; i++) r[i] = y[i] - (shifted[i] - 12582912.0f);
+  for (int i = 0; i < 4; i++) p[i] = 5.5171553045e-2f * r[i] + 2.4261136353e-1f; /* on [-1/2, 1/2] */
+  for (int i = 0; i < 4; i++) p[i] = p[i] * r[i] + 6.9326102734e-1f;
+  for (int i = 0; i < 4; i++) p[i] = p[i] * r[i] + 9.9992805719e-1f;
+  for (int i = 0; i < 4; i++) y[i] = (vf)((vu)p[i] + ((vu)shifted[i] << 23));
 #endif
 }
 

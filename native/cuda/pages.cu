@@ -82,15 +82,19 @@ __device__ uint8_t pack_codes(const fold_shared &s, int32_t token, int32_t chann
   return (uint8_t)byte;
 }
 
-/* Into a page's planes the 16 channels at `at` of the order, all of one grade; a thread has a byte of each plane. */
+/* Into a page's planes the 16 channels at `at` of the order, all of one grade; a thread has a byte of each plane, or two. */
 __device__ void pack_sixteen(const fold_shared &s, int32_t page_bits, int32_t d, int32_t at, uint8_t *page) {
   static_assert(FOLD_THREADS == STRIPS_PER_PAGE * 64, "a byte of 16 channels each");
   sketch_grade grade = grade_with(page_bits, d, at);
   int32_t strip = threadIdx.x / 64, byte = threadIdx.x % 64, token = PYLLM_READ_PAGE * strip + byte / 4;
   int32_t channel = at % SKETCH_CHANNELS + byte % 4, sixteen = (at - grade.first) / 16;
-  int32_t to = (strip * (grade.n / 16) + sixteen) * 64 + byte;
-  page[grade.low + to] = pack_codes(s, token, channel, 0, 2);
-  if (grade.bits == 4) page[grade.high + to] = pack_codes(s, token, channel, 2, 2);
+  uint8_t *low = page + grade.low + strip * sketch_low_bytes(grade.bits, grade.n) / STRIPS_PER_PAGE + byte;
+  if (grade.bits == 4) {
+    low[2 * sixteen * 64] = pack_codes(s, token, channel, 0, 4);
+    low[(2 * sixteen + 1) * 64] = pack_codes(s, token, channel + 8, 0, 4);
+  } else {
+    low[sixteen * 64] = pack_codes(s, token, channel, 0, 2);
+  }
   if (grade.bits == 3 && sixteen % 2 == 0) /* with the next 16, if any; their codes are 0 otherwise */
     page[grade.high + (strip * ((grade.n + 31) / 32) + sixteen / 2) * 64 + byte] = pack_codes(s, token, channel, 2, 1);
 }
@@ -201,25 +205,28 @@ __device__ void weigh(const float (&q)[ROWS][MAX_HEAD_DIM], const uint8_t *page,
   __syncwarp();
 }
 
+/* Channels 4 i to 4 i + 3 of the m-th sixteen of the lane's token, in bytes. low, high: the token's words of the planes, 16 words
+ * from one row of them to the next. */
+template <int BITS> __device__ uint32_t codes_at(const uint32_t *low, const uint32_t *high, int32_t m, int32_t i) {
+  if (BITS == 4) return low[(2 * m + i / 2) * 16] >> (i % 2 * 4) & 0x0f0f0f0fu;
+  uint32_t codes = low[m * 16] >> (2 * i) & 0x03030303u;
+  return BITS == 3 ? codes | (high[m / 2 * 16] >> (m % 2 * 4 + i) & 0x01010101u) << 2 : codes;
+}
+
 /* Adds to the sums of code * weight what one grade's channels give, of the lane's token of a strip. */
 template <int BITS, int ROWS>
 __device__ void multiply_codes(const uint8_t *page, const sketch_grade &grade, int32_t strip,
                                const page_queries<ROWS> &q, int (&sum)[ROWS]) {
-  int32_t token = threadIdx.x % PYLLM_READ_PAGE, low_bytes = (int32_t)sketch_low_bytes(grade.n) / STRIPS_PER_PAGE;
+  int32_t token = threadIdx.x % PYLLM_READ_PAGE;
+  int32_t low_bytes = (int32_t)sketch_low_bytes(BITS, grade.n) / STRIPS_PER_PAGE;
   int32_t high_bytes = (int32_t)sketch_high_bytes(BITS, grade.n) / STRIPS_PER_PAGE;
   const uint32_t *low = (const uint32_t *)(page + grade.low + strip * low_bytes) + token;
   const uint32_t *high = (const uint32_t *)(page + grade.high + strip * high_bytes) + token;
 #pragma unroll 4
   for (int32_t m = 0; m < grade.n / 16; m++) {
-    uint32_t l = low[m * 16], h = BITS == 2 ? 0 : BITS == 3 ? high[m / 2 * 16] >> (m % 2 * 4) : high[m * 16];
     int code[4];
 #pragma unroll
-    for (int32_t i = 0; i < 4; i++) {
-      uint32_t c = l >> (2 * i) & 0x03030303u;
-      if (BITS == 3) c |= (h >> i & 0x01010101u) << 2;
-      if (BITS == 4) c |= (h >> (2 * i) & 0x03030303u) << 2;
-      code[i] = (int)c;
-    }
+    for (int32_t i = 0; i < 4; i++) code[i] = (int)codes_at<BITS>(low, high, m, i);
 #pragma unroll
     for (int32_t r = 0; r < ROWS; r++) {
       int4 w = *(const int4 *)&q.weight[r][grade.first + 16 * m];

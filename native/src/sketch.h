@@ -9,9 +9,8 @@
  *   step  f16 (channels with bits)
  *   then of each grade of n channels:
  *   low   2 bits per value, (4 strips, n / 16, 64) bytes: byte [m][4 t + c] holds channels 16 m + 4 i + c of token t at
- *         bits 2 i, i < 4
- *   high  for 3 bits, 1 bit per value, (4 strips, ceil(n / 32), 64) bytes: channel 32 m + 4 i + c at bit i, i < 8;
- *         for 4 bits, as low
+ *         bits 2 i, i < 4; for 4 bits, (4 strips, n / 8, 64) bytes: channels 8 m + 4 i + c at bits 4 i, i < 2
+ *   high  for 3 bits, 1 bit per value, (4 strips, ceil(n / 32), 64) bytes: channel 32 m + 4 i + c at bit i, i < 8
  *
  * Four channels of 16 tokens are then 64 neighbouring bytes, as 8-bit products want them on a CPU and on a GPU. */
 #ifndef PYLLM_SRC_SKETCH_H
@@ -26,9 +25,9 @@ typedef struct sketch_grade {
 } sketch_grade;
 
 /* Of n channels. */
-ANYWHERE size_t sketch_low_bytes(int32_t n) { return (size_t)n * 16; }
+ANYWHERE size_t sketch_low_bytes(int32_t bits, int32_t n) { return (size_t)n * (bits == 4 ? 32 : 16); }
 ANYWHERE size_t sketch_high_bytes(int32_t bits, int32_t n) {
-  return bits == 3 ? (size_t)(4 * 64 * ((n + 31) / 32)) : bits == 4 ? sketch_low_bytes(n) : 0;
+  return bits == 3 ? (size_t)(STRIPS_PER_PAGE * 64 * ((n + 31) / 32)) : 0;
 }
 
 /* Channels of grade i: a quarter of them in whole units of 16, where there are that many left. */
@@ -48,10 +47,10 @@ ANYWHERE sketch_grade sketch_grade_at(int32_t page_bits, int32_t head_dim, int32
   int32_t first_bits = page_bits == PYLLM_GRADED ? 4 : page_bits,
           before = sketch_grade_channels(page_bits, head_dim, 0);
   size_t planes = 2 * (size_t)(head_dim + sketch_channels(page_bits, head_dim));
-  sketch_grade first = {first_bits, 0, before, planes, planes + sketch_low_bytes(before)};
+  sketch_grade first = {first_bits, 0, before, planes, planes + sketch_low_bytes(first_bits, before)};
   planes = first.high + sketch_high_bytes(first_bits, before);
   int32_t n = sketch_grade_channels(page_bits, head_dim, 1);
-  sketch_grade second = {2, before, n, planes, planes + sketch_low_bytes(n)};
+  sketch_grade second = {2, before, n, planes, planes + sketch_low_bytes(2, n)};
   return i == 0 ? first : second;
 }
 

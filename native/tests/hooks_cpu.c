@@ -3,6 +3,8 @@
 #include "error.h"
 #include "estimate.h"
 #include "hooks.h"
+#include "sketch.h"
+#include <stdlib.h>
 
 int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyllm_error *err) {
   const kernels *k = kernels_find(isa);
@@ -17,11 +19,18 @@ int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyl
   return PYLLM_OK;
 }
 
-int32_t hook_strip_sums(const char *isa, const float *scores, int32_t n_strips, float local_mass, float *sums,
-                        pyllm_error *err) {
-  const kernels *k = kernels_find(isa);
-  if (!k) return fail(err, PYLLM_ERR_ARGUMENT, "no such instruction set");
-  k->strip_sums(scores, n_strips, local_mass, sums);
+int32_t hook_sketch_sums(const char *isa, const float *k, int32_t head_dim, int32_t page_bits, const uint16_t *channels,
+                         const float *q, const float *local_mass, int32_t n, float *sums, pyllm_error *err) {
+  const kernels *with = kernels_find(isa);
+  if (!with) return fail(err, PYLLM_ERR_ARGUMENT, "no such instruction set");
+  half_block block;
+  uint8_t *page = malloc(sketch_page_bytes(page_bits, head_dim));
+  if (!page) return fail(err, PYLLM_ERR_MEMORY, "no memory for a page's sketch");
+  for (int32_t t = 0; t < KV_BLOCK; t++)
+    with->kv_store(PYLLM_KV_F16, k + t * head_dim, k + t * head_dim, head_dim, t, block);
+  with->sketch_fold(block, page_bits, head_dim, channels, page);
+  with->sketch_sums(page, page_bits, head_dim, q, local_mass, n, sums, KV_STRIPS);
+  free(page);
   return PYLLM_OK;
 }
 
