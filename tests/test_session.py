@@ -69,6 +69,18 @@ def test_all_logits_are_those_of_every_token(tiny: LLM) -> None:
     np.testing.assert_allclose(many, single, atol=TOLERANCE)
 
 
+@pytest.mark.parametrize("attention", ["dense", "adaptive:0.9"])
+@pytest.mark.parametrize("n_batch", [40, 512])
+def test_tokens_whose_logits_nobody_asks_for_change_nothing(tiny: LLM, attention: str, n_batch: int) -> None:
+    """They end at the last layer's attention, in whole batches and in part of one."""
+    tokens = ids(150)
+    llm = LLM(tiny.paths[0], n_batch=n_batch, attention=attention)
+    asked, last = llm.session(), llm.session()
+    every = asked.eval(tokens, all_logits=True)
+    assert np.array_equal(last.eval(tokens), every[-1])
+    assert np.array_equal(last.eval([7]), asked.eval([7]))
+
+
 def test_rewind_then_replay(tiny: LLM) -> None:
     session = tiny.session()
     first = session.eval(ids(200))

@@ -132,7 +132,7 @@ void cpu_select(const backend *be, attention_batch *b, const layer_cache *cache,
                 int32_t layer);
 void cpu_record(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy,
                 const pyllm_record *out);
-void cpu_finish(const backend *be, const attention_batch *b, bool rounded, activation *out);
+void cpu_finish(const backend *be, const attention_batch *b, int32_t first, bool rounded, activation *out);
 bool cpu_finite(const backend *be, const float *x, int64_t n);
 void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
 

@@ -97,6 +97,7 @@ void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n
 typedef struct finish_run {
   const kernels *k;
   const attention_batch *b;
+  int32_t first;
   bool rounded;
   activation *out;
 } finish_run;
@@ -114,19 +115,19 @@ static void finish_rows(void *context, int32_t begin, int32_t end, int32_t threa
   const attention_batch *b = run->b;
   for (int32_t t = begin; t < end; t++) {
     for (int32_t h = 0; h < b->n_heads; h++) {
-      int64_t row = (int64_t)t * b->n_heads + h;
-      float weight = 1.0f / b->state[row].sum;
-      for (int32_t i = 0; i < b->head_dim; i++)
-        run->out->values[row * b->head_dim + i] = b->out[row * b->head_dim + i] * weight;
+      int64_t row = (int64_t)(run->first + t) * b->n_heads + h;
+      const float *from = b->out + row * b->head_dim;
+      float *to = run->out->values + ((int64_t)t * b->n_heads + h) * b->head_dim, weight = 1.0f / b->state[row].sum;
+      for (int32_t i = 0; i < b->head_dim; i++) to[i] = from[i] * weight;
     }
     if (run->rounded) round_row(run->k, run->out, t);
   }
 }
 
-void cpu_finish(const backend *be, const attention_batch *b, bool rounded, activation *out) {
+void cpu_finish(const backend *be, const attention_batch *b, int32_t first, bool rounded, activation *out) {
   if (b->rest.exists) merge_rest(b);
-  finish_run run = {be->kernels, b, rounded, out};
-  pool_run(be->pool, b->n, TOKENS_PER_PIECE, finish_rows, &run);
+  finish_run run = {be->kernels, b, first, rounded, out};
+  pool_run(be->pool, b->n - first, TOKENS_PER_PIECE, finish_rows, &run);
 }
 
 typedef struct rope_run {

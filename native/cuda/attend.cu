@@ -193,10 +193,10 @@ __device__ float finished_value(const device_attention &a, int64_t row, int32_t 
   return merge_values(value, other, keep, take) * (1.0f / state.y);
 }
 
-/* Grid: row_grid. Reads and writes 4 head_dim bytes per row of the attention; of a lone query with a rest it reads
+/* Grid: row_grid of n queries, those from `first` on. Reads and writes 4 head_dim bytes per row of the attention; of a lone query with a rest it reads
  * 4 head_dim + 4 more per row and 32 pages. */
-__global__ void finish_kernel(device_attention a, int32_t n, bool rounded, activation out) {
-  int64_t token = blockIdx.x;
+__global__ void finish_kernel(device_attention a, int32_t first, int32_t n, bool rounded, activation out) {
+  int64_t token = first + blockIdx.x;
   write_row(out, n, rounded, block_shared<finish_shared>().partial,
             [=](int32_t i) { return finished_value(a, token * a.n_heads + i / a.head_dim, i % a.head_dim); });
 }
@@ -225,6 +225,7 @@ void cuda_read_mass(queue *to, const device_attention &a, int32_t n, float *mass
   launch(to, mass_kernel, dim3(blocks), dim3(ROW_THREADS), 0, a, n, mass);
 }
 
-void cuda_finish(queue *to, const device_attention &a, int32_t n, bool rounded, const activation &out) {
-  launch(to, finish_kernel, row_grid(n, out.cols), dim3(ROW_THREADS), sizeof(finish_shared), a, n, rounded, out);
+void cuda_finish(queue *to, const device_attention &a, int32_t first, int32_t n, bool rounded, const activation &out) {
+  launch(to, finish_kernel, row_grid(n - first, out.cols), dim3(ROW_THREADS), sizeof(finish_shared), a, first,
+         n - first, rounded, out);
 }

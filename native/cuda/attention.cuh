@@ -200,7 +200,7 @@ void cuda_attend_bulk(queue *to, const device_attention &a, const device_layer &
 void cuda_true_bulk_mass(queue *to, const device_attention &a, const device_layer &layer, int32_t n, bool audited);
 /* mass (n, n_heads): logsumexp of all that the rows have read. */
 void cuda_read_mass(queue *to, const device_attention &a, int32_t n, float *mass);
-void cuda_finish(queue *to, const device_attention &a, int32_t n, bool rounded, const activation &out);
+void cuda_finish(queue *to, const device_attention &a, int32_t first, int32_t n, bool rounded, const activation &out);
 /* moments.cu */
 void cuda_fold_moments(queue *to, const device_attention &a, const device_layer &layer);
 void cuda_estimate_bulk_mass(queue *to, const device_attention &a, const device_layer &layer,

@@ -46,7 +46,7 @@ static void rope_store(pyllm_session *s, const layer_weights *w, int32_t n, int3
   trace_lap(&s->trace, STAGE_ROPE, 0);
 }
 
-static void attention(pyllm_session *s, int32_t layer, bool rounded, const batch_record *record) {
+static void attention(pyllm_session *s, int32_t layer, const batch_record *record) {
   const backend *be = &s->model->backend;
   const attention_ops *stages = be->ops->attention;
   attention_state *a = s->attention;
@@ -61,29 +61,43 @@ static void attention(pyllm_session *s, int32_t layer, bool rounded, const batch
     stages->record(be, a, layer, &rows);
     trace_lap(&s->trace, STAGE_AUDIT, 0);
   }
-  stages->finish(be, a, rounded, &s->buffers.attended);
-  trace_lap(&s->trace, STAGE_FINISH, 0);
 }
 
-static void layer(pyllm_session *s, int32_t i, int32_t n, const batch_record *record) {
+/* What the layer's attention makes of x (n, dim), the batch's tokens from `first` on. */
+static void after_attention(pyllm_session *s, const layer_weights *w, int32_t first, int32_t n, float *x) {
   const backend *be = &s->model->backend;
+  batch_buffers *b = &s->buffers;
+  be->ops->attention->finish(be, s->attention, first, w->o.w.quantized, &b->attended);
+  trace_lap(&s->trace, STAGE_FINISH, 0);
+  linear_job out = job_of(&w->o, true, x);
+  linear(s, STAGE_ATTENTION_OUT, &b->attended, n, &out, 1);
+}
+
+static void feed_forward(pyllm_session *s, const layer_weights *w, int32_t n, float *x) {
+  const backend *be = &s->model->backend;
+  batch_buffers *b = &s->buffers;
+  norm(s, x, w->ffn_norm, n, w->gate.w.quantized || w->up.w.quantized);
+  linear_job gate_up[] = {job_of(&w->gate, false, b->gate), job_of(&w->up, false, b->up)};
+  linear(s, STAGE_GATE_UP, &b->normed, n, gate_up, 2);
+  be->ops->swiglu(be, b->gate, b->up, n, w->down.w.quantized, &b->hidden);
+  trace_lap(&s->trace, STAGE_SWIGLU, 0);
+  linear_job down = job_of(&w->down, true, x);
+  linear(s, STAGE_DOWN, &b->hidden, n, &down, 1);
+}
+
+/* The batch's n tokens. All of them leave keys and values; those from `first` on go through to the layer's end. */
+static void layer(pyllm_session *s, int32_t i, int32_t first, int32_t n, const batch_record *record) {
   const layer_weights *w = &s->model->layers[i];
   batch_buffers *b = &s->buffers;
   norm(s, b->x, w->attn_norm, n, w->q.w.quantized || w->k.w.quantized || w->v.w.quantized);
   linear_job qkv[] = {job_of(&w->q, false, b->q), job_of(&w->k, false, b->k), job_of(&w->v, false, b->v)};
   linear(s, STAGE_QKV, &b->normed, n, qkv, 3);
   rope_store(s, w, n, i);
-  attention(s, i, w->o.w.quantized, record);
-  linear_job out = job_of(&w->o, true, b->x);
-  linear(s, STAGE_ATTENTION_OUT, &b->attended, n, &out, 1);
-
-  norm(s, b->x, w->ffn_norm, n, w->gate.w.quantized || w->up.w.quantized);
-  linear_job gate_up[] = {job_of(&w->gate, false, b->gate), job_of(&w->up, false, b->up)};
-  linear(s, STAGE_GATE_UP, &b->normed, n, gate_up, 2);
-  be->ops->swiglu(be, b->gate, b->up, n, w->down.w.quantized, &b->hidden);
-  trace_lap(&s->trace, STAGE_SWIGLU, 0);
-  linear_job down = job_of(&w->down, true, b->x);
-  linear(s, STAGE_DOWN, &b->hidden, n, &down, 1);
+  attention(s, i, record);
+  if (first == n) return;
+  float *x = b->x + (int64_t)first * s->model->config.dim;
+  after_attention(s, w, first, n - first, x);
+  feed_forward(s, w, n - first, x);
 }
 
 /* Logits of rows [first, first + n) of the batch into `to` (n, n_vocab), in the backend's memory. */
@@ -119,7 +133,7 @@ static int32_t check_logits(const pyllm_session *s, const float *logits, int32_t
               s->position);
 }
 
-/* Of the batch's first n tokens, whose logits nobody sees: what overflowed stays in the residual stream to its end. */
+/* Of the batch's first n tokens, whose logits nobody sees: what overflowed stays in the residual stream. */
 static int32_t check_activations(const pyllm_session *s, int32_t n, pyllm_error *err) {
   const backend *be = &s->model->backend;
   if (be->ops->finite(be, s->buffers.x, (int64_t)n * s->model->config.dim)) return PYLLM_OK;
@@ -140,10 +154,12 @@ static bool aborted(const pyllm_session *s) {
   return atomic_load_explicit(&s->aborts, memory_order_relaxed) != s->aborts_before;
 }
 
-static int32_t layers(pyllm_session *s, int32_t n, const batch_record *record, pyllm_error *err) {
-  for (int32_t i = 0; i < s->model->config.n_layers; i++) {
+/* After the last layer's attention nobody reads tokens but the n_logits last ones. */
+static int32_t layers(pyllm_session *s, int32_t n, int32_t n_logits, const batch_record *record, pyllm_error *err) {
+  int32_t last = s->model->config.n_layers - 1;
+  for (int32_t i = 0; i <= last; i++) {
     if (aborted(s)) return fail(err, PYLLM_ERR_ABORTED, "evaluation stopped at position %d", s->position);
-    layer(s, i, n, record);
+    layer(s, i, i == last ? n - n_logits : 0, n, record);
   }
   return PYLLM_OK;
 }
@@ -157,7 +173,7 @@ static bool write_graph(pyllm_session *s) {
   uint64_t before = trace_bytes(&s->trace);
   be->ops->graph_begin(be);
   before_layers(s, 1);
-  for (int32_t i = 0; i < s->model->config.n_layers; i++) layer(s, i, 1, &(batch_record){NULL, 1, 0});
+  for (int32_t i = 0; i < s->model->config.n_layers; i++) layer(s, i, 0, 1, &(batch_record){NULL, 1, 0});
   logits_of(s, 0, 1, s->buffers.logits);
   s->graph.stages = be->ops->graph_end(be);
   s->graph.bytes = trace_bytes(&s->trace) - before;
@@ -197,7 +213,7 @@ int32_t forward(pyllm_session *s, const int32_t *tokens, int32_t n, float *logit
   if (status) return status;
   if (n != 1 || n_logits != 1 || !token_graph(s, record, logits)) {
     before_layers(s, n);
-    status = layers(s, n, record, err);
+    status = layers(s, n, n_logits, record, err);
     if (!status && n_logits > 0) logits_to_host(s, n - n_logits, n, logits);
     if (!status && n_logits < n) status = check_activations(s, n - n_logits, err);
   }

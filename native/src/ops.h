@@ -91,8 +91,9 @@ typedef struct attention_ops {
   /* Fills the arrays that out has, (n, n_heads) of one layer, the host's; audit: reads the bulk keys of audited queries.
    * Comes after attend_bulk, whose work list it overwrites. */
   void (*record)(const backend *be, attention_state *state, int32_t layer, const pyllm_record *out);
-  /* out = weighted values / their weight, (n, n_heads * head_dim), with what stands for pages. */
-  void (*finish)(const backend *be, attention_state *state, bool rounded, activation *out);
+  /* out = weighted values / their weight, (n - first, n_heads * head_dim), of queries [first, n), first < n; with what
+   * stands for pages. */
+  void (*finish)(const backend *be, attention_state *state, int32_t first, bool rounded, activation *out);
 } attention_ops;
 
 struct ops {

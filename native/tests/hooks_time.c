@@ -157,7 +157,7 @@ static void select_heads(attention_run *r, int32_t layer) { r->be.ops->attention
 static void attend_bulk(attention_run *r, int32_t layer) { r->be.ops->attention->attend_bulk(&r->be, r->state, layer); }
 static void finish(attention_run *r, int32_t layer) {
   (void)layer;
-  r->be.ops->attention->finish(&r->be, r->state, true, &r->out);
+  r->be.ops->attention->finish(&r->be, r->state, 0, true, &r->out);
 }
 static const layer_stage layer_stages[] = {rope_store, attend_local, select_heads, attend_bulk, finish};
 
