@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from gguf import GGUFReader
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -143,6 +144,39 @@ def halves_size(path: Path, folder: Path) -> int:
     session.eval(TOKENS)
     session.save(folder / "halves")
     return (folder / "halves").stat().st_size
+
+
+def with_key_bias(path: Path, bias: float) -> Path:
+    """A tiny model whose second layer has this one for one dimension of each head's keys."""
+    write_tiny(path, "qwen2", sharp=4.0, tokenizer=True)
+    tensors = {t.name: t for t in GGUFReader(path, "r+").tensors}
+    tensors["blk.1.attn_k.bias"].data[3::32] = bias
+    return path
+
+
+def loss_of_bytes(path: Path) -> float:
+    halves, quantized = (opened(path, kv).session().eval(TOKENS, all_logits=True) for kv in ("f16", "q8_0"))
+    return float(np.abs(halves - quantized).mean())
+
+
+def test_layers_of_large_key_biases_have_halves(tmp_path: Path) -> None:
+    below, above = (with_key_bias(tmp_path / f"{bias}.gguf", bias) for bias in (31.9, -32.1))
+    assert loss_of_bytes(above) < loss_of_bytes(below) / 2
+    for path, kinds in ((below, ("q8_0", "q8_0")), (above, ("q8_0", "f16"))):
+        llm = opened(path)
+        per_token = (llm.kv_bytes(512) - llm.kv_bytes(256)) / 256
+        assert per_token == sum(2 * token_bytes(kind, 32) for kind in kinds)
+
+
+def test_a_saved_session_of_both_kinds(tmp_path: Path) -> None:
+    path = with_key_bias(tmp_path / "wide.gguf", 200.0)
+    session, other = opened(path).session(), opened(path).session()
+    session.eval(TOKENS)
+    session.save(tmp_path / "saved")
+    other.load(tmp_path / "saved")
+    assert np.array_equal(other.eval([7]), session.eval([7]))
+    session.rewind(77)
+    assert np.array_equal(session.eval(TOKENS[77:]), opened(path).session().eval(TOKENS))
 
 
 def test_refusals(path: Path, tmp_path: Path, emulated_gpu: None) -> None:

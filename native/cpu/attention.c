@@ -18,7 +18,9 @@ static int32_t memory_needed(const backend *be, const attention_shape *s, int32_
   int32_t status = check_shape(s, err);
   if (status) return status;
   uint64_t heads = (uint64_t)s->n_layers * (uint64_t)s->n_kv_heads, blocks = (uint64_t)kv_blocks(s->n_ctx, s->n_sink);
-  out->kv_bytes = heads * blocks * kv_block_bytes(s->kv_type, s->head_dim);
+  out->kv_bytes = 0;
+  for (int32_t i = 0; i < s->n_layers; i++)
+    out->kv_bytes += (uint64_t)s->n_kv_heads * blocks * kv_block_bytes(attention_kv_type(s, i), s->head_dim);
   out->host_bytes = 0;
   out->moment_bytes = heads * moment_floats((size_t)s->head_dim) * sizeof(float);
   out->sketch_bytes = page_bits ? heads * blocks * sketch_page_bytes(page_bits, s->head_dim) : 0;
@@ -52,7 +54,7 @@ static bool take_memory(const backend *be, attention_state *a) {
   a->stats = calloc((size_t)a->shape.n_layers, sizeof *a->stats);
   if (!a->layers || !a->stats) return false;
   for (int32_t i = 0; i < a->shape.n_layers; i++)
-    if (!cpu_cache_new(&a->layers[i], &a->shape)) return false;
+    if (!cpu_cache_new(&a->layers[i], &a->shape, attention_kv_type(&a->shape, i))) return false;
   bool ok = attention_new(&a->batch, &a->shape);
   a->batch.backend_scratch = cpu_scratch_new(be, &a->shape);
   return ok && a->batch.backend_scratch;
@@ -122,15 +124,17 @@ static void cut(const backend *be, attention_state *a, int32_t from, int32_t to)
 static void read_blocks(const backend *be, attention_state *a, int32_t layer, int32_t kv_head, int32_t n,
                         void *blocks) {
   (void)be;
+  const layer_cache *l = &a->layers[layer];
   int32_t d = a->shape.head_dim;
-  memcpy(blocks, cache_block(&a->layers[layer], kv_head, 0, d), (size_t)n * kv_block_bytes(a->shape.kv_type, d));
+  memcpy(blocks, cache_block(l, kv_head, 0, d), (size_t)n * kv_block_bytes(l->kv_type, d));
 }
 
 static void write_blocks(const backend *be, attention_state *a, int32_t layer, int32_t kv_head, int32_t n,
                          const void *blocks) {
   (void)be;
+  const layer_cache *l = &a->layers[layer];
   int32_t d = a->shape.head_dim;
-  memcpy(cache_block(&a->layers[layer], kv_head, 0, d), blocks, (size_t)n * kv_block_bytes(a->shape.kv_type, d));
+  memcpy(cache_block(l, kv_head, 0, d), blocks, (size_t)n * kv_block_bytes(l->kv_type, d));
 }
 
 static void read_moments(const backend *be, attention_state *a, int32_t layer, int32_t kv_head, int32_t n_pages,
@@ -165,7 +169,7 @@ static uint64_t select_heads(const backend *be, attention_state *a, int32_t laye
   pyllm_layer_stats *stats = &a->stats[layer];
   uint64_t before = stats->bytes_read;
   cpu_select(be, &a->batch, &a->layers[layer], &a->policy, layer);
-  attention_count(&a->batch, &a->policy, stats);
+  attention_count(&a->batch, a->layers[layer].kv_type, &a->policy, stats);
   return stats->bytes_read - before;
 }
 

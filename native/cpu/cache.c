@@ -4,12 +4,11 @@
 #include <stdlib.h>
 #include <string.h>
 
-bool cpu_cache_new(layer_cache *l, const attention_shape *s) {
+bool cpu_cache_new(layer_cache *l, const attention_shape *s, int32_t kv_type) {
   size_t g = (size_t)s->n_kv_heads, d = (size_t)s->head_dim;
   l->n_blocks = kv_blocks(s->n_ctx, s->n_sink);
-  l->kv_type = s->kv_type;
-  l->kv =
-      calloc(g * (size_t)l->n_blocks, kv_block_bytes(s->kv_type, s->head_dim)); /* untouched blocks take no memory */
+  l->kv_type = kv_type;
+  l->kv = calloc(g * (size_t)l->n_blocks, kv_block_bytes(kv_type, s->head_dim)); /* untouched blocks take no memory */
   l->moments = calloc(g, sizeof *l->moments);
   l->sketches = calloc(g, sizeof *l->sketches);
   if (!l->kv || !l->moments || !l->sketches) return false;

@@ -142,7 +142,7 @@ void cpu_scratch_free(void *scratch);
 uint64_t cpu_scratch_bytes(int32_t n_threads, const attention_shape *shape);
 
 /* cache.c: one layer's; false when memory is refused, and then it is still to be freed. */
-bool cpu_cache_new(layer_cache *cache, const attention_shape *shape);
+bool cpu_cache_new(layer_cache *cache, const attention_shape *shape, int32_t kv_type);
 void cpu_cache_free(layer_cache *cache, const attention_shape *shape);
 /* Makes room for sketches of page_bits, empty, in the layer's part of the memory. */
 void cpu_cache_sketch(layer_cache *cache, const attention_shape *shape, int32_t page_bits, int32_t layer,

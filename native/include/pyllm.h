@@ -132,7 +132,8 @@ typedef struct pyllm_session_params {
 } pyllm_session_params;
 
 /* What the KV cache holds: halves; or bytes, each key's with a scale for every 32 dimensions, as blocks of Q8_0, each value's
- * with one scale. Bytes need heads of a multiple of 32 dimensions, and the CPU. */
+ * with one scale. Bytes need heads of a multiple of 32 dimensions, and the CPU. Layers whose keys have biases that would round the rest
+ * of a key away (above 32) have halves in either case. */
 enum pyllm_kv_type { PYLLM_KV_F16 = 0, PYLLM_KV_Q8_0 = 1 };
 
 enum pyllm_policy { PYLLM_DENSE = 0, PYLLM_WINDOW = 1, PYLLM_STATIC = 2, PYLLM_ORACLE = 3, PYLLM_ADAPTIVE = 4 };

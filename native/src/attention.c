@@ -30,7 +30,6 @@ bool attention_new(attention_batch *b, const attention_shape *s) {
                          .n_kv_heads = s->n_kv_heads,
                          .head_dim = s->head_dim,
                          .n_sink = s->n_sink,
-                         .kv_type = s->kv_type,
                          .scale = s->scale,
                          .max_strips = most_strips(s->n_ctx)};
   size_t rows = (size_t)s->n_batch * (size_t)s->n_heads;

@@ -59,7 +59,6 @@ typedef struct attention_rest {
 /* One batch on its way through one layer's attention. */
 typedef struct attention_batch {
   int32_t n_heads, n_kv_heads, head_dim, n_sink;
-  int32_t kv_type;     /* enum pyllm_kv_type */
   float scale;         /* c */
   int32_t max_strips;  /* of a bulk */
   int32_t n, position; /* queries, and the position of the first */
@@ -94,9 +93,15 @@ static inline uint8_t *attention_wanted(const attention_batch *b, int32_t tile, 
 typedef struct attention_shape {
   int32_t n_layers, n_batch, n_ctx, n_heads, n_kv_heads, head_dim, n_sink;
   float scale;
-  int32_t kv_type;   /* enum pyllm_kv_type */
+  int32_t kv_type;       /* enum pyllm_kv_type: what is asked for */
+  const bool *wide_keys; /* (n_layers) whose cache has halves whatever is asked for; the model's, or NULL: none */
   int32_t kv_window; /* of a GPU's cache that is split: tokens whose keys and values it holds itself; 0: not split */
 } attention_shape;
+
+/* What a layer's cache holds. */
+static inline int32_t attention_kv_type(const attention_shape *s, int32_t layer) {
+  return s->wide_keys && s->wide_keys[layer] ? PYLLM_KV_F16 : s->kv_type;
+}
 
 /* Allocates for up to n_batch queries; false when memory is refused (then attention_free still cleans up). */
 bool attention_new(attention_batch *b, const attention_shape *shape);
@@ -113,6 +118,7 @@ void attention_list_everything(attention_batch *b, const uint8_t *queries);
 /* Writes the bulk work list of the long rows: all of the bulk, or with `paged` the strips marked in `wanted`. */
 void attention_list_long(attention_batch *b, bool paged);
 /* Adds the batch to a layer's statistics. */
-void attention_count(const attention_batch *b, const attention_policy *policy, pyllm_layer_stats *stats);
+void attention_count(const attention_batch *b, int32_t kv_type, const attention_policy *policy,
+                     pyllm_layer_stats *stats);
 
 #endif

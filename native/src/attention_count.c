@@ -71,9 +71,10 @@ static void count_rest(const attention_batch *b, const group_read *read, uint64_
   stats->bytes_read += read->queries * pages * sizeof(uint16_t) * (uint64_t)b->head_dim;
 }
 
-void attention_count(const attention_batch *b, const attention_policy *policy, pyllm_layer_stats *stats) {
+void attention_count(const attention_batch *b, int32_t kv_type, const attention_policy *policy,
+                     pyllm_layer_stats *stats) {
   uint64_t strip_work = 2 * STRIP * (uint64_t)b->head_dim; /* multiply-adds of scores and weighted values */
-  uint64_t strip_bytes = kv_block_bytes(b->kv_type, b->head_dim) / KV_STRIPS;
+  uint64_t strip_bytes = kv_block_bytes(kv_type, b->head_dim) / KV_STRIPS;
   int32_t group = b->n_heads / b->n_kv_heads;
   for (int32_t t = 0; t < b->n_tiles; t++) {
     const query_tile *tile = &b->tiles[t];

@@ -116,6 +116,13 @@ static void bind_projection(binder *b, int32_t i, const char *part, int32_t rows
   out->bias = bind_vector(b, layer_tensor(i, part, "bias", &name), rows, needs_bias);
 }
 
+/* bias (n), the host's, or NULL. */
+static bool is_wide(const float *bias, int32_t n) {
+  float largest = 0;
+  for (int32_t i = 0; bias && i < n; i++) largest = fmaxf(largest, fabsf(bias[i]));
+  return largest > WIDE_BIAS;
+}
+
 static void bind_attention(binder *b, int32_t i, layer_weights *w) {
   const config *c = &b->model->config;
   tensor_name name;
@@ -124,6 +131,7 @@ static void bind_attention(binder *b, int32_t i, layer_weights *w) {
   bind_projection(b, i, "attn_q", q_width, c->dim, c->arch->qkv_bias, &w->q);
   bind_projection(b, i, "attn_k", kv_width, c->dim, c->arch->qkv_bias, &w->k);
   bind_projection(b, i, "attn_v", kv_width, c->dim, c->arch->qkv_bias, &w->v);
+  if (!b->counting && b->model->backend.ops->on_host) b->model->wide_keys[i] = is_wide(w->k.bias, kv_width);
   if (c->arch->qk_norm) {
     w->q_norm = bind_vector(b, layer_tensor(i, "attn_q_norm", "weight", &name), c->head_dim, true);
     w->k_norm = bind_vector(b, layer_tensor(i, "attn_k_norm", "weight", &name), c->head_dim, true);
@@ -177,7 +185,8 @@ static int32_t bind_rope(pyllm_model *m, pyllm_error *err) {
 static int32_t bind_weights(pyllm_model *m, bool counting, pyllm_error *err) {
   binder b = {m, err, PYLLM_OK, counting, calloc((size_t)pyllm_file_n_tensors(m->file) + 1, sizeof *b.found)};
   m->layers = calloc((size_t)m->config.n_layers, sizeof *m->layers);
-  if (!m->layers || !b.found)
+  m->wide_keys = calloc((size_t)m->config.n_layers, sizeof *m->wide_keys);
+  if (!m->layers || !m->wide_keys || !b.found)
     b.status = fail(err, PYLLM_ERR_MEMORY, "%s: memory for %d layers refused", gguf_path(m->file), m->config.n_layers);
   bind_embedding(&b);
   for (int32_t i = 0; i < m->config.n_layers && !b.status; i++) {
@@ -233,6 +242,7 @@ void pyllm_model_close(pyllm_model *m) {
   const backend *be = &m->backend;
   for (int32_t i = 0; m->layers && i < m->config.n_layers; i++) free_layer(be, &m->layers[i]);
   free(m->layers);
+  free(m->wide_keys);
   if (be->ops) {
     be->ops->release(be, m->output_norm);
     be->ops->release(be, m->rope_frequency);
@@ -266,6 +276,7 @@ int32_t pyllm_model_memory(const pyllm_file *file, uint64_t *bytes, pyllm_error 
   int32_t status = config_read(file, &m.config, err);
   if (!status) status = bind_weights(&m, true, err);
   free(m.layers);
+  free(m.wide_keys);
   if (!status) *bytes = m.resident_bytes;
   return status;
 }

@@ -32,6 +32,10 @@ typedef struct layer_weights {
   projection down;        /* (dim, n_ff) */
 } layer_weights;
 
+/* Largest bias beside which bytes still hold the rest of a key: with a step of a quarter. On Qwen2.5-Coder-0.5B, whose biases reach 211,
+ * five layers of 24 have larger ones, and halves in these lose a 40th of what bytes everywhere do (docs/performance.md). */
+#define WIDE_BIAS 32.0f
+
 struct pyllm_model {
   const pyllm_file *file; /* held */
   _Atomic int32_t n_holders;
@@ -41,6 +45,7 @@ struct pyllm_model {
   const pyllm_tensor *embedding; /* (n_vocab, dim), read from the mapping */
   const quant_type *embedding_type;
   layer_weights *layers; /* (n_layers) */
+  bool *wide_keys;       /* (n_layers) whether keys have biases of more than WIDE_BIAS; false on a GPU */
   float *output_norm;    /* (dim) */
   matrix output;         /* (n_vocab, dim) */
   uint64_t n_params, weight_bytes, resident_bytes;

@@ -20,7 +20,8 @@ static int32_t check_params(const pyllm_session_params *p, pyllm_error *err) {
 /* No batch has more tokens than the context. */
 static int32_t batch_within(const pyllm_session_params *p) { return p->n_batch < p->n_ctx ? p->n_batch : p->n_ctx; }
 
-static attention_shape shape_of(const config *c, const pyllm_session_params *p) {
+static attention_shape shape_of(const pyllm_model *m, const pyllm_session_params *p) {
+  const config *c = &m->config;
   return (attention_shape){.n_layers = c->n_layers,
                            .n_batch = batch_within(p),
                            .n_ctx = p->n_ctx,
@@ -30,6 +31,7 @@ static attention_shape shape_of(const config *c, const pyllm_session_params *p) 
                            .n_sink = p->n_sink,
                            .scale = c->attention_scale,
                            .kv_type = p->kv_type,
+                           .wide_keys = m->wide_keys,
                            .kv_window = p->kv_window};
 }
 
@@ -48,7 +50,7 @@ int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_pa
   uint64_t per_token = (uint64_t)c->dim * 4 + activation_bytes((uint64_t)c->dim) + (q_width + 2 * kv_width) * 4 +
                        activation_bytes(q_width) + (uint64_t)c->n_ff * 8 + activation_bytes((uint64_t)c->n_ff) +
                        (uint64_t)c->n_rot * 4;
-  attention_shape shape = shape_of(c, p);
+  attention_shape shape = shape_of(m, p);
   int32_t n_batch = batch_within(p);
   uint64_t tokens = (uint64_t)p->n_ctx * 4, logits = (uint64_t)logit_rows(n_batch) * (uint64_t)c->n_vocab * 4;
   /* The host has its tokens and its caller's logits. */
@@ -103,12 +105,12 @@ static void free_buffers(const backend *be, batch_buffers *b) {
 
 static int32_t allocate(pyllm_session *s, const pyllm_session_params *params, pyllm_error *err) {
   const backend *be = &s->model->backend;
-  attention_shape shape = shape_of(&s->model->config, params);
+  s->shape = shape_of(s->model, params);
   s->tokens = malloc((size_t)s->n_ctx * sizeof *s->tokens);
   if (!s->tokens || !new_buffers(be, &s->buffers, &s->model->config, s->n_batch))
     return alloc_failure(be, fail(err, PYLLM_ERR_MEMORY, "memory for batches of %d tokens was refused", s->n_batch),
                          err);
-  int32_t status = be->ops->attention->create(be, &shape, &s->attention, err);
+  int32_t status = be->ops->attention->create(be, &s->shape, &s->attention, err);
   return status ? status : be->ops->attention->set_policy(be, s->attention, &s->policy, err);
 }
 
@@ -132,7 +134,6 @@ int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params 
   s->n_ctx = params->n_ctx;
   s->n_batch = batch_within(params);
   s->n_sink = params->n_sink;
-  s->kv_type = params->kv_type;
   s->policy = (attention_policy){.policy = PYLLM_DENSE, .granularity = PYLLM_GROUP, .n_window = 1024};
   atomic_flag_clear(&s->busy);
   session_take_device(s);

@@ -21,21 +21,24 @@ static int32_t head_blocks(const pyllm_session *s, int32_t position) {
   return position ? kv_block_of(s->n_sink, position - 1) + 1 : 0;
 }
 
-static uint64_t head_bytes(const pyllm_session *s, int32_t position) {
-  return (uint64_t)head_blocks(s, position) * kv_block_bytes(s->kv_type, s->model->config.head_dim);
+/* The same of a layer, in bytes. */
+static uint64_t head_bytes(const pyllm_session *s, int32_t layer, int32_t position) {
+  return (uint64_t)head_blocks(s, position) *
+         kv_block_bytes(attention_kv_type(&s->shape, layer), s->model->config.head_dim);
 }
 
 static uint64_t state_bytes(const pyllm_session *s, int32_t position) {
   const config *c = &s->model->config;
-  return sizeof(state_header) + (uint64_t)position * sizeof(int32_t) +
-         (uint64_t)c->n_layers * (uint64_t)c->n_kv_heads * head_bytes(s, position);
+  uint64_t bytes = sizeof(state_header) + (uint64_t)position * sizeof(int32_t);
+  for (int32_t i = 0; i < c->n_layers; i++) bytes += (uint64_t)c->n_kv_heads * head_bytes(s, i, position);
+  return bytes;
 }
 
 uint64_t pyllm_session_state_size(const pyllm_session *s) { return state_bytes(s, s->position); }
 
 static int32_t save(const pyllm_session *s, void *buffer, uint64_t size, pyllm_error *err) {
   int32_t position = s->position, blocks = head_blocks(s, position);
-  uint64_t needed = state_bytes(s, position), bytes = head_bytes(s, position);
+  uint64_t needed = state_bytes(s, position);
   if (size < needed)
     return fail(err, PYLLM_ERR_ARGUMENT, "saving the session needs %llu bytes, the buffer has %llu",
                 (unsigned long long)needed, (unsigned long long)size);
@@ -44,12 +47,12 @@ static int32_t save(const pyllm_session *s, void *buffer, uint64_t size, pyllm_e
   at += (size_t)position * sizeof(int32_t);
   const backend *be = &s->model->backend;
   for (int32_t i = 0; i < s->model->config.n_layers; i++)
-    for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += bytes)
+    for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += head_bytes(s, i, position))
       be->ops->attention->read_blocks(be, s->attention, i, g, blocks, at);
   int32_t status = be->ops->sync(be, err);
   if (status) return status;
-  state_header h = {"pyllmkv", STATE_VERSION, s->n_sink, position, s->kv_type, pyllm_file_fingerprint(s->model->file),
-                    0};
+  state_header h = {
+      "pyllmkv", STATE_VERSION, s->n_sink, position, s->shape.kv_type, pyllm_file_fingerprint(s->model->file), 0};
   h.checksum = checksum_bytes((unsigned char *)buffer + sizeof h, needed - sizeof h);
   memcpy(buffer, &h, sizeof h);
   return PYLLM_OK;
@@ -87,9 +90,9 @@ static int32_t check_state(const pyllm_session *s, const state_header *h, const 
     return fail(err, PYLLM_ERR_FORMAT, "saved session of another model");
   if (h->n_sink != s->n_sink)
     return fail(err, PYLLM_ERR_FORMAT, "saved session with %d sinks, this one has %d", h->n_sink, s->n_sink);
-  if (h->kv_type != s->kv_type)
+  if (h->kv_type != s->shape.kv_type)
     return fail(err, PYLLM_ERR_FORMAT, "saved session of kv_type %s, this one's is %s", kv_type_name(h->kv_type),
-                kv_type_name(s->kv_type));
+                kv_type_name(s->shape.kv_type));
   if (h->position < 0 || h->position > s->n_ctx)
     return fail(err, PYLLM_ERR_CONTEXT, "saved session of %d tokens does not fit the context of %d", h->position,
                 s->n_ctx);
@@ -113,9 +116,8 @@ static int32_t load(pyllm_session *s, const void *buffer, uint64_t size, pyllm_e
   memcpy(s->tokens, at, (size_t)h.position * sizeof(int32_t));
   at += (size_t)h.position * sizeof(int32_t);
   const backend *be = &s->model->backend;
-  uint64_t bytes = head_bytes(s, h.position);
   for (int32_t i = 0; i < s->model->config.n_layers; i++)
-    for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += bytes)
+    for (int32_t g = 0; g < s->model->config.n_kv_heads; g++, at += head_bytes(s, i, h.position))
       be->ops->attention->write_blocks(be, s->attention, i, g, head_blocks(s, h.position), at);
   status = be->ops->sync(be, err);
   if (!status) s->position = h.position;

@@ -76,7 +76,7 @@ int32_t hook_attention(const char *device, const char *isa, int32_t n_threads, c
   int32_t status = policy_new(attention, &shape, &policy, err);
   if (status) return status;
   attention_run r = {.shape = {1, s->chunk, s->n, s->n_heads, s->n_kv_heads, s->head_dim, s->n_sink, s->scale,
-                               s->kv_type, s->kv_window}};
+                               s->kv_type, NULL, s->kv_window}};
   status = open_run(&r, device, isa, n_threads, &policy, err);
   size_t q_width = (size_t)s->n_heads * (size_t)s->head_dim, kv_width = (size_t)s->n_kv_heads * (size_t)s->head_dim;
   for (int32_t t = 0; t < s->n && !status; t += s->chunk) {
