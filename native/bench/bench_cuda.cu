@@ -1,5 +1,6 @@
-/* The ceilings of one GPU, as JSON: bytes per second of a copy within its memory, counting those read and those written, of
- * one from the host, and multiply-adds of the matrix instruction that the kernels use (common.cuh) from registers. */
+/* The ceilings of one GPU, as JSON: bytes per second of a copy within its memory, counting those read and those
+ * written, of one from the host, and multiply-adds of the matrix instruction that the kernels use (common.cuh) from
+ * registers. */
 #include "common.cuh"
 #include <algorithm>
 #include <cstdio>

@@ -4,6 +4,7 @@
 #include "kernels.h"
 #include "peak.h"
 #include "quant.h"
+#include "sketch.h"
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -13,6 +14,7 @@ enum {
   TOKENS = 128,    /* of a prefill piece */
   PANEL = 64,      /* query rows of a prefill piece */
   GROUP = 3,       /* query heads that share a key/value head in decode */
+  SCORED = 16,     /* query rows that a tile of a prompt has scored */
   HEAD_DIM = 64,   /* of a head */
   CACHED = 1 << 18 /* bytes of weights or keys that a thread goes over in prefill */
 };
@@ -28,8 +30,9 @@ typedef struct kernel_run {
   const kernels *kernels;
   tile_format format;
   enum strip_type strip;
-  int32_t kv_type;
+  int32_t kv_type, page_bits;
   int32_t rows;                      /* tokens, or query rows */
+  double work;                       /* multiply-adds of one call and row */
   size_t piece_bytes, weights_bytes; /* of one call; of everything a thread goes over */
   thread_data threads[BENCH_MAX_THREADS];
   quantized x; /* (TOKENS, COLS) */
@@ -57,7 +60,7 @@ static double run_tile(void *context, int thread) {
   for (int i = 0; i < CALLS; i++)
     run->kernels->tile_gemm(&run->format, next_piece(run, thread), COLS, &run->x, run->rows, NULL, n_rows, false, out,
                             n_rows);
-  return (double)CALLS * run->rows * COLS * n_rows;
+  return CALLS * run->rows * run->work;
 }
 
 static double run_strip(void *context, int thread) {
@@ -67,7 +70,7 @@ static double run_strip(void *context, int thread) {
     strips b = {run->strip, 1, COLS / 2, {next_piece(run, thread)}, {0}};
     run->kernels->strip_gemm(run->rows, run->values, COLS, &b, NULL, out, STRIP);
   }
-  return (double)CALLS * run->rows * COLS * STRIP;
+  return CALLS * run->rows * run->work;
 }
 
 static double run_attend(void *context, int thread) {
@@ -105,7 +108,16 @@ static double run_attend(void *context, int thread) {
     }
     run->kernels->attend_strips(&args);
   }
-  return (double)CALLS * run->rows * KV_BLOCK * HEAD_DIM * 2;
+  return CALLS * run->rows * run->work;
+}
+
+static double run_sketch(void *context, int thread) {
+  kernel_run *run = context;
+  float sums[SCORED * KV_STRIPS], local_mass[SCORED] = {0};
+  for (int i = 0; i < CALLS; i++)
+    run->kernels->sketch_sums(next_piece(run, thread), run->page_bits, HEAD_DIM, run->values, local_mass, run->rows,
+                              sums, KV_STRIPS);
+  return CALLS * run->rows * run->work;
 }
 
 /* The rates that the kernels are compared with, by name. */
@@ -134,9 +146,7 @@ static void measure(report *to, kernel_run *run, const char *kernel, const char 
   for (int i = 0; i < to->o->threads; i++) run->threads[i].at = 0;
   double rate = bench_rate(to->o, to->o->threads, work, run).best / 1e9;
   double ceiling = integers ? to->int8 : to->f32;
-  double rows = work == run_tile ? tile_rows(run) : STRIP;
-  double per_call = (double)run->rows * (work == run_attend ? 2.0 * KV_BLOCK * HEAD_DIM : COLS * rows);
-  double read = rate / per_call * (double)run->piece_bytes;
+  double read = rate / (run->rows * run->work) * (double)run->piece_bytes;
   const char *shape = prefill ? "prefill" : "decode";
   if (to->o->json)
     printf("%s{\"kernel\": \"%s\", \"format\": \"%s\", \"shape\": \"%s\", \"rows\": %d, \"gmac_s\": %.3f, "
@@ -172,6 +182,7 @@ static void bench_tiles(report *to, kernel_run *run, size_t bytes) {
       run->piece_bytes = tile_bytes(&run->format, COLS);
       fill_tiles(run, bytes, to->o->threads);
       run->piece_bytes *= n_tiles;
+      run->work = COLS * tile_rows(run);
       measure(to, run, "tile_gemm", type->name, true, prefill, run_tile);
     }
   }
@@ -186,6 +197,7 @@ static void bench_floats(report *to, kernel_run *run, size_t bytes) {
       run->strip = (enum strip_type)type;
       run->piece_bytes = (size_t)COLS * STRIP * (type == STRIP_F32 ? 4 : 2);
       run->rows = prefill ? TOKENS : 1;
+      run->work = COLS * STRIP;
       measure(to, run, "strip_gemm", names[type], false, prefill, run_strip);
     }
 }
@@ -197,7 +209,21 @@ static void bench_attention(report *to, kernel_run *run) {
       run->kv_type = type;
       run->piece_bytes = kv_block_bytes(type, HEAD_DIM);
       run->rows = prefill ? PANEL : GROUP;
+      run->work = 2 * KV_BLOCK * HEAD_DIM;
       measure(to, run, "attend_strips", names[type], false, prefill, run_attend);
+    }
+}
+
+/* Of the buffer that bench_floats has filled: pages of halves near 1 and any codes. */
+static void bench_sketches(report *to, kernel_run *run) {
+  static const int32_t bits[] = {PYLLM_GRADED, 3};
+  for (int i = 0; i < 2; i++)
+    for (int prefill = 1; prefill >= 0; prefill--) {
+      run->page_bits = bits[i];
+      run->piece_bytes = sketch_page_bytes(bits[i], HEAD_DIM);
+      run->rows = prefill ? SCORED : GROUP;
+      run->work = KV_BLOCK * sketch_channels(bits[i], HEAD_DIM);
+      measure(to, run, "sketch_sums", bits[i] == PYLLM_GRADED ? "graded" : "3 bits", true, prefill, run_sketch);
     }
 }
 
@@ -236,6 +262,7 @@ int main(int argc, char **argv) {
   bench_tiles(&to, run, bytes);
   bench_floats(&to, run, bytes);
   bench_attention(&to, run);
+  bench_sketches(&to, run);
   if (o.json) printf("]}\n");
   for (int i = 0; i < o.threads; i++) free(run->threads[i].weights);
   free(run->values), free(run->x.planes), free(run->x.scale), free(run->x.sum), free(run->x.product);

@@ -1,4 +1,5 @@
-/* What the CPU backend's files share. Stages: rows.c, linear.c, attend.c, select.c and pages.c; the table: backend.c. */
+/* What the CPU backend's files share. Stages: rows.c, linear.c, attend.c, select.c and pages.c; the table:
+ * backend.c. */
 #ifndef PYLLM_CPU_CPU_H
 #define PYLLM_CPU_CPU_H
 #include "kernels.h"
@@ -163,12 +164,12 @@ void cpu_want_pages(const backend *be, attention_batch *b, const layer_cache *ca
 /* rest.c: the value that stands for a page, from its KV block; scale: of scores. */
 void cpu_usual_value(const struct kernels *k, const key_sketch *sketch, const uint16_t *block, int32_t head_dim,
                      float scale, int32_t page);
-/* b->rest of the heads of one key/value head, where the batch is one query: of the strips that `wanted` leaves out. rows:
- * its long heads in order, with their shares and total. */
+/* b->rest of the heads of one key/value head, where the batch is one query: of the strips that `wanted` leaves out.
+ * rows: its long heads in order, with their shares and total. */
 void cpu_rest(const backend *be, attention_batch *b, const key_sketch *sketch, const page_scratch *rows,
               const uint8_t *wanted, float factor);
-/* Halves of the values that stand for the pages of n_blocks: 16 pages lie as 16 tokens' values do in a KV block, so that
- * they are multiplied as these are. And where dimension i of a page is. */
+/* Halves of the values that stand for the pages of n_blocks: 16 pages lie as 16 tokens' values do in a KV block, so
+ * that they are multiplied as these are. And where dimension i of a page is. */
 static inline size_t usual_halves(int32_t n_blocks, int32_t head_dim) {
   return (size_t)((n_blocks + STRIP - 1) / STRIP * STRIP) * (size_t)head_dim;
 }
@@ -176,13 +177,13 @@ static inline uint16_t *usual_at(uint16_t *usual, int32_t head_dim, int32_t page
   return usual + (int64_t)(page / STRIP) * STRIP * head_dim + block_value_index(head_dim, page % STRIP, i);
 }
 
-/* mass (n, n_heads): M of every row that has a bulk, from its keys. queries: (n) 1 where it is wanted; NULL: everywhere.
- * What other rows hold means nothing. Overwrites the bulk work list. */
+/* mass (n, n_heads): M of every row that has a bulk, from its keys. queries: (n) 1 where it is wanted; NULL:
+ * everywhere. What other rows hold means nothing. Overwrites the bulk work list. */
 void cpu_true_bulk_mass(const backend *be, attention_batch *b, const layer_cache *cache, const uint8_t *queries,
                         float *mass);
 
-/* Merges a span's result into a row's, out and span_out (head_dim): the order of spans is the order of calls. span_out NULL:
- * the state alone. */
+/* Merges a span's result into a row's, out and span_out (head_dim): the order of spans is the order of calls.
+ * span_out NULL: the state alone. */
 void cpu_merge_row(const attention_batch *b, softmax_state *into, float *out, softmax_state span,
                    const float *span_out);
 

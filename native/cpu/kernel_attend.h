@@ -1,7 +1,8 @@
 /* Attention of a few query rows over up to 4 strips of 16 keys. Part of kernels.c.
  *
- * With few rows it waits for memory, so while keys are multiplied their values are asked for, line by line, and the next
- * keys while values are: in one burst they would fill the few buffers for misses, and the products wait behind them. */
+ * With few rows it waits for memory, so while keys are multiplied their values are asked for, line by line, and the
+ * next keys while values are: in one burst they would fill the few buffers for misses, and the products wait behind
+ * them. */
 #include "kernels.h"
 
 enum { PREFETCH_ROWS = 8 };

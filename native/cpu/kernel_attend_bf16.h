@@ -1,6 +1,6 @@
-/* Attention's two products in bfloat16: twice as many multiply-adds per instruction as in floats. Queries, keys, weights
- * and values are rounded to 8 bits of mantissa, products are summed as floats; docs/performance.md has what that costs.
- * Part of kernels.c. */
+/* Attention's two products in bfloat16: twice as many multiply-adds per instruction as in floats. Queries, keys,
+ * weights and values are rounded to 8 bits of mantissa, products are summed as floats; docs/performance.md has what
+ * that costs. Part of kernels.c. */
 #include "kernels.h"
 #include "vec.h"
 

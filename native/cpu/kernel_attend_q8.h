@@ -1,5 +1,5 @@
-/* Attention over a cache of bytes. Queries and softmax weights are rounded to words, one scale a row, so that products are whole
- * numbers, which every grouping of rows sums alike. Part of kernels.c. */
+/* Attention over a cache of bytes. Queries and softmax weights are rounded to words, one scale a row, so that
+ * products are whole numbers, which every grouping of rows sums alike. Part of kernels.c. */
 #include "kernels.h"
 #include "vec.h"
 #include <float.h>
@@ -128,7 +128,8 @@ static void q8_all_values(const attend_args *a, const int16_t *weights, const fl
     }
 }
 
-/* Of the keys of one call, row by row; each step is done for all rows before the next, for in each a row waits for itself. */
+/* Of the keys of one call, row by row; each step is done for all rows before the next, for in each a row waits for
+ * itself. */
 typedef struct q8_softmax {
   float max[ATTEND_ROWS], sum[ATTEND_ROWS]; /* of these keys alone */
   float heaviest[ATTEND_ROWS];              /* weight, times its value's scale */

@@ -55,8 +55,8 @@ static void sketch_fold(const uint16_t *keys, int32_t page_bits, int32_t head_di
     lo[at] = channel_mean(keys, head_dim, channels[at]);
 }
 
-/* A query, in the order of a page's channels, against it: weights q * step rounded to 8 bits; and, as powers of 2, their scale, and what
- * lo gives less the local mass. */
+/* A query, in the order of a page's channels, against it: weights q * step rounded to 8 bits; and, as powers of 2,
+ * their scale, and what lo gives less the local mass. */
 typedef struct sketch_query {
   int8_t weight[LARGEST_HEAD];
   float scale, base;
@@ -93,8 +93,8 @@ static inline __attribute__((always_inline)) void sketch_weights(int rows, const
 /* Of 16 tokens with one row. */
 typedef vi strip_products[SKETCH_VECS];
 
-/* Four channels of VL tokens: the i-th four of the sixteen whose planes begin at low and high. Of 3 bits the odd sixteen has the
- * upper half of each byte of `high`. */
+/* Four channels of VL tokens: the i-th four of the sixteen whose planes begin at low and high. Of 3 bits the odd
+ * sixteen has the upper half of each byte of `high`. */
 static inline __attribute__((always_inline)) vbytes sketch_codes(int bits, bool odd, const uint8_t *low,
                                                                  const uint8_t *high, int i) {
   if (bits == 4) return vshift(vload_bytes(low + i / 2 * 64), i % 2 * 4) & 15;
@@ -131,8 +131,8 @@ static inline strip_planes planes_of(const uint8_t *page, int32_t page_bits, int
                         page + g.high + (size_t)strip * sketch_high_bytes(g.bits, g.n) / KV_STRIPS, g.first, g.n};
 }
 
-/* What 32 channels give at most, those from place i of each grade; the sums of one sixteen of 4 bits and one of 2, or of two of
- * 3, have room in 16 bits: 4 * 2 * 127 * (15 + 3) < 2^15. */
+/* What 32 channels give at most, those from place i of each grade; the sums of one sixteen of 4 bits and one of 2,
+ * or of two of 3, have room in 16 bits: 4 * 2 * 127 * (15 + 3) < 2^15. */
 static inline __attribute__((always_inline)) void sketch_step(int rows, int page_bits, const strip_planes *first,
                                                               const strip_planes *second, int32_t i,
                                                               const sketch_query *q, strip_products sum[SKETCH_ROWS]) {
@@ -163,8 +163,8 @@ static inline __attribute__((always_inline)) void sketch_products(int rows, int 
   }
 }
 
-/* sums (4) of the strips' e^(score - local mass). Rough, for the scores are; a sum decides whether a strip is read, and what stands
- * for it. */
+/* sums (4) of the strips' e^(score - local mass). Rough, for the scores are; a sum decides whether a strip is read,
+ * and what stands for it. */
 static inline void sketch_masses(const sketch_query *q, const strip_products products[KV_STRIPS], float *sums) {
   vf sum[KV_STRIPS] = {0};
   for (int i = 0; i < KV_STRIPS * SKETCH_VECS; i += 4) {

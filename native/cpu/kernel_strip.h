@@ -20,8 +20,8 @@ static inline vf strip_load(const void *data, enum strip_type type, int64_t i) {
   }
 }
 
-/* Adds the products with one row pair, at `at`. What there is less of is loaded first, and the other one by one: with the
- * sums they must fit the registers. */
+/* Adds the products with one row pair, at `at`. What there is less of is loaded first, and the other one by one:
+ * with the sums they must fit the registers. */
 static inline __attribute__((always_inline)) void strip_pair(int rows, enum strip_type type, const float *pair,
                                                              int64_t lda, const void *data, int64_t at,
                                                              vf acc[STRIP_ROWS][STRIP_VECS]) {

@@ -1,9 +1,9 @@
 /* Quantized matrix kernel: tokens against tiles of 16 weight rows, one lane per row. Part of kernels.c.
  *
- * Per group of 32 columns the products are summed exactly in 32-bit integers, and then scaled:
- * out += x.scale * d * scale * sum((q - offset) * xq) + x.scale * m * min * sum(xq).
- * For many tokens the quants of some columns are unpacked once, into a slab that stays in the first-level cache. What an
- * output accumulates, and in which order, is the same with and without. */
+ * Per group of 32 columns the products are summed exactly in 32-bit integers, and then scaled: out += x.scale * d *
+ * scale * sum((q - offset) * xq) + x.scale * m * min * sum(xq). For many tokens the quants of some columns are
+ * unpacked once, into a slab that stays in the first-level cache. What an output accumulates, and in which order, is
+ * the same with and without. */
 #include "kernels.h"
 #include "vec.h"
 
@@ -14,8 +14,8 @@ enum {
   SLAB_FROM = 4    /* tokens from which unpacking first is worth it */
 };
 
-/* What quants are multiplied as: with VNNI bytes, with either plane of the activations apart; otherwise words, with whole
- * activations. And how many tiles and tokens at once: each pair of them holds its sums in registers. */
+/* What quants are multiplied as: with VNNI bytes, with either plane of the activations apart; otherwise words, with
+ * whole activations. And how many tiles and tokens at once: each pair of them holds its sums in registers. */
 #if defined(__AVX512VNNI__)
 enum { TILE_WORDS = 0, SLAB_TILES = 2, SLAB_TOKENS = 4 };
 #elif VL == 16
@@ -63,8 +63,8 @@ static inline __attribute__((always_inline)) void load_scales(tile_format f, con
   }
 }
 
-/* Quants of columns 4 i to 4 i + 3, i < 8, of VL rows from byte `at` on: of the bytes that `ones` has a 1 for, moved down
- * by `by` bits. */
+/* Quants of columns 4 i to 4 i + 3, i < 8, of VL rows from byte `at` on: of the bytes that `ones` has a 1 for, moved
+ * down by `by` bits. */
 static inline __attribute__((always_inline)) vwords unpack(tile_format f, const uint8_t *group, int i, int at, int by,
                                                            uint16_t ones) {
   vwords w = (vwords)vload_bytes(group + (f.bits < 8 ? i % 4 : i) * 4 * TILE_ROWS + at);
@@ -265,8 +265,8 @@ static inline __attribute__((always_inline)) void tiles_by_slab(tile_format f, c
   }
 }
 
-/* One tile, one token. Decode waits for memory: while a group is multiplied, the same of the next tile is asked for, into
- * the second-level cache, whose misses the few buffers of the first do not limit. */
+/* One tile, one token. Decode waits for memory: while a group is multiplied, the same of the next tile is asked for,
+ * into the second-level cache, whose misses the few buffers of the first do not limit. */
 static inline __attribute__((always_inline)) void tile_directly(tile_format f, const tile_pair *from, int tile,
                                                                 const slab_rows *r, vf out[TILE_VECS]) {
   tile_totals total;

@@ -48,10 +48,11 @@ typedef struct tile_format {
   bool scaled, has_min;
 } tile_format;
 
-/* Activations rounded to 16 bits, x = scale * q with one scale per 32 values. Four columns' q are 8 bytes as products take
- * them: two 8-bit planes q = 256 high + low, four high bytes and then their four low ones, so that 8-bit products serve;
- * or, where kernels.words, words of the columns 0, 2, 1, 3. (With 8 bits alone the rounding of activations costs about 0.005 nats of KL on the
- * default model, as much as the attention policies are allowed; see docs/performance.md.) */
+/* Activations rounded to 16 bits, x = scale * q with one scale per 32 values. Four columns' q are 8 bytes as
+ * products take them: two 8-bit planes q = 256 high + low, four high bytes and then their four low ones, so that
+ * 8-bit products serve; or, where kernels.words, words of the columns 0, 2, 1, 3. (With 8 bits alone the rounding of
+ * activations costs about 0.005 nats of KL on the default model, as much as the attention policies are allowed; see
+ * docs/performance.md.) */
 typedef struct quantized {
   int8_t *planes; /* (n, cols / 4, 8) */
   float *scale;   /* (n, cols / 32) */
@@ -108,17 +109,17 @@ typedef struct kernels {
   /* Online softmax: state and out take in the strips' keys and values. */
   void (*attend_strips)(const attend_args *args);
 
-  /* The key sketch of a page (sketch.h). fold: from a KV block's keys; channels (head_dim), the order of a graded one, NULL
-   * of others. sums (n, 4), row r at sums + r * ld: of e^(score - local_mass) over the 16 tokens of each strip, to four
-   * digits beside the estimated scores. Queries q (n, head_dim) are scaled by the score scale and in the order of the sketch's
-   * channels; local_mass (n): logsumexp of what each reads anyway. What is over it by more than 69 counts as that, so
-   * that all sums together are finite, and what is under it by more than 83 as that. */
+  /* The key sketch of a page (sketch.h). fold: from a KV block's keys; channels (head_dim), the order of a graded
+   * one, NULL of others. sums (n, 4), row r at sums + r * ld: of e^(score - local_mass) over the 16 tokens of each
+   * strip, to four digits beside the estimated scores. Queries q (n, head_dim) are scaled by the score scale and in
+   * the order of the sketch's channels; local_mass (n): logsumexp of what each reads anyway. What is over it by more
+   * than 69 counts as that, so that all sums together are finite, and what is under it by more than 83 as that. */
   void (*sketch_fold)(const uint16_t *keys, int32_t page_bits, int32_t head_dim, const uint16_t *channels,
                       uint8_t *page);
   void (*sketch_sums)(const uint8_t *page, int32_t page_bits, int32_t head_dim, const float *q, const float *local_mass,
                       int32_t n, float *sums, int64_t ld);
-  /* Makes of the sums of a query's whole bulk (n_strips, a multiple of 4) each strip's part of all attention; returns that,
-   * what the query reads anyway being 1. */
+  /* Makes of the sums of a query's whole bulk (n_strips, a multiple of 4) each strip's part of all attention;
+   * returns that, what the query reads anyway being 1. */
   float (*strip_shares)(float *sums, int32_t n_strips);
 
   /* y = x / sqrt(mean(x^2) + eps) * w; x, y, w: (n). y may be x. */
@@ -130,8 +131,8 @@ typedef struct kernels {
   /* Rotates the first n_rot values of a head in place; cosine, sine: (n_rot / 2). pairs: (x[2i], x[2i+1]), otherwise
    * (x[i], x[i + n_rot/2]). */
   void (*rope)(float *x, const float *cosine, const float *sine, int32_t n_rot, bool pairs);
-  /* Rounds one key and one value (head_dim) and puts them into token `slot` of a KV block (cpu.h, geometry.h). A key that
-   * cannot be held is NaN, and among bytes that of such a value. */
+  /* Rounds one key and one value (head_dim) and puts them into token `slot` of a KV block (cpu.h, geometry.h). A key
+   * that cannot be held is NaN, and among bytes that of such a value. */
   void (*kv_store)(int32_t kv_type, const float *k, const float *v, int32_t head_dim, int32_t slot, void *block);
   /* The halves (2, 64 head_dim) of a KV block of bytes. */
   void (*kv_halves)(const void *block, int32_t head_dim, uint16_t *halves);

@@ -1,9 +1,9 @@
 /* The page tier: which strips of the bulk a long head reads, judged by a low-bit sketch of the bulk's keys.
  *
- * A strip's share is its part of all attention of a query head, by sketched scores, beside the true local mass. A head
- * wants the strips whose share exceeds page_share, in decode decode_share. In a tile the long rows of a head read what any
- * scored one of them wants, and where a group's heads share a list (attention_sharing), what any of all their scored rows
- * wants. */
+ * A strip's share is its part of all attention of a query head, by sketched scores, beside the true local mass. A
+ * head wants the strips whose share exceeds page_share, in decode decode_share. In a tile the long rows of a head
+ * read what any scored one of them wants, and where a group's heads share a list (attention_sharing), what any of
+ * all their scored rows wants. */
 #include "cpu.h"
 #include "sketch.h"
 #include <stdatomic.h>
@@ -116,7 +116,8 @@ static void want_of_lists(void *context, int32_t begin, int32_t end, int32_t thr
   }
 }
 
-/* Decode: a single query, whose pages are scored on all threads; the thread that scores a group's last piece finds what it wants. */
+/* Decode: a single query, whose pages are scored on all threads; the thread that scores a group's last piece finds
+ * what it wants. */
 enum { PAGES_PER_PIECE = 16 };
 
 /* One even where there are no pages. */

@@ -1,7 +1,7 @@
 /* The head-selection stage: how heavy is the bulk for each query head, judged by its keys' first two moments.
  *
- * With keys of mean mu and covariance S, scores c q.k have mean c q.mu and variance c^2 q'Sq; what follows from these is
- * estimate.h's. */
+ * With keys of mean mu and covariance S, scores c q.k have mean c q.mu and variance c^2 q'Sq; what follows from
+ * these is estimate.h's. */
 #include "cpu.h"
 #include "estimate.h"
 #include <math.h>

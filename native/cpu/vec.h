@@ -289,8 +289,8 @@ static inline vf vexp2(vf y) {
 #endif
 }
 
-/* y = 2^y for y in [-126, 100], relative error under 8e-5: of four vectors side by side, for in each of these steps one alone would wait
- * for itself. */
+/* y = 2^y for y in [-126, 100], relative error under 8e-5: of four vectors side by side, for in each of these steps
+ * one alone would wait for itself. */
 static inline void vexp2_rough(vf y[4]) {
 #if VL == 16
   for (int i = 0; i < 4; i++) {

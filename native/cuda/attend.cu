@@ -1,5 +1,5 @@
-/* attend_local and attend_bulk for many queries, and what stands behind them for any number: see attend.cuh. A warp takes a
- * panel and walks its spans; the panels of a block read the same keys at about the same time and meet in L1.
+/* attend_local and attend_bulk for many queries, and what stands behind them for any number: see attend.cuh. A warp
+ * takes a panel and walks its spans; the panels of a block read the same keys at about the same time and meet in L1.
  *
  * Bytes: per panel the list's keys and values once, 4 head_dim per key; per row 8 head_dim per span for merging. */
 #include "attend.cuh"
@@ -193,8 +193,8 @@ __device__ float finished_value(const device_attention &a, int64_t row, int32_t 
   return merge_values(value, other, keep, take) * (1.0f / state.y);
 }
 
-/* Grid: row_grid of n queries, those from `first` on. Reads and writes 4 head_dim bytes per row of the attention; of a lone query with a rest it reads
- * 4 head_dim + 4 more per row and 32 pages. */
+/* Grid: row_grid of n queries, those from `first` on. Reads and writes 4 head_dim bytes per row of the attention; of
+ * a lone query with a rest it reads 4 head_dim + 4 more per row and 32 pages. */
 __global__ void finish_kernel(device_attention a, int32_t first, int32_t n, bool rounded, activation out) {
   int64_t token = first + blockIdx.x;
   write_row(out, n, rounded, block_shared<finish_shared>().partial,

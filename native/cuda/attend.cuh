@@ -1,15 +1,15 @@
 /* What prefill and decode do alike (attend.cu, attend_decode.cu): whose rows and keys, and the products of a warp.
  *
- * A panel of 16 rows of one key/value head folds spans of 128 keys with the matrix units, in decode as in prefill: in
- * decode the rows are the group's query heads, so keys and values stream once for all of them, and the unused rows of
- * the instruction cost nothing while memory is the limit. Scores need more than a half's 11 bits (they are
+ * A panel of 16 rows of one key/value head folds spans of 128 keys with the matrix units, in decode as in prefill:
+ * in decode the rows are the group's query heads, so keys and values stream once for all of them, and the unused
+ * rows of the instruction cost nothing while memory is the limit. Scores need more than a half's 11 bits (they are
  * exponentiated), so a query is the sum of two halves and costs two products; weights, in 0..1, are one half.
- * However the work is dealt out, every score, weight and output is made by the same operations in the same order: what
- * prefill and decode give is equal to the last bit.
+ * However the work is dealt out, every score, weight and output is made by the same operations in the same order:
+ * what prefill and decode give is equal to the last bit.
  *
- * Operands go from global memory to registers, 16 bytes per lane and load. The order of keys within 32 and of dimensions
- * within 32 is free as long as both sides agree, and chosen so that these 16 bytes are the lane's operands of two
- * instructions. */
+ * Operands go from global memory to registers, 16 bytes per lane and load. The order of keys within 32 and of
+ * dimensions within 32 is free as long as both sides agree, and chosen so that these 16 bytes are the lane's
+ * operands of two instructions. */
 #ifndef PYLLM_CUDA_ATTEND_CUH
 #define PYLLM_CUDA_ATTEND_CUH
 #include "blocks.cuh"
@@ -206,8 +206,8 @@ __device__ inline void multiply_values(const uint32_t (&weights)[4][4], int32_t 
   mma_f16(out, weights[2 * half + 1], second);
 }
 
-/* Merges a span into a row. What was accumulated before is to be multiplied by keep, the span's by take; written so that
- * no compiler joins products and sums in two ways: prefill and decode must give the same bits. */
+/* Merges a span into a row. What was accumulated before is to be multiplied by keep, the span's by take; written so
+ * that no compiler joins products and sums in two ways: prefill and decode must give the same bits. */
 __device__ inline float2 merge_states(float2 into, float2 span, float &keep, float &take) {
   keep = 1, take = 0;
   if (span.y == 0) return into;

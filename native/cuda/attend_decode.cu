@@ -1,6 +1,7 @@
-/* attend_local and attend_bulk for one query: see attend.cuh. Its lists have few rows and many spans, and what limits it is
- * how many bytes are under way. So a block takes a span: its warps share the keys among them, then the dimensions of the
- * values, whose loads are issued before the scores that weigh them are known. Spans are merged by a second kernel.
+/* attend_local and attend_bulk for one query: see attend.cuh. Its lists have few rows and many spans, and what
+ * limits it is how many bytes are under way. So a block takes a span: its warps share the keys among them, then the
+ * dimensions of the values, whose loads are issued before the scores that weigh them are known. Spans are merged by
+ * a second kernel.
  *
  * Bytes: the list's keys and values once per 8 rows of a group, 4 head_dim per key; per row 8 head_dim per span. */
 #include "attend.cuh"
@@ -71,8 +72,8 @@ template <int D> __device__ bool has_eight(int32_t i) {
   return (i + 1) * span_warps(D) <= D / 8 || eight_of_warp<D>(i) < D / 8; /* what is known to be so costs no test */
 }
 
-/* A step of a span, four strips: how many keys may be seen of the lane's of the first two and of the last two, and their
- * values. */
+/* A step of a span, four strips: how many keys may be seen of the lane's of the first two and of the last two, and
+ * their values. */
 template <int D> struct span_step {
   int32_t visible[2];
   uint4 values[WARP_EIGHTS<D>][2];
@@ -134,8 +135,8 @@ __device__ void leave_span(const device_attention &a, int32_t row, int32_t span,
   }
 }
 
-/* One block. row: the lane's. Behind the list's end loads repeat its last strip rather than be left out: a register that is
- * loaded in some cases only is kept for what it held before. */
+/* One block. row: the lane's. Behind the list's end loads repeat its last strip rather than be left out: a register
+ * that is loaded in some cases only is kept for what it held before. */
 template <int D>
 __device__ void fold_apart(const device_attention &a, const head_blocks &blocks, const span_item &item, int32_t row,
                            bool with_values, span_shared<D> &s) {
@@ -244,8 +245,8 @@ __global__ void __launch_bounds__(MERGE_THREADS) merge_kernel(device_attention a
   if (to.mass) *to.mass = mass_of(state);
 }
 
-/* Blocks that share the spans of all lists: enough to fill a GPU several times, few enough that those with nothing to do
- * cost little. */
+/* Blocks that share the spans of all lists: enough to fill a GPU several times, few enough that those with nothing
+ * to do cost little. */
 enum { SPAN_BLOCKS = 1024 };
 
 struct span_launch {

@@ -275,8 +275,8 @@ void begin(const backend *, attention_state *s, int32_t position, int32_t n, con
   s->staged = -1;
 }
 
-/* A layer of a split cache whose bulk many queries read: every panel of them would fetch it over the bus, so it is copied,
- * once. A few queries, of which one panel reads it, take what they need of it from where it is. */
+/* A layer of a split cache whose bulk many queries read: every panel of them would fetch it over the bus, so it is
+ * copied, once. A few queries, of which one panel reads it, take what they need of it from where it is. */
 device_layer staged_layer(const backend *be, attention_state *s, int32_t layer) {
   device_layer l = s->layers[layer];
   if (!s->a.n_recent || few_tokens(s->n) || s->policy.policy == PYLLM_WINDOW) return l;

@@ -188,8 +188,8 @@ __device__ inline void count_group(const device_attention &a, const query_tile &
 
 /* ---- the stages; each comments its launches where it is written ---- */
 
-/* rope.cu: also forgetting positions [from, end), the last ones; and filling what a split cache has on the GPU, when the
- * host's part holds n_tokens. */
+/* rope.cu: also forgetting positions [from, end), the last ones; and filling what a split cache has on the GPU, when
+ * the host's part holds n_tokens. */
 void cuda_rope_store(queue *to, const device_attention &a, const device_layer &layer, const rope_job &job, int32_t n);
 void cuda_cut(queue *to, const device_attention &a, const device_layer &layer, int32_t from, int32_t end);
 void cuda_fill_recent(queue *to, const device_attention &a, const device_layer &layer, int32_t n_tokens);

@@ -139,8 +139,8 @@ static void graph_begin(const backend *be) {
   if (!q->error) check(q, cudaStreamBeginCapture(q->stream, cudaStreamCaptureModeThreadLocal));
 }
 
-/* A failure since graph_begin is forgotten: whatever it was, such as another thread that waits for the whole device, nothing
- * has run. */
+/* A failure since graph_begin is forgotten: whatever it was, such as another thread that waits for the whole device,
+ * nothing has run. */
 static void *graph_end(const backend *be) {
   queue *q = queue_of(be);
   cudaGraph_t written = nullptr;

@@ -1,7 +1,8 @@
-/* Where a layer's KV blocks are. All of them lie at device_layer.kv. With a split cache that is the host's memory, mapped
- * for the GPU, and the sinks and the newest n_recent blocks are in the GPU's own memory besides: every key and value is
- * written there and copied at once, so what falls out of the GPU's has nothing left to copy, and after a rewind it is
- * filled up again. A prompt's queries read the bulk from a copy of it in the GPU's memory (attention.cu). */
+/* Where a layer's KV blocks are. All of them lie at device_layer.kv. With a split cache that is the host's memory,
+ * mapped for the GPU, and the sinks and the newest n_recent blocks are in the GPU's own memory besides: every key
+ * and value is written there and copied at once, so what falls out of the GPU's has nothing left to copy, and after
+ * a rewind it is filled up again. A prompt's queries read the bulk from a copy of it in the GPU's memory
+ * (attention.cu). */
 #ifndef PYLLM_CUDA_BLOCKS_CUH
 #define PYLLM_CUDA_BLOCKS_CUH
 #include "attention.cuh"

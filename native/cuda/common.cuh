@@ -52,8 +52,8 @@ template <class T> __device__ T &block_shared() {
 #endif
 }
 
-/* x, of which the compiler no longer knows where it comes from: what is added to it in a loop is added to a register, and
- * not to every part of a sum that the compiler would rather work out anew. */
+/* x, of which the compiler no longer knows where it comes from: what is added to it in a loop is added to a
+ * register, and not to every part of a sum that the compiler would rather work out anew. */
 template <class T> __device__ inline const T *opaque(const T *x) {
 #ifdef __CUDACC__
   asm("" : "+l"(x));
@@ -175,7 +175,8 @@ __device__ inline float warp_max(float x) {
   return x;
 }
 
-/* Of one value per thread, for all threads. blockDim.x: a multiple of 32. partial: (32) shared floats. Contain barriers. */
+/* Of one value per thread, for all threads. blockDim.x: a multiple of 32. partial: (32) shared floats. Contain
+ * barriers. */
 __device__ inline float block_sum(float x, float *partial) {
   int lane = threadIdx.x % WARP, warp = threadIdx.x / WARP, warps = blockDim.x / WARP;
   x = warp_sum(x);

@@ -39,14 +39,14 @@ enum { MOST_GRID_ROWS = 65535, MOST_ROWS = MOST_GRID_ROWS * 64 };
 
 extern const attention_ops cuda_attention_ops; /* attention.cu */
 
-/* The queue, at the head of every call that is no stage: whichever thread it comes from has used another GPU before. Stages
- * follow in the same thread and may be captured, which forbids that: they take queue_of. */
+/* The queue, at the head of every call that is no stage: whichever thread it comes from has used another GPU before.
+ * Stages follow in the same thread and may be captured, which forbids that: they take queue_of. */
 queue *cuda_enter(const backend *be);
 inline queue *queue_of(const backend *be) { return &((device *)be->device)->queue; }
 inline const step *step_of(const backend *be) { return ((device *)be->device)->step; }
 
-/* Memory of the host, zeroed, that kernels read and write where it is: its address on the GPU, and on the host; NULL when it
- * is refused. Freed by its address on the host, which may be NULL. */
+/* Memory of the host, zeroed, that kernels read and write where it is: its address on the GPU, and on the host; NULL
+ * when it is refused. Freed by its address on the host, which may be NULL. */
 void *cuda_alloc_mapped(const backend *be, size_t bytes, void **host);
 void cuda_free_mapped(const backend *be, void *host);
 void cuda_begin(const backend *be, int32_t position, int32_t n);

@@ -1,13 +1,13 @@
-/* Quantized weights as the matrix units take them: from where they lie into the registers of mma_f16, as halves, without
- * shared memory. The instruction takes its rows and the columns of one step in any order, so each lane has what lies
- * together: rows 2 (lane / 4) and the next of a tile stand for the fragment's rows lane / 4 and 8 more, and columns
- * 4 (lane % 4) to 4 (lane % 4) + 3 of 16 for its columns 2 (lane % 4), the next, and both of those 8 on. */
+/* Quantized weights as the matrix units take them: from where they lie into the registers of mma_f16, as halves,
+ * without shared memory. The instruction takes its rows and the columns of one step in any order, so each lane has
+ * what lies together: rows 2 (lane / 4) and the next of a tile stand for the fragment's rows lane / 4 and 8 more,
+ * and columns 4 (lane % 4) to 4 (lane % 4) + 3 of 16 for its columns 2 (lane % 4), the next, and both of those 8 on. */
 #ifndef PYLLM_CUDA_FRAGMENTS_CUH
 #define PYLLM_CUDA_FRAGMENTS_CUH
 #include "weights.cuh"
 
-/* One lane's part of a group of 32 columns of a tile, as it lies in memory; .x is of its first row, .y of the second, and
- * what is smaller has both rows in one number. */
+/* One lane's part of a group of 32 columns of a tile, as it lies in memory; .x is of its first row, .y of the
+ * second, and what is smaller has both rows in one number. */
 template <class Q> struct packed_group {
   static constexpr int FOURS = Q::NIBBLES ? 1 : 2, ABOVE = Q::HIGH_WORDS;
   uint2 fours[FOURS], above[ABOVE ? ABOVE : 1];
@@ -15,8 +15,8 @@ template <class Q> struct packed_group {
   uint32_t scale[Q::HALVES], minimum[Q::HALVES]; /* bytes */
 };
 
-/* Where a lane reads a tile, in bytes from an address that the block shares: 32 bits, for addresses are a good part of all
- * that the block computes beside products. */
+/* Where a lane reads a tile, in bytes from an address that the block shares: 32 bits, for addresses are a good part
+ * of all that the block computes beside products. */
 template <class Q> struct packed_tile {
   uint32_t scales, quants;
 
@@ -56,8 +56,8 @@ __device__ inline uint32_t halves_of_bytes(uint32_t x, int i, uint32_t offsets) 
   return subtract_halves(__byte_perm(x, offsets, i ? 0x7372u : 0x7170u), offsets);
 }
 
-/* The scales of both rows, and what is added to their weights: products of halves and bytes, rounded to halves. They are
- * multiples of 2^-24 as d is, so the rounding is relative however small they are. */
+/* The scales of both rows, and what is added to their weights: products of halves and bytes, rounded to halves. They
+ * are multiples of 2^-24 as d is, so the rounding is relative however small they are. */
 template <class Q>
 __device__ inline void group_scales(const packed_group<Q> &g, int i, uint32_t &scale, uint32_t &min) {
   scale = g.d, min = g.m;

@@ -4,8 +4,8 @@
 #define PYLLM_CUDA_LINEAR_CUH
 #include "cuda.cuh"
 
-/* linear_gemv.cu: n <= FEW_TOKENS, or float weights. gemv_quantized takes as many of the jobs, of which the first is for it,
- * as it does in one launch, and returns how many these are. */
+/* linear_gemv.cu: n <= FEW_TOKENS, or float weights. gemv_quantized takes as many of the jobs, of which the first is
+ * for it, as it does in one launch, and returns how many these are. */
 int32_t gemv_quantized(const backend *be, const activation *x, int32_t n, const linear_job *list, int32_t n_jobs);
 void gemv_floats(const backend *be, const activation *x, int32_t n, const linear_job *job);
 /* linear_gemm.cu: quantized weights, any n that is not few. */

@@ -1,7 +1,7 @@
-/* Many tokens against a quantized matrix, on the matrix units. A warp has rows of its own and dequantizes them into its
- * registers, so a weight becomes a half once per tile of tokens and never passes through shared memory; the block's warps
- * share their tokens' halves there. What comes next is on its way while the present multiplies: tokens by copies two steps
- * ahead, packed weights in registers one step ahead. */
+/* Many tokens against a quantized matrix, on the matrix units. A warp has rows of its own and dequantizes them into
+ * its registers, so a weight becomes a half once per tile of tokens and never passes through shared memory; the
+ * block's warps share their tokens' halves there. What comes next is on its way while the present multiplies: tokens
+ * by copies two steps ahead, packed weights in registers one step ahead. */
 #include "linear.cuh"
 #include "fragments.cuh"
 
@@ -17,9 +17,10 @@ enum {
   BATCH_TOKENS = WARPS * WARP / ROW_CHUNKS,      /* that the block copies at once */
 };
 
-/* What a block multiplies: 16 ROW_TILES rows per warp, TOKENS tokens, GROUPS groups of 32 columns per step. Small matrices
- * and few tokens want small blocks to fill the GPU; these have less to multiply per step, so their steps are deeper, or the
- * packed weights of the next step would come too late. BLOCKS: of a multiprocessor, which bounds the registers. */
+/* What a block multiplies: 16 ROW_TILES rows per warp, TOKENS tokens, GROUPS groups of 32 columns per step. Small
+ * matrices and few tokens want small blocks to fill the GPU; these have less to multiply per step, so their steps
+ * are deeper, or the packed weights of the next step would come too late. BLOCKS: of a multiprocessor, which bounds
+ * the registers. */
 template <int ROW_TILES_, int TOKENS_, int BLOCKS_> struct tile {
   static constexpr int ROW_TILES = ROW_TILES_, TOKENS = TOKENS_, BLOCKS = BLOCKS_;
   static constexpr int ROWS = WARPS * ROW_TILES * TILE_ROWS, TOKEN_TILES = TOKENS / 8;
@@ -35,11 +36,12 @@ struct gemm_shared {
   alignas(16) uint16_t x[STAGES][STAGE_HALVES];
 };
 
-/* Where a token's chunk of a group is: every other pair of tokens has its halves of 16 columns swapped, so that the 16 lanes
- * that read at once, 4 tokens by 4 times 8 bytes, find all 32 banks. */
+/* Where a token's chunk of a group is: every other pair of tokens has its halves of 16 columns swapped, so that the
+ * 16 lanes that read at once, 4 tokens by 4 times 8 bytes, find all 32 banks. */
 __device__ inline int chunk_at(int token, int chunk) { return (token * ROW_CHUNKS + (chunk ^ (token & 2))) * CHUNK; }
 
-/* Columns from `group` on of the block's n tokens, at x. Tokens past n are zeros, columns past the last are not copied. */
+/* Columns from `group` on of the block's n tokens, at x. Tokens past n are zeros, columns past the last are not
+ * copied. */
 template <class T>
 __device__ inline void copy_tokens(const int8_t *x, int32_t cols, int32_t n, int32_t group, uint16_t *stage) {
   int chunk = threadIdx.x % ROW_CHUNKS, first = threadIdx.x / ROW_CHUNKS;
@@ -91,8 +93,8 @@ __device__ inline void write(const matrix &w, const quantized &x, int32_t n, con
     }
 }
 
-/* The block's sums, from zero. That of an element takes its columns in order, one instruction after another, in every tile:
- * it does not depend on the tokens around. */
+/* The block's sums, from zero. That of an element takes its columns in order, one instruction after another, in
+ * every tile: it does not depend on the tokens around. */
 template <class Q, class T>
 __device__ inline void sum_products(const matrix &w, const quantized &x, int32_t n, int32_t first_row,
                                     typename T::sums &sum) {

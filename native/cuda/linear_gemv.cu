@@ -1,6 +1,6 @@
-/* A few tokens against matrices. Reads every weight once. A block of warps shares one tile of 16 rows and splits its columns,
- * so that also small matrices fill the GPU: a warp takes 256 columns at once, a lane 4 rows of 32 of them, so that it has
- * 64 bytes or more under way and needs their scales once. Lane l has rows 4 (l % 4) to 4 (l % 4) + 3. */
+/* A few tokens against matrices. Reads every weight once. A block of warps shares one tile of 16 rows and splits its
+ * columns, so that also small matrices fill the GPU: a warp takes 256 columns at once, a lane 4 rows of 32 of them,
+ * so that it has 64 bytes or more under way and needs their scales once. Lane l has rows 4 (l % 4) to 4 (l % 4) + 3. */
 #include "linear.cuh"
 #include "weights.cuh"
 

@@ -101,8 +101,8 @@ struct judge_shared {
   float square[JUDGE_WARPS][JUDGE_ROWS];
 };
 
-/* Grid (8 rows of a slot, n_kv_heads, tiles): bulk_mass of rows with a bulk. Warps share the rows of the covariance among
- * them, so that it is read once per block: 4 head_dim^2 bytes for 8 rows, in decode once for the head group. */
+/* Grid (8 rows of a slot, n_kv_heads, tiles): bulk_mass of rows with a bulk. Warps share the rows of the covariance
+ * among them, so that it is read once per block: 4 head_dim^2 bytes for 8 rows, in decode once for the head group. */
 template <int D>
 __global__ void __launch_bounds__(WARP *JUDGE_WARPS)
     judge_kernel(device_attention a, device_layer layer, device_policy policy) {

@@ -1,5 +1,6 @@
-/* The page tier: which strips of the bulk the long heads of a list read, judged by a low-bit sketch of the bulk's keys.
- * Terms and rules: cpu/pages.c; the sketch's bytes: src/sketch.h, whose words of 4 channels by token are what dp4a takes. */
+/* The page tier: which strips of the bulk the long heads of a list read, judged by a low-bit sketch of the bulk's
+ * keys. Terms and rules: cpu/pages.c; the sketch's bytes: src/sketch.h, whose words of 4 channels by token are what
+ * dp4a takes. */
 #include "blocks.cuh"
 #include "pages.cuh"
 #include "rest.cuh"
@@ -82,7 +83,8 @@ __device__ uint8_t pack_codes(const fold_shared &s, int32_t token, int32_t chann
   return (uint8_t)byte;
 }
 
-/* Into a page's planes the 16 channels at `at` of the order, all of one grade; a thread has a byte of each plane, or two. */
+/* Into a page's planes the 16 channels at `at` of the order, all of one grade; a thread has a byte of each plane, or
+ * two. */
 __device__ void pack_sixteen(const fold_shared &s, int32_t page_bits, int32_t d, int32_t at, uint8_t *page) {
   static_assert(FOLD_THREADS == STRIPS_PER_PAGE * 64, "a byte of 16 channels each");
   sketch_grade grade = grade_with(page_bits, d, at);
@@ -135,8 +137,8 @@ __device__ void fold_usual_values(const device_attention &a, const device_layer 
     make_usual_value(a, blocks.at(1 + p), queries + (int64_t)g * a.head_dim, usual_value(a, layer, g, p));
 }
 
-/* Grid (channel_parts, or of a graded sketch sketch_parts, n_kv_heads). Reads a page's keys, of a graded one twice and its
- * values, and writes its sketch once. */
+/* Grid (channel_parts, or of a graded sketch sketch_parts, n_kv_heads). Reads a page's keys, of a graded one twice
+ * and its values, and writes its sketch once. */
 __global__ void fold_kernel(device_attention a, device_layer layer, device_policy policy) {
   fold_shared &s = block_shared<fold_shared>();
   int32_t *folded = layer.sketch.folded + blockIdx.y * sketch_parts(a.head_dim) + blockIdx.x;
@@ -150,8 +152,8 @@ __global__ void fold_kernel(device_attention a, device_layer layer, device_polic
 
 /* ---- scoring ---- */
 
-/* Queries against a page's channels, in the order of its sketch: q * step rounded to 8 bits, their unit, and the part that
- * lo gives. */
+/* Queries against a page's channels, in the order of its sketch: q * step rounded to 8 bits, their unit, and the
+ * part that lo gives. */
 template <int ROWS> struct alignas(16) page_queries {
   int8_t weight[ROWS][MAX_HEAD_DIM];
   float unit[ROWS], base[ROWS];
@@ -205,8 +207,8 @@ __device__ void weigh(const float (&q)[ROWS][MAX_HEAD_DIM], const uint8_t *page,
   __syncwarp();
 }
 
-/* Channels 4 i to 4 i + 3 of the m-th sixteen of the lane's token, in bytes. low, high: the token's words of the planes, 16 words
- * from one row of them to the next. */
+/* Channels 4 i to 4 i + 3 of the m-th sixteen of the lane's token, in bytes. low, high: the token's words of the
+ * planes, 16 words from one row of them to the next. */
 template <int BITS> __device__ uint32_t codes_at(const uint32_t *low, const uint32_t *high, int32_t m, int32_t i) {
   if (BITS == 4) return low[(2 * m + i / 2) * 16] >> (i % 2 * 4) & 0x0f0f0f0fu;
   uint32_t codes = low[m * 16] >> (2 * i) & 0x03030303u;

@@ -1,5 +1,6 @@
-/* The page tier's last step in decode: from the strips' masses to the list of those that are read, one block per list. In
- * prefill these are two kernels that share the work among more blocks (pages.cu); here what counts is to start few. */
+/* The page tier's last step in decode: from the strips' masses to the list of those that are read, one block per
+ * list. In prefill these are two kernels that share the work among more blocks (pages.cu); here what counts is to
+ * start few. */
 #include "pages.cuh"
 
 namespace {
@@ -72,8 +73,8 @@ __device__ void cut_rows(const scored_list &l, const query_tile &tile, const dev
     s.wanted_above[row] = mass_of_share(cut, s.row_top[row], s.inverse[row]);
 }
 
-/* Which of the strips that this thread has in `turns` turns are wanted by a row, bit by bit; first: the block's first one.
- * Not a number counts as wanted: the safe side. */
+/* Which of the strips that this thread has in `turns` turns are wanted by a row, bit by bit; first: the block's
+ * first one. Not a number counts as wanted: the safe side. */
 __device__ uint32_t picks_of(const scored_list &l, int32_t first, int32_t turns, const pick_shared &s) {
   uint32_t picks = 0;
   for (int32_t k = 0; k < turns; k++) {
@@ -132,9 +133,9 @@ __device__ int32_t pick_strips(const scored_list &l, int32_t *strips, uint8_t *w
   return done;
 }
 
-/* Decode. Grid (n_kv_heads), a list each: what want_kernel and list_kernel do, with nothing in between. Reads the masses of
- * the list's rows, 4 bytes per strip and row, a few times, and writes 4 bytes per strip picked, with a rest one more per
- * strip. */
+/* Decode. Grid (n_kv_heads), a list each: what want_kernel and list_kernel do, with nothing in between. Reads the
+ * masses of the list's rows, 4 bytes per strip and row, a few times, and writes 4 bytes per strip picked, with a
+ * rest one more per strip. */
 __global__ void __launch_bounds__(PICK_THREADS)
     pick_kernel(device_attention a, device_layer layer, device_policy policy) {
   pick_shared &s = block_shared<pick_shared>();

@@ -9,16 +9,16 @@ struct rest_shared {
   float weight[REST_ROWS][REST_PAGES];
 };
 
-/* Estimated weight of a page's strips that are not read, beside the local mass's 1, and finite. mass, wanted: of its first
- * strip. */
+/* Estimated weight of a page's strips that are not read, beside the local mass's 1, and finite. mass, wanted: of its
+ * first strip. */
 __device__ float left_out(const float *mass, const uint8_t *wanted, float local_mass) {
   float sum = 0;
   for (int32_t s = 0; s < STRIPS_PER_PAGE; s++) sum += wanted[s] ? 0 : expf(fminf(mass[s] - local_mass, 69.0f));
   return sum;
 }
 
-/* Grid (parts of a bulk, n_kv_heads), one thread per dimension and more. Reads 2 head_dim bytes per page and up to 8 rows,
- * and 4 per strip and row, one per strip; writes 4 head_dim + 4 bytes per row. */
+/* Grid (parts of a bulk, n_kv_heads), one thread per dimension and more. Reads 2 head_dim bytes per page and up to 8
+ * rows, and 4 per strip and row, one per strip; writes 4 head_dim + 4 bytes per row. */
 __global__ void __launch_bounds__(MAX_HEAD_DIM) rest_kernel(device_attention a, device_layer layer) {
   rest_shared &s = block_shared<rest_shared>();
   int32_t n_pages = tile_at(a, 0).n_pages, part = blockIdx.x, g = blockIdx.y, head = g * group_of(a), i = threadIdx.x;

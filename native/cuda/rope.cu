@@ -77,8 +77,9 @@ __global__ void rope_kernel(device_attention a, rope_job job, device_layer layer
   store_token(block, d, at.slot, x, job.v + (token * a.n_kv_heads + g) * d);
 }
 
-/* Grid (tokens, n_kv_heads), where the cache is split: a batch's strips, when all their tokens are in the GPU's memory, to the
- * host's, over the bus in 16 bytes a thread; a strip's last token in the batch copies it, 64 head_dim bytes. */
+/* Grid (tokens, n_kv_heads), where the cache is split: a batch's strips, when all their tokens are in the GPU's
+ * memory, to the host's, over the bus in 16 bytes a thread; a strip's last token in the batch copies it, 64 head_dim
+ * bytes. */
 __global__ void copy_kernel(device_attention a, device_layer layer) {
   int32_t token = (int32_t)blockIdx.x, g = blockIdx.y, d = a.head_dim;
   token_place at = place_of(a, a.now->position + token), next = place_of(a, a.now->position + token + 1);

@@ -3,8 +3,8 @@
 #define PYLLM_CUDA_ROWS_CUH
 #include "cuda.cuh"
 
-/* One warp: group `g` of 32 columns of a row, of which each lane has one value x, to 16 bits in two planes as on the CPU
- * (kernels.h). */
+/* One warp: group `g` of 32 columns of a row, of which each lane has one value x, to 16 bits in two planes as on the
+ * CPU (kernels.h). */
 __device__ inline void round_group(const activation &a, int64_t row, int32_t g, float x) {
   int lane = threadIdx.x % WARP;
   /* 0, or NaN where x holds NaN or infinity: rounding must not hide it */
@@ -34,14 +34,14 @@ __device__ inline float power_of_two(float x) {
 
 enum { ROW_THREADS = 256 };
 
-/* The grid of a kernel that writes rows. A few tokens' rounding needs no more than 32 columns at once, so their rows are cut
- * up: a block has so many columns as threads. */
+/* The grid of a kernel that writes rows. A few tokens' rounding needs no more than 32 columns at once, so their rows
+ * are cut up: a block has so many columns as threads. */
 inline dim3 row_grid(int32_t n, int32_t cols) {
   return dim3((unsigned)n, few_tokens(n) ? (unsigned)(cols + ROW_THREADS - 1) / ROW_THREADS : 1u);
 }
 
-/* A block of row_grid's: column i of row blockIdx.x = value(i), and in the form for n tokens where `rounded`; cols % 32 == 0
- * then. partial: (32) shared floats. Contains barriers. */
+/* A block of row_grid's: column i of row blockIdx.x = value(i), and in the form for n tokens where `rounded`; cols %
+ * 32 == 0 then. partial: (32) shared floats. Contains barriers. */
 template <class F>
 __device__ inline void write_row(const activation &a, int32_t n, bool rounded, float *partial, F value) {
   int64_t row = blockIdx.x;

@@ -13,7 +13,8 @@ template <int BITS_, int GROUP_, bool SCALED_, bool HAS_MIN_> struct quants {
   static constexpr bool NIBBLES = BITS < 8;                            /* two fours of columns share bytes */
   static constexpr int HIGH_WORDS = NIBBLES ? BITS - 4 : 0; /* of a row's 32 columns: what is above their nibbles */
   static constexpr int FOURS_PER_HIGH = HIGH_WORDS ? 8 / HIGH_WORDS : 8;
-  /* Scales: halves, then where SCALED bytes, of N groups in 256 columns; of 32 columns' HALVES; behind them the minimums'. */
+  /* Scales: halves, then where SCALED bytes, of N groups in 256 columns; of 32 columns' HALVES; behind them the
+   * minimums'. */
   static constexpr int KINDS = HAS_MIN ? 2 : 1, N = 256 / GROUP, HALVES = ACT_GROUP / GROUP;
   static constexpr int D_BYTES = 2 * TILE_ROWS * KINDS;
   static constexpr int BLOCK_BYTES = D_BYTES + (SCALED ? N * TILE_ROWS * KINDS : 0); /* of 256 columns, or of 32 */
@@ -36,7 +37,8 @@ template <class F> __device__ inline bool with_format(const tile_format &f, F ca
   return true;
 }
 
-/* What the bytes of the i-th four of a row's 32 columns, i < 8, have above 4 bits, in place; word: the high one it is in. */
+/* What the bytes of the i-th four of a row's 32 columns, i < 8, have above 4 bits, in place; word: the high one it
+ * is in. */
 template <class Q> __device__ inline uint32_t above_nibble(uint32_t word, int i) {
   int at = i % Q::FOURS_PER_HIGH * Q::HIGH_WORDS;
   return (at > 4 ? word >> (at - 4) : word << (4 - at)) & (Q::HIGH_WORDS == 1 ? 0x10101010u : 0x30303030u);

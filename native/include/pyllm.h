@@ -75,8 +75,8 @@ uint64_t pyllm_file_n_tensors(const pyllm_file *file);
 /* i < n; the entries live as long as the file. */
 const pyllm_value *pyllm_file_value(const pyllm_file *file, uint64_t i);
 const pyllm_tensor *pyllm_file_tensor(const pyllm_file *file, uint64_t i);
-/* Tells models apart, other fine-tunes of the same one too: of what the file says of the architecture, and of name, type,
- * shape and some bytes of every tensor. The chat template and the tokenizer do not count. */
+/* Tells models apart, other fine-tunes of the same one too: of what the file says of the architecture, and of name,
+ * type, shape and some bytes of every tensor. The chat template and the tokenizer do not count. */
 uint64_t pyllm_file_fingerprint(const pyllm_file *file);
 /* Name of a ggml type number ("Q4_K"), or NULL when this library cannot read it. */
 const char *pyllm_type_name(int32_t type);
@@ -115,8 +115,8 @@ typedef struct pyllm_model_info {
 int32_t pyllm_model_open(const pyllm_file *file, const pyllm_model_params *params, pyllm_model **out, pyllm_error *err);
 void pyllm_model_close(pyllm_model *model);
 void pyllm_model_get_info(const pyllm_model *model, pyllm_model_info *out);
-/* Bytes that opening a model from this file will hold resident: for a check before pyllm_model_open, which refuses a file
- * that this refuses. */
+/* Bytes that opening a model from this file will hold resident: for a check before pyllm_model_open, which refuses a
+ * file that this refuses. */
 int32_t pyllm_model_memory(const pyllm_file *file, uint64_t *bytes, pyllm_error *err);
 
 /* ---- session ---- */
@@ -131,9 +131,9 @@ typedef struct pyllm_session_params {
   int32_t kv_type; /* enum pyllm_kv_type; what a saved session has, too */
 } pyllm_session_params;
 
-/* What the KV cache holds: halves; or bytes, each key's with a scale for every 32 dimensions, as blocks of Q8_0, each value's
- * with one scale. Bytes need heads of a multiple of 32 dimensions, and the CPU. Layers whose keys have biases that would round the rest
- * of a key away (above 32) have halves in either case. */
+/* What the KV cache holds: halves; or bytes, each key's with a scale for every 32 dimensions, as blocks of Q8_0,
+ * each value's with one scale. Bytes need heads of a multiple of 32 dimensions, and the CPU. Layers whose keys have
+ * biases that would round the rest of a key away (above 32) have halves in either case. */
 enum pyllm_kv_type { PYLLM_KV_F16 = 0, PYLLM_KV_Q8_0 = 1 };
 
 enum pyllm_policy { PYLLM_DENSE = 0, PYLLM_WINDOW = 1, PYLLM_STATIC = 2, PYLLM_ORACLE = 3, PYLLM_ADAPTIVE = 4 };
@@ -159,27 +159,29 @@ typedef struct pyllm_attention {
   /* (n_layers, n_kv_heads, head_dim), (n_layers, n_kv_heads, head_dim, head_dim): mean and covariance (ddof 0) of keys
    * after RoPE, from other text; both NULL: those of the bulk itself. */
   const float *means, *covariances;
-  /* What a long head reads: with page_bits 0 the whole bulk; with 2, 3 or 4, that many bits of its keys are sketched, or
-   * with PYLLM_GRADED 4 bits of a quarter of their channels and 2 of another quarter; and it reads the strips of 16 tokens
-   * whose estimated share of attention exceeds a cut: in decode for some long head of its group, in prefill for some query
-   * of its tile. The cut is page_share, of a query that is a tile by itself, as in decode, decode_share; it is halved for a
-   * query and head until the shares it leaves out sum to at most page_drop (>= 1: no bound), but at most 16 times. Query
-   * tiles share what they read, so with page_bits results depend on how a prompt is cut into batches. */
+  /* What a long head reads: with page_bits 0 the whole bulk; with 2, 3 or 4, that many bits of its keys are
+   * sketched, or with PYLLM_GRADED 4 bits of a quarter of their channels and 2 of another quarter; and it reads the
+   * strips of 16 tokens whose estimated share of attention exceeds a cut: in decode for some long head of its group,
+   * in prefill for some query of its tile. The cut is page_share, of a query that is a tile by itself, as in decode,
+   * decode_share; it is halved for a query and head until the shares it leaves out sum to at most page_drop (>= 1:
+   * no bound), but at most 16 times. Query tiles share what they read, so with page_bits results depend on how a
+   * prompt is cut into batches. */
   int32_t page_bits;
   float page_share, decode_share, page_drop;
   /* (n_layers, n_kv_heads, head_dim): each head's channels, first those that move scores most; PYLLM_GRADED. */
   const uint16_t *channels;
-  /* Of a token that is a batch by itself, under PYLLM_GRADED, one value per page stands for the page's strips that are not
-   * read, and counts page_rest, 0..1, times their estimated weight (0: nothing stands for them, as where more than 64 heads
-   * share a key/value head). It is the mean of the page's values as the usual query weighs them, the mean of the queries
-   * on other text, after RoPE: query_means (n_layers, n_kv_heads, head_dim), which PYLLM_GRADED needs whatever page_rest. */
+  /* Of a token that is a batch by itself, under PYLLM_GRADED, one value per page stands for the page's strips that
+   * are not read, and counts page_rest, 0..1, times their estimated weight (0: nothing stands for them, as where
+   * more than 64 heads share a key/value head). It is the mean of the page's values as the usual query weighs them,
+   * the mean of the queries on other text, after RoPE: query_means (n_layers, n_kv_heads, head_dim), which
+   * PYLLM_GRADED needs whatever page_rest. */
   float page_rest;
   const float *query_means;
 } pyllm_attention;
 
-/* What was decided and why, for the n tokens of one eval. Arrays of the caller, valid during the call; each may be NULL.
- * Entries are written as layers are evaluated; after a failure those of the unfinished batch mean nothing. Decisions
- * and logits are the same with a record and without. */
+/* What was decided and why, for the n tokens of one eval. Arrays of the caller, valid during the call; each may be
+ * NULL. Entries are written as layers are evaluated; after a failure those of the unfinished batch mean nothing.
+ * Decisions and logits are the same with a record and without. */
 typedef struct pyllm_record {
   const uint8_t *audit; /* (n) 1: also compute this token's true bulk masses, from all its bulk keys; NULL: none */
   /* (n_layers, n, n_heads); masses are the logsumexp of the scores over ... */

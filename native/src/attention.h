@@ -41,15 +41,16 @@ typedef struct work_list {
   int32_t n_items, n_rows, n_ranges;
 } work_list;
 
-/* What one tile reads of the bulk for one key/value head, or with a page tier for those of its heads that share a list. */
+/* What one tile reads of the bulk for one key/value head, or with a page tier for those of its heads that share a
+ * list. */
 typedef struct tile_read {
   int32_t n_strips;      /* of 4 n_pages */
   int32_t n_scored_rows; /* with a page tier: long rows scored on the sketch */
   uint64_t scored;       /* likewise: the tile's i-th query read the sketch where bit i is set */
 } tile_read;
 
-/* What stands for what the heads of a batch of one query leave out of their bulks, beside their local masses' weight of 1;
- * of a head that is not long, or leaves out nothing, no weight. */
+/* What stands for what the heads of a batch of one query leave out of their bulks, beside their local masses' weight
+ * of 1; of a head that is not long, or leaves out nothing, no weight. */
 typedef struct attention_rest {
   bool exists;
   float *weight; /* (n_heads) */

@@ -52,8 +52,8 @@ static int32_t read_arch(const pyllm_file *file, const arch **out, pyllm_error *
               gguf_show(name, size, &shown), arch_supported());
 }
 
-/* Features that would silently change results if they were ignored. A sliding window does so past its end only, of which
- * sessions take care. */
+/* Features that would silently change results if they were ignored. A sliding window does so past its end only, of
+ * which sessions take care. */
 static int32_t refuse_unsupported(const pyllm_file *file, config *c, pyllm_error *err) {
   key experts, window;
   uint32_t n_experts = 0;

@@ -1,5 +1,5 @@
-/* How heavy a head's bulk is, judged by mean and variance of its scores, and what follows from that: one small formula per
- * form, on scalars. */
+/* How heavy a head's bulk is, judged by mean and variance of its scores, and what follows from that: one small
+ * formula per form, on scalars. */
 #ifndef PYLLM_SRC_ESTIMATE_H
 #define PYLLM_SRC_ESTIMATE_H
 #include "anywhere.h"

@@ -181,8 +181,8 @@ static bool write_graph(pyllm_session *s) {
   return s->graph.stages != NULL;
 }
 
-/* One token in one launch; false where it has to be done stage by stage. Its first time after a change is: a kernel's first
- * launch may load it, which no graph can hold. */
+/* One token in one launch; false where it has to be done stage by stage. Its first time after a change is: a
+ * kernel's first launch may load it, which no graph can hold. */
 static bool token_graph(pyllm_session *s, const batch_record *record, float *logits) {
   const backend *be = &s->model->backend;
   if (!be->ops->graph_begin || !s->graph.warm || record->all || aborted(s)) return false;

@@ -20,8 +20,8 @@ ANYWHERE int32_t kv_block_start(int32_t n_sink, int32_t block) {
 ANYWHERE int32_t kv_blocks(int32_t n_ctx, int32_t n_sink) {
   return 1 + (n_ctx > n_sink ? (n_ctx - n_sink + PYLLM_PAGE - 1) / PYLLM_PAGE : 0);
 }
-/* Bytes of 16 tokens' keys and of their values, by enum pyllm_kv_type: halves; or bytes, and behind them scales f16, of keys
- * (head_dim / 32, 16) and of values (16). And of a block: 4 strips of keys, then 4 of values. */
+/* Bytes of 16 tokens' keys and of their values, by enum pyllm_kv_type: halves; or bytes, and behind them scales f16,
+ * of keys (head_dim / 32, 16) and of values (16). And of a block: 4 strips of keys, then 4 of values. */
 enum { KEY_GROUP = 32 }; /* dimensions that share a scale */
 ANYWHERE int32_t key_strip_bytes(int32_t kv_type, int32_t head_dim) {
   return PYLLM_READ_PAGE * (kv_type == PYLLM_KV_Q8_0 ? head_dim + head_dim / KEY_GROUP * 2 : 2 * head_dim);
@@ -32,9 +32,9 @@ ANYWHERE int32_t value_strip_bytes(int32_t kv_type, int32_t head_dim) {
 ANYWHERE uint64_t kv_block_bytes(int32_t kv_type, int32_t head_dim) {
   return STRIPS_PER_PAGE * (uint64_t)(key_strip_bytes(kv_type, head_dim) + value_strip_bytes(kv_type, head_dim));
 }
-/* Dimension i of token `slot` within the keys of a block of halves, and within its values, in the CPU's cache and in a saved
- * session: strips of 16 tokens, keys (head_dim / 2, 16, 2) and values (head_dim / 16, 8, 16, 2). Bytes lie likewise in
- * their strips. */
+/* Dimension i of token `slot` within the keys of a block of halves, and within its values, in the CPU's cache and in
+ * a saved session: strips of 16 tokens, keys (head_dim / 2, 16, 2) and values (head_dim / 16, 8, 16, 2). Bytes lie
+ * likewise in their strips. */
 ANYWHERE int32_t block_key_index(int32_t head_dim, int32_t slot, int32_t i) {
   return slot / 16 * 16 * head_dim + i / 2 * 32 + 2 * (slot % 16) + i % 2;
 }
@@ -76,11 +76,12 @@ ANYWHERE query_tile tile_from(int32_t n_sink, int32_t n_window, int32_t position
   return tile;
 }
 
-/* Tiles of a batch of n queries, at most: full ones, and cut ones at both ends and where the first page leaves the window. */
+/* Tiles of a batch of n queries, at most: full ones, and cut ones at both ends and where the first page leaves the
+ * window. */
 ANYWHERE int32_t most_tiles(int32_t n) { return n == 1 ? 1 : n / PYLLM_PAGE + 4; }
 
-/* Queries of a tile that a page tier scores, from the last one back: up to 16, so every 4th one of a whole tile, and all
- * of a short question, each of which may look for something else. i < attention_scored(tile). */
+/* Queries of a tile that a page tier scores, from the last one back: up to 16, so every 4th one of a whole tile, and
+ * all of a short question, each of which may look for something else. i < attention_scored(tile). */
 enum { SCORED_MOST = 16 };
 ANYWHERE int32_t attention_scored_stride(const query_tile *tile) { return (tile->n + SCORED_MOST - 1) / SCORED_MOST; }
 ANYWHERE int32_t attention_scored(const query_tile *tile) {
@@ -99,8 +100,8 @@ ANYWHERE float attention_cut(const query_tile *tile, float page_share, float dec
 /* How often such a cut is halved, at most, where it leaves out more than the policy's page_drop. */
 enum { CUT_HALVINGS = 16 };
 
-/* How many neighbouring heads of a group share a list of strips in a page tier: all where a tile has few rows of theirs, as
- * in decode, for there what is read is what costs; otherwise each has its own, for what is computed is. */
+/* How many neighbouring heads of a group share a list of strips in a page tier: all where a tile has few rows of
+ * theirs, as in decode, for there what is read is what costs; otherwise each has its own, for what is computed is. */
 enum { SHARED_ROWS = 64 };
 ANYWHERE int32_t attention_sharing(const query_tile *tile, int32_t group) {
   return (int64_t)tile->n * group <= SHARED_ROWS ? group : 1;

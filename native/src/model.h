@@ -32,8 +32,9 @@ typedef struct layer_weights {
   projection down;        /* (dim, n_ff) */
 } layer_weights;
 
-/* Largest bias beside which bytes still hold the rest of a key: with a step of a quarter. On Qwen2.5-Coder-0.5B, whose biases reach 211,
- * five layers of 24 have larger ones, and halves in these lose a 40th of what bytes everywhere do (docs/performance.md). */
+/* Largest bias beside which bytes still hold the rest of a key: with a step of a quarter. On Qwen2.5-Coder-0.5B,
+ * whose biases reach 211, five layers of 24 have larger ones, and halves in these lose a 40th of what bytes
+ * everywhere do (docs/performance.md). */
 #define WIDE_BIAS 32.0f
 
 struct pyllm_model {

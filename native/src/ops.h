@@ -35,8 +35,8 @@ typedef struct linear_job {
   float *out;
 } linear_job;
 
-/* One session's attention in the backend's hands: the KV caches of its layers, what is derived from them and counted, and
- * what the stages of a batch hand to each other. */
+/* One session's attention in the backend's hands: the KV caches of its layers, what is derived from them and
+ * counted, and what the stages of a batch hand to each other. */
 typedef struct attention_state attention_state;
 
 typedef struct rope_job {
@@ -49,11 +49,11 @@ typedef struct rope_job {
   const float *v; /* (n, n_kv_heads, head_dim) */
 } rope_job;
 
-/* The stages that work on a session's attention, and its memory. Where a pointer is not said to be the host's, it is the
- * backend's. */
+/* The stages that work on a session's attention, and its memory. Where a pointer is not said to be the host's, it is
+ * the backend's. */
 typedef struct attention_ops {
-  /* What a session's attention takes, with a sketch of page_bits: all of out but scratch_bytes, to which its share is added. Fails, as
-   * create does, for a shape that the backend has no kernels for. */
+  /* What a session's attention takes, with a sketch of page_bits: all of out but scratch_bytes, to which its share
+   * is added. Fails, as create does, for a shape that the backend has no kernels for. */
   int32_t (*memory)(const backend *be, const attention_shape *shape, int32_t page_bits, pyllm_session_memory *out,
                     pyllm_error *err);
   int32_t (*create)(const backend *be, const attention_shape *shape, attention_state **out, pyllm_error *err);
@@ -61,14 +61,16 @@ typedef struct attention_ops {
   /* Decides by this policy from now on; its arrays stay the caller's, who keeps them until the next one. On failure the
    * last one holds. */
   int32_t (*set_policy)(const backend *be, attention_state *state, const attention_policy *policy, pyllm_error *err);
-  /* Forgets positions [from, to), the last ones: zeroes their keys and values, drops moments and sketches that have them. */
+  /* Forgets positions [from, to), the last ones: zeroes their keys and values, drops moments and sketches that have
+   * them. */
   void (*cut)(const backend *be, attention_state *state, int32_t from, int32_t to);
   /* The first n KV blocks of a head, in the order of the CPU's cache (cpu/cpu.h); blocks is the host's. */
   void (*read_blocks)(const backend *be, attention_state *state, int32_t layer, int32_t kv_head, int32_t n,
                       void *blocks);
   void (*write_blocks)(const backend *be, attention_state *state, int32_t layer, int32_t kv_head, int32_t n,
                        const void *blocks);
-  /* Moments of a head's first n_pages >= 1 bulk pages, ddof 0; mean (head_dim), cov (head_dim, head_dim): the host's. */
+  /* Moments of a head's first n_pages >= 1 bulk pages, ddof 0; mean (head_dim), cov (head_dim, head_dim): the
+   * host's. */
   void (*read_moments)(const backend *be, attention_state *state, int32_t layer, int32_t kv_head, int32_t n_pages,
                        float *mean, float *cov);
   /* stats (n_layers): the host's. */
@@ -88,8 +90,8 @@ typedef struct attention_ops {
   uint64_t (*select)(const backend *be, attention_state *state, int32_t layer);
   /* Continues state and out over the bulk work list. Reads the blocks it names. */
   void (*attend_bulk)(const backend *be, attention_state *state, int32_t layer);
-  /* Fills the arrays that out has, (n, n_heads) of one layer, the host's; audit: reads the bulk keys of audited queries.
-   * Comes after attend_bulk, whose work list it overwrites. */
+  /* Fills the arrays that out has, (n, n_heads) of one layer, the host's; audit: reads the bulk keys of audited
+   * queries. Comes after attend_bulk, whose work list it overwrites. */
   void (*record)(const backend *be, attention_state *state, int32_t layer, const pyllm_record *out);
   /* out = weighted values / their weight, (n - first, n_heads * head_dim), of queries [first, n), first < n; with what
    * stands for pages. */
@@ -109,17 +111,17 @@ struct ops {
   void (*read)(const backend *be, void *to, const void *from, size_t bytes);
   /* Waits for all stages called; the first failure of anything so far, after which the backend does nothing more. */
   int32_t (*sync)(const backend *be, pyllm_error *err);
-  /* Stages called between graph_begin and graph_end are not done but written down, and done in one launch by graph_run, as
-   * often as wanted: with the same arguments, on what the memory then holds. graph_end: NULL where that failed, and
-   * nothing was done. All are NULL on a backend where starting a stage costs nothing. */
+  /* Stages called between graph_begin and graph_end are not done but written down, and done in one launch by
+   * graph_run, as often as wanted: with the same arguments, on what the memory then holds. graph_end: NULL where
+   * that failed, and nothing was done. All are NULL on a backend where starting a stage costs nothing. */
   void (*graph_begin)(const backend *be);
   void *(*graph_end)(const backend *be);
   bool (*graph_run)(const backend *be, void *graph); /* false where memory was refused, and nothing has run */
   void (*graph_free)(const backend *be, void *graph);
   /* A batch of n tokens from `position` on: what all stages after it work on. */
   void (*begin)(const backend *be, int32_t position, int32_t n);
-  /* x (n, cols) = rows `tokens` of a table in file format. table and tokens are the host's. Reads n rows. Fails where the
-   * host's memory for them is refused, and nothing is changed then. */
+  /* x (n, cols) = rows `tokens` of a table in file format. table and tokens are the host's. Reads n rows. Fails
+   * where the host's memory for them is refused, and nothing is changed then. */
   int32_t (*embed)(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
                    int32_t n, float *x, pyllm_error *err);
   /* out = RMS norm of x (n, out->cols) with weight w; both forms where `rounded`. */
@@ -136,7 +138,8 @@ struct ops {
   void (*swiglu)(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
 };
 
-/* Where alloc gave NULL: the failure of the backend, if that is why, and otherwise `refused`, of which err tells already. */
+/* Where alloc gave NULL: the failure of the backend, if that is why, and otherwise `refused`, of which err tells
+ * already. */
 static inline int32_t alloc_failure(const backend *be, int32_t refused, pyllm_error *err) {
   int32_t status = be->ops->sync(be, err);
   return status ? status : refused;

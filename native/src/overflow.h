@@ -1,5 +1,5 @@
-/* What a format does not hold becomes NaN where it arises, which every check after it sees: infinity could turn into a zero
- * on the way. */
+/* What a format does not hold becomes NaN where it arises, which every check after it sees: infinity could turn into
+ * a zero on the way. */
 #ifndef PYLLM_SRC_OVERFLOW_H
 #define PYLLM_SRC_OVERFLOW_H
 #include "anywhere.h"

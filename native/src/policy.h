@@ -34,7 +34,8 @@ typedef struct sketch_recipe {
 
 /* Whether a policy has a sketch, and other than of these page_bits made with this, n values each. */
 bool policy_needs_sketch(const attention_policy *p, size_t n, int32_t page_bits, const sketch_recipe *recipe);
-/* Copies of the policy's, where its sketch is graded; false when memory is refused, and what there is is still to be freed. */
+/* Copies of the policy's, where its sketch is graded; false when memory is refused, and what there is is still to be
+ * freed. */
 bool sketch_recipe_new(const attention_policy *p, size_t n, sketch_recipe *out);
 void sketch_recipe_free(sketch_recipe *recipe);
 /* Fails with one sentence for what no policy can be; out is owned by the caller. */

@@ -1,5 +1,6 @@
-/* The AVX-512 that the kernels use, for a processor without it: included before the kernels' sources by `make wide`, which
- * tells them that it is there. Vectors of 64 bytes are GCC's own; what the instructions do is Intel's Intrinsics Guide. */
+/* The AVX-512 that the kernels use, for a processor without it: included before the kernels' sources by `make wide`,
+ * which tells them that it is there. Vectors of 64 bytes are GCC's own; what the instructions do is Intel's
+ * Intrinsics Guide. */
 #ifndef PYLLM_EMULATED_AVX512_H
 #define PYLLM_EMULATED_AVX512_H
 #include <immintrin.h>

@@ -33,8 +33,8 @@ void hook_f32_to_f16(const float *x, uint16_t *out, int64_t n);
 
 /* ---- stages of any backend: device as in pyllm_model_params; arrays are the host's ---- */
 
-/* out: (n, cols) the norm of x (n, cols) with weight w (cols); rounded: the same as quantized weights see it, NULL where
- * cols is no multiple of 32. */
+/* out: (n, cols) the norm of x (n, cols) with weight w (cols); rounded: the same as quantized weights see it, NULL
+ * where cols is no multiple of 32. */
 int32_t hook_norm(const char *device, const char *isa, const float *x, const float *w, float eps, int32_t n,
                   int32_t cols, float *out, float *rounded, pyllm_error *err);
 
@@ -54,7 +54,8 @@ int32_t hook_linear(const char *device, const char *isa, int32_t n_threads, int3
                     int32_t rows, int32_t cols, const float *x, int32_t n, const float *bias, int32_t add, float *out,
                     float *seen, pyllm_error *err);
 
-/* x (n, cols): rows `tokens` of a table (n_rows, cols) of a type; cosine, sine (n, half) of positions from `position` on. */
+/* x (n, cols): rows `tokens` of a table (n_rows, cols) of a type; cosine, sine (n, half) of positions from
+ * `position` on. */
 int32_t hook_begin(const char *device, const char *isa, int32_t type, const void *table, int32_t cols,
                    const int32_t *tokens, int32_t n, int32_t position, const double *frequency, int32_t half,
                    float mscale, float *x, float *cosine, float *sine, pyllm_error *err);
@@ -71,8 +72,8 @@ int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyl
 int32_t hook_moments(const char *device, const char *isa, const float *k, int32_t n_pages, int32_t head_dim,
                      float *mean, float *cov, pyllm_error *err);
 
-/* sums (n, 4): kernels.sketch_sums over the sketch of a page of keys k (64, head_dim), of queries q (n <= 16, head_dim); q and
- * channels (head_dim, or NULL) in the sketch's order. */
+/* sums (n, 4): kernels.sketch_sums over the sketch of a page of keys k (64, head_dim), of queries q (n <= 16,
+ * head_dim); q and channels (head_dim, or NULL) in the sketch's order. */
 int32_t hook_sketch_sums(const char *isa, const float *k, int32_t head_dim, int32_t page_bits, const uint16_t *channels,
                          const float *q, const float *local_mass, int32_t n, float *sums, pyllm_error *err);
 
@@ -105,9 +106,9 @@ typedef struct hook_time_shape {
   float scale;
 } hook_time_shape;
 
-/* The stages of n_layers layers' attention, one after the other: rope_store, attend_local, select, attend_bulk, finish.
- * q (n, n_heads, head_dim); k (depth + n, n_kv_heads, head_dim), which are also the values. seconds (5, repeats); stats: of
- * one batch in the first layer. */
+/* The stages of n_layers layers' attention, one after the other: rope_store, attend_local, select, attend_bulk,
+ * finish. q (n, n_heads, head_dim); k (depth + n, n_kv_heads, head_dim), which are also the values. seconds (5,
+ * repeats); stats: of one batch in the first layer. */
 int32_t hook_time_attention(const char *device, int32_t n_threads, const hook_time_shape *shape,
                             const pyllm_attention *attention, const float *q, const float *k, int32_t repeats,
                             double *seconds, pyllm_layer_stats *stats, pyllm_error *err);

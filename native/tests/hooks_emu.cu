@@ -1,4 +1,5 @@
-/* Kernels with and without mistakes, for tests of the emulator itself (tests/test_emu.py). Only in the emulated library. */
+/* Kernels with and without mistakes, for tests of the emulator itself (tests/test_emu.py). Only in the emulated
+ * library. */
 #include "common.cuh"
 extern "C" {
 #include "error.h"

@@ -5,7 +5,8 @@
 
 #pragma GCC visibility push(default)
 
-/* Runs a kernel of hooks_emu.cu by name; in, out: (blocks, threads). What the emulator finds wrong is PYLLM_ERR_DEVICE. */
+/* Runs a kernel of hooks_emu.cu by name; in, out: (blocks, threads). What the emulator finds wrong is
+ * PYLLM_ERR_DEVICE. */
 int32_t hook_emu(const char *kernel, int32_t blocks, int32_t threads, const float *in, float *out, pyllm_error *err);
 /* The matrix instruction: halves as bits a (16, 16), b (16, 8), d (16, 8). */
 int32_t hook_emu_matrix(const uint16_t *a, const uint16_t *b, float *d, pyllm_error *err);

@@ -1,10 +1,10 @@
-/* Enough of CUDA for g++ to compile and run the kernels of this folder on the processor, so that they are tested where
- * there is no GPU. Blocks run one after another, the threads of a block as fibers that switch at barriers and warp
- * operations (fibers.cpp). Memory is the host's, so the address sanitizer sees every access of a kernel.
+/* Enough of CUDA for g++ to compile and run the kernels of this folder on the processor, so that they are tested
+ * where there is no GPU. Blocks run one after another, the threads of a block as fibers that switch at barriers and
+ * warp operations (fibers.cpp). Memory is the host's, so the address sanitizer sees every access of a kernel.
  *
  * Found as errors of the launch: threads that leave or wait at different lines while others wait at a barrier, warp
- * operations whose mask names a lane that does not take part, a shuffle from such a lane. Shared memory begins as NaN and
- * has exactly the launch's size. Not found: blocks that wait for each other hang. */
+ * operations whose mask names a lane that does not take part, a shuffle from such a lane. Shared memory begins as
+ * NaN and has exactly the launch's size. Not found: blocks that wait for each other hang. */
 #ifndef PYLLM_CUDA_EMU_H
 #define PYLLM_CUDA_EMU_H
 #include <cmath>

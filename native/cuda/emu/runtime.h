@@ -1,7 +1,7 @@
-/* The part of CUDA's runtime that the backend uses, over the host's memory. Streams do what they are given when they are
- * waited for, or anything is freed, so that what does not wait is found; copies within the host's memory wait for no
- * stream. While a stream is captured it only writes down. A stream that two threads use at once is an error, and so is one
- * whose device is not the thread's current one: a thread's first call has to be cudaSetDevice. */
+/* The part of CUDA's runtime that the backend uses, over the host's memory. Streams do what they are given when they
+ * are waited for, or anything is freed, so that what does not wait is found; copies within the host's memory wait
+ * for no stream. While a stream is captured it only writes down. A stream that two threads use at once is an error,
+ * and so is one whose device is not the thread's current one: a thread's first call has to be cudaSetDevice. */
 #ifndef PYLLM_CUDA_EMU_RUNTIME_H
 #define PYLLM_CUDA_EMU_RUNTIME_H
 #include <cstddef>
