@@ -40,8 +40,8 @@ class LLM:
     CPUs this process may use. device: "cpu", "cuda", "cuda:N", or "auto", a GPU where there is one that holds
     the model and a session; `device` then tells. kv: "gpu", or on a GPU "split", with all keys and values in
     the host's memory but those of the sinks, the window and a batch of tokens: for contexts that its own
-    memory does not hold. kv_type: what the KV cache holds, "f16", or on the CPU "q8_0", bytes with scales:
-    half the memory, for a loss that docs/performance.md measures. attention: for all its sessions, a policy,
+    memory does not hold. kv_type: what the KV cache holds, "f16", or on the CPU "q8_0", bytes with scales,
+    but in layers whose keys have large biases: half the memory, for a loss that docs/performance.md measures. attention: for all its sessions, a policy,
     its text form ("dense", "adaptive:0.8") or a preset of the model's profile ("conservative", "balanced",
     "aggressive", "balanced:FILE" of another profile); by default "balanced" where there is a profile, or else
     pages alone by a 3-bit sketch (`attention.UNCALIBRATED`). isa: one of `pyllm.cpus.ISAS`, by default
