@@ -41,12 +41,13 @@ class LLM:
     the model and a session; `device` then tells. kv: "gpu", or on a GPU "split", with all keys and values in
     the host's memory but those of the sinks, the window and a batch of tokens: for contexts that its own
     memory does not hold. kv_type: what the KV cache holds, "f16", or on the CPU "q8_0", bytes with scales,
-    but in layers whose keys have large biases: half the memory, for a loss that docs/performance.md measures. attention: for all its sessions, a policy,
-    its text form ("dense", "adaptive:0.8") or a preset of the model's profile ("conservative", "balanced",
-    "aggressive", "balanced:FILE" of another profile); by default "balanced" where there is a profile, or else
-    pages alone by a 3-bit sketch (`attention.UNCALIBRATED`). isa: one of `pyllm.cpus.ISAS`, by default
-    $PYLLM_ISA or the best of this processor. seed: makes the sequence of answers drawn without a seed of
-    their own repeatable. guard: what watches over attention in all its sessions, by default nothing.
+    but in layers whose keys have large biases: half the memory, for a loss that docs/performance.md measures.
+    attention: for all its sessions, a policy, its text form ("dense", "adaptive:0.8") or a preset of the
+    model's profile ("conservative", "balanced", "aggressive", "balanced:FILE" of another profile); by default
+    "balanced" where there is a profile, or else pages alone by a 3-bit sketch (`attention.UNCALIBRATED`).
+    isa: one of `pyllm.cpus.ISAS`, by default $PYLLM_ISA or the best of this processor. seed: makes the
+    sequence of answers drawn without a seed of their own repeatable. guard: what watches over attention in
+    all its sessions, by default nothing.
 
     Raises FileError, FormatError, UnsupportedError, NumericError, ArgumentError and
     InsufficientMemoryError, the last before anything is allocated. Memory is given back with the last
