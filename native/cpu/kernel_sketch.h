@@ -2,7 +2,7 @@
 #include "sketch.h"
 #include <float.h>
 
-enum { SKETCH_ROWS = 4, SKETCH_VECS = STRIP / VL }; /* at once */
+enum { SKETCH_ROWS = 4, SKETCH_VECS = STRIP / VL, SKETCH_AHEAD = 8 }; /* rows at once; pages asked for ahead */
 
 /* One channel of a page's keys. */
 static void sketch_channel(const uint16_t *keys, int32_t bits, int32_t head_dim, int32_t channel, uint16_t *lo,
@@ -24,13 +24,12 @@ static void sketch_channel(const uint16_t *keys, int32_t bits, int32_t head_dim,
 }
 
 static void put_code(uint8_t *page, const sketch_grade *grade, int32_t channel, int32_t t, uint8_t code) {
-  int32_t width = grade->bits == 4 ? 4 : 2, per_byte = 8 / width, strip = t / STRIP, at = 4 * (t % STRIP) + channel % 4,
-          quad = channel / 4;
-  uint8_t *low = page + grade->low + (strip * (grade->n / 4 / per_byte) + quad / per_byte) * 64 + at;
-  *low |= (uint8_t)((code & ((1 << width) - 1)) << (width * (quad % per_byte)));
-  if (grade->bits == 3)
-    page[grade->high + (size_t)((strip * ((grade->n + 31) / 32) + quad / 8) * 64 + at)] |=
-        (uint8_t)((code >> 2) << (quad % 8));
+  int32_t strip = t / STRIP, at = 4 * (t % STRIP) + channel % 4, quad = channel / 4, width = grade->bits == 4 ? 4 : 2,
+          per_byte = 8 / width;
+  uint8_t *low = page + grade->low + (size_t)strip * sketch_low_bytes(grade->bits, grade->n) / KV_STRIPS + at,
+          *high = page + grade->high + (size_t)strip * sketch_high_bytes(grade->bits, grade->n) / KV_STRIPS + at;
+  low[quad / per_byte * 64] |= (uint8_t)((code & ((1 << width) - 1)) << (width * (quad % per_byte)));
+  if (grade->bits == 3) high[quad / 8 * 64] |= (uint8_t)((code >> 2) << (quad % 8));
 }
 
 static uint16_t channel_mean(const uint16_t *keys, int32_t head_dim, int32_t channel) {
@@ -184,13 +183,14 @@ static inline void sketch_masses(const sketch_query *q, const strip_products pro
 static inline __attribute__((always_inline)) void sketch_rows(int rows, int page_bits, const uint8_t *page,
                                                               int32_t head_dim, const float *q, const float *local_mass,
                                                               float *sums, int64_t ld) {
-  size_t ahead = 8 * sketch_page_bytes(page_bits, head_dim), per_strip = ahead / 8 / KV_STRIPS;
+  size_t bytes = sketch_page_bytes(page_bits, head_dim), per_strip = bytes / KV_STRIPS;
+  const uint8_t *later = page + SKETCH_AHEAD * bytes;
   sketch_query queries[SKETCH_ROWS];
   strip_products products[SKETCH_ROWS][KV_STRIPS];
   sketch_weights(rows, q, local_mass, page, head_dim, sketch_channels(page_bits, head_dim), queries);
   for (int strip = 0; strip < KV_STRIPS; strip++) {
     for (size_t line = 0; line < per_strip; line += 64)
-      __builtin_prefetch(page + ahead + per_strip * (size_t)strip + line, 0, 1);
+      __builtin_prefetch(later + per_strip * (size_t)strip + line, 0, 1);
     sketch_products(rows, page_bits, page, head_dim, strip, queries, products);
   }
   for (int r = 0; r < rows; r++) sketch_masses(queries + r, products[r], sums + r * ld);

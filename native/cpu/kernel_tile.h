@@ -1,9 +1,9 @@
 /* Quantized matrix kernel: tokens against tiles of 16 weight rows, one lane per row. Part of kernels.c.
  *
- * Per group of 32 columns the products are summed exactly in 32-bit integers, and then scaled: out += x.scale * d *
- * scale * sum((q - offset) * xq) + x.scale * m * min * sum(xq). For many tokens the quants of some columns are
- * unpacked once, into a slab that stays in the first-level cache. What an output accumulates, and in which order, is
- * the same with and without. */
+ * Per group of 32 columns the products are summed exactly in 32-bit integers, and then scaled:
+ * out += x.scale * d * scale * sum((q - offset) * xq) + x.scale * m * min * sum(xq).
+ * For many tokens the quants of some columns are unpacked once, into a slab that stays in the first-level cache. What
+ * an output accumulates, and in which order, is the same with and without. */
 #include "kernels.h"
 #include "vec.h"
 
