@@ -32,7 +32,7 @@ static void rope_store(pyllm_session *s, const layer_weights *w, int32_t n, int3
                   .n_heads = c->n_heads,
                   .n_kv_heads = c->n_kv_heads,
                   .head_dim = c->head_dim,
-                  .n_sink = s->n_sink,
+                  .n_sink = s->shape.n_sink,
                   .position = s->position,
                   .cosine = b->cosine,
                   .sine = b->sine,

@@ -103,13 +103,12 @@ static void free_buffers(const backend *be, batch_buffers *b) {
   free_activation(be, &b->hidden);
 }
 
-static int32_t allocate(pyllm_session *s, const pyllm_session_params *params, pyllm_error *err) {
+static int32_t allocate(pyllm_session *s, pyllm_error *err) {
   const backend *be = &s->model->backend;
-  s->shape = shape_of(s->model, params);
-  s->tokens = malloc((size_t)s->n_ctx * sizeof *s->tokens);
-  if (!s->tokens || !new_buffers(be, &s->buffers, &s->model->config, s->n_batch))
-    return alloc_failure(be, fail(err, PYLLM_ERR_MEMORY, "memory for batches of %d tokens was refused", s->n_batch),
-                         err);
+  s->tokens = malloc((size_t)s->shape.n_ctx * sizeof *s->tokens);
+  if (!s->tokens || !new_buffers(be, &s->buffers, &s->model->config, s->shape.n_batch))
+    return alloc_failure(
+        be, fail(err, PYLLM_ERR_MEMORY, "memory for batches of %d tokens was refused", s->shape.n_batch), err);
   int32_t status = be->ops->attention->create(be, &s->shape, &s->attention, err);
   return status ? status : be->ops->attention->set_policy(be, s->attention, &s->policy, err);
 }
@@ -130,14 +129,12 @@ int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params 
   pyllm_session *s = calloc(1, sizeof *s);
   if (!s) return fail(err, PYLLM_ERR_MEMORY, "memory for a session was refused");
   s->model = model;
+  s->shape = shape_of(model, params);
   model_hold(model);
-  s->n_ctx = params->n_ctx;
-  s->n_batch = batch_within(params);
-  s->n_sink = params->n_sink;
   s->policy = (attention_policy){.policy = PYLLM_DENSE, .granularity = PYLLM_GROUP, .n_window = 1024};
   atomic_flag_clear(&s->busy);
   session_take_device(s);
-  status = allocate(s, params, err);
+  status = allocate(s, err);
   session_give_device(s);
   if (status) pyllm_session_close(s);
   else *out = s;
@@ -203,9 +200,9 @@ static int32_t check_eval(const pyllm_session *s, const int32_t *tokens, int32_t
   if (n < 1) return fail(err, PYLLM_ERR_ARGUMENT, "no tokens to evaluate");
   if (n_logits < 0 || n_logits > n)
     return fail(err, PYLLM_ERR_ARGUMENT, "logits of %d tokens asked for, with %d tokens to evaluate", n_logits, n);
-  if (n > s->n_ctx - s->position)
+  if (n > s->shape.n_ctx - s->position)
     return fail(err, PYLLM_ERR_CONTEXT, "%d tokens at position %d do not fit the context of %d tokens", n, s->position,
-                s->n_ctx);
+                s->shape.n_ctx);
   for (int32_t i = 0; i < n; i++)
     if (tokens[i] < 0 || tokens[i] >= s->model->config.n_vocab)
       return fail(err, PYLLM_ERR_ARGUMENT, "token id %d at index %d is not in the vocabulary of %d", tokens[i], i,
@@ -217,7 +214,7 @@ static int32_t eval_batches(pyllm_session *s, const int32_t *tokens, int32_t n, 
                             const pyllm_record *record, pyllm_error *err) {
   int32_t first = s->position;
   for (int32_t done = 0; done < n;) {
-    int32_t m = n - done < s->n_batch ? n - done : s->n_batch, start = s->position;
+    int32_t m = n - done < s->shape.n_batch ? n - done : s->shape.n_batch, start = s->position;
     int32_t skipped = n - n_logits - done; /* tokens of this batch that need no logits */
     int32_t wanted = skipped <= 0 ? m : skipped < m ? m - skipped : 0;
     float *out = logits + (skipped > 0 ? 0 : (int64_t)-skipped * s->model->config.n_vocab);

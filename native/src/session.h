@@ -22,7 +22,6 @@ typedef struct batch_buffers {
 
 struct pyllm_session {
   const pyllm_model *model;
-  int32_t n_ctx, n_batch, n_sink;
   attention_shape shape;
   _Atomic int32_t position; /* tokens evaluated; may be asked for while another thread evaluates */
   int32_t *tokens;          /* (n_ctx) */

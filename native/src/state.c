@@ -18,7 +18,7 @@ typedef struct state_header {
 
 /* Blocks of one head that hold the first `position` tokens. */
 static int32_t head_blocks(const pyllm_session *s, int32_t position) {
-  return position ? kv_block_of(s->n_sink, position - 1) + 1 : 0;
+  return position ? kv_block_of(s->shape.n_sink, position - 1) + 1 : 0;
 }
 
 /* The same of a layer, in bytes. */
@@ -52,7 +52,7 @@ static int32_t save(const pyllm_session *s, void *buffer, uint64_t size, pyllm_e
   int32_t status = be->ops->sync(be, err);
   if (status) return status;
   state_header h = {
-      "pyllmkv", STATE_VERSION, s->n_sink, position, s->shape.kv_type, pyllm_file_fingerprint(s->model->file), 0};
+      "pyllmkv", STATE_VERSION, s->shape.n_sink, position, s->shape.kv_type, pyllm_file_fingerprint(s->model->file), 0};
   h.checksum = checksum_bytes((unsigned char *)buffer + sizeof h, needed - sizeof h);
   memcpy(buffer, &h, sizeof h);
   return PYLLM_OK;
@@ -88,14 +88,14 @@ static int32_t check_state(const pyllm_session *s, const state_header *h, const 
                 STATE_VERSION);
   if (h->model != pyllm_file_fingerprint(s->model->file))
     return fail(err, PYLLM_ERR_FORMAT, "saved session of another model");
-  if (h->n_sink != s->n_sink)
-    return fail(err, PYLLM_ERR_FORMAT, "saved session with %d sinks, this one has %d", h->n_sink, s->n_sink);
+  if (h->n_sink != s->shape.n_sink)
+    return fail(err, PYLLM_ERR_FORMAT, "saved session with %d sinks, this one has %d", h->n_sink, s->shape.n_sink);
   if (h->kv_type != s->shape.kv_type)
     return fail(err, PYLLM_ERR_FORMAT, "saved session of kv_type %s, this one's is %s", kv_type_name(h->kv_type),
                 kv_type_name(s->shape.kv_type));
-  if (h->position < 0 || h->position > s->n_ctx)
+  if (h->position < 0 || h->position > s->shape.n_ctx)
     return fail(err, PYLLM_ERR_CONTEXT, "saved session of %d tokens does not fit the context of %d", h->position,
-                s->n_ctx);
+                s->shape.n_ctx);
   if (size != state_bytes(s, h->position))
     return fail(err, PYLLM_ERR_FORMAT, "saved session of %d tokens has %llu bytes, expected %llu", h->position,
                 (unsigned long long)size, (unsigned long long)state_bytes(s, h->position));
@@ -135,9 +135,9 @@ static int32_t moments(pyllm_session *s, int32_t layer, int32_t kv_head, int32_t
   if (layer < 0 || layer >= c->n_layers || kv_head < 0 || kv_head >= c->n_kv_heads)
     return fail(err, PYLLM_ERR_ARGUMENT, "layer %d, key/value head %d: the model has %d and %d", layer, kv_head,
                 c->n_layers, c->n_kv_heads);
-  if (n_pages < 1 || s->n_sink + (int64_t)n_pages * PYLLM_PAGE > s->position)
+  if (n_pages < 1 || s->shape.n_sink + (int64_t)n_pages * PYLLM_PAGE > s->position)
     return fail(err, PYLLM_ERR_ARGUMENT, "%d pages behind %d sinks are not all in a session at position %d", n_pages,
-                s->n_sink, s->position);
+                s->shape.n_sink, s->position);
   const backend *be = &s->model->backend;
   be->ops->attention->read_moments(be, s->attention, layer, kv_head, n_pages, mean, cov);
   return be->ops->sync(be, err);

@@ -72,7 +72,7 @@ int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyl
 int32_t hook_moments(const char *device, const char *isa, const float *k, int32_t n_pages, int32_t head_dim,
                      float *mean, float *cov, pyllm_error *err);
 
-/* sums (n, 4): kernels.sketch_sums over the sketch of a page of keys k (64, head_dim), of queries q (n <= 16,
+/* sums (n, 4): kernels.sketch_sums over the sketch of a page of keys k (64, head_dim), of queries q (n,
  * head_dim); q and channels (head_dim, or NULL) in the sketch's order. */
 int32_t hook_sketch_sums(const char *isa, const float *k, int32_t head_dim, int32_t page_bits, const uint16_t *channels,
                          const float *q, const float *local_mass, int32_t n, float *sums, pyllm_error *err);
