@@ -42,6 +42,8 @@ class LLM:
     the host's memory but those of the sinks, the window and a batch of tokens: for contexts that its own
     memory does not hold. kv_type: what the KV cache holds, "f16", or on the CPU "q8_0", bytes with scales,
     but in layers whose keys have large biases: half the memory, for a loss that docs/performance.md measures.
+    activation_bits: what activations are rounded to on their way into quantized weights, 16, or on the CPU 8
+    where these have at most 5 and the loss is least (docs/performance.md): prompts are read faster.
     attention: for all its sessions, a policy, its text form ("dense", "adaptive:0.8") or a preset of the
     model's profile ("conservative", "balanced", "aggressive", "balanced:FILE" of another profile); by default
     "balanced" where there is a profile, or else pages alone by a 3-bit sketch (`attention.UNCALIBRATED`).
@@ -64,6 +66,7 @@ class LLM:
         device: str = "auto",
         kv: str = "gpu",
         kv_type: str = "f16",
+        activation_bits: int = 16,
         attention: Policy | str | None = None,
         isa: str | None = None,
         seed: int | None = None,
@@ -76,6 +79,7 @@ class LLM:
         self.tokenizer = self._open_tokenizer()
         threads = default_threads() if n_threads is None else _whole("n_threads", n_threads, 1, MAX_THREADS)
         self.kv_type = _one_of("kv_type", kv_type, _native.KV_TYPES)
+        self.activation_bits = _bits(activation_bits)
         isa = isa or os.environ.get("PYLLM_ISA") or None
         try:
             self._open_model(choose(device, self._file), kv, threads, isa)
@@ -233,8 +237,10 @@ class LLM:
         attention: Policy | str | None = None,
         guard: Guard | None = None,
         kv_type: str | None = None,
+        activation_bits: int | None = None,
     ) -> Session:
-        """A new, empty session; by default with the model's context, attention, guard and kv_type.
+        """A new, empty session; by default with the model's context, attention, guard, kv_type and
+        activation_bits.
 
         Raises InsufficientMemoryError with the numbers where its KV cache would not fit, and FileError where
         the guard's log cannot be written.
@@ -245,6 +251,7 @@ class LLM:
             n_batch=self.n_batch,
             split=self.kv == "split",
             kv_type=self.kv_type if kv_type is None else _one_of("kv_type", kv_type, _native.KV_TYPES),
+            activation_bits=_bits(self.activation_bits if activation_bits is None else activation_bits),
             attention=self.attention if attention is None else self.policy(attention),
             policy=self.policy,
             guard=guard or self.guard,
@@ -259,7 +266,9 @@ class LLM:
     def session_memory(self, n_ctx: int) -> int:
         """Bytes of the device's memory that a session with a context of n_ctx tokens needs."""
         window = min(self.attention.window, n_ctx) if self.kv == "split" else 0
-        params = _native.SessionParams(n_ctx, self.n_batch, self.attention.sinks, window, self.kv_type)
+        params = _native.SessionParams(
+            n_ctx, self.n_batch, self.attention.sinks, window, self.kv_type, self.activation_bits
+        )
         return _native.session_memory(self._model, params, self.attention.sketch).total
 
     @property
@@ -391,6 +400,12 @@ def _kv(kv: str, device: str) -> str:
 def _one_of(name: str, value: Any, known: Collection[str]) -> str:
     if not isinstance(value, str) or value not in known:
         raise ArgumentError(f"{name}: expected {' or '.join(map(repr, known))}, got {value!r}")
+    return value
+
+
+def _bits(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value not in (8, 16):
+        raise ArgumentError(f"activation_bits: expected 16 or 8, got {value!r}")
     return value
 
 

@@ -40,7 +40,7 @@ class Session:
     """Made by `LLM.session()`. Safe to use from several threads: a second one waits for the first.
 
     n_ctx: tokens it can hold. split: keys and values of a GPU's session lie in the host's memory but for the
-    sinks, the window and a batch. kv_type: what keys and values are kept as, "f16" or "q8_0". policy: finds
+    sinks, the window and a batch. kv_type, activation_bits: as of `LLM`. policy: finds
     the policy that a text stands for. `revision` changes with the contents, so that whoever goes on where
     they left off can tell that nobody else was there meanwhile. identity: of the model, for the guard's log.
     """
@@ -53,6 +53,7 @@ class Session:
         n_batch: int,
         split: bool = False,
         kv_type: str = "f16",
+        activation_bits: int = 16,
         attention: Policy,
         policy: Callable[[Policy | str], Policy],
         guard: Guard | None = None,
@@ -68,6 +69,7 @@ class Session:
         self._policy = policy
         self._kv_window = min(attention.window, n_ctx) if split else 0
         self.kv_type = kv_type
+        self.activation_bits = activation_bits
         self._attention = attention
         self._require_memory()
         self._native = _native.NativeSession(model, self._params(n_ctx))
@@ -81,7 +83,9 @@ class Session:
         self.guard = guard
 
     def _params(self, n_ctx: int) -> _native.SessionParams:
-        return _native.SessionParams(n_ctx, self.n_batch, self.sinks, self._kv_window, self.kv_type)
+        return _native.SessionParams(
+            n_ctx, self.n_batch, self.sinks, self._kv_window, self.kv_type, self.activation_bits
+        )
 
     def _require_memory(self) -> None:
         self._require(self._model.device, self.memory_needed)

@@ -42,7 +42,7 @@ def linear(
     data = np.ascontiguousarray(weights).view(np.uint8).reshape(-1)
     check(
         lib.hook_linear(
-            b"cuda", ffi.NULL, 1, kind.value, ffi.from_buffer(data), rows, cols, floats(x), n,
+            b"cuda", ffi.NULL, 1, kind.value, ffi.from_buffer(data), rows, cols, floats(x), n, 16,
             ffi.NULL if bias is None else floats(bias), onto is not None, floats(out), floats(seen), err,
         ),
         err,

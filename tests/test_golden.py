@@ -46,14 +46,18 @@ def why_no_gpu() -> str:
 
 
 GPU = pytest.param("cuda", marks=pytest.mark.skipif(bool(why_no_gpu()), reason=why_no_gpu()))
-PATHS = [*(pytest.param(isa, marks=pytest.mark.slow) for isa in ISAS[:-1]), ISAS[-1], GPU]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "cuda": {"device": "cuda"},
+    "8 bits": {"device": "cpu", "activation_bits": 8},
+}
+PATHS = [*(pytest.param(isa, marks=pytest.mark.slow) for isa in ISAS[:-1]), ISAS[-1], "8 bits", GPU]
 
 
 @pytest.mark.parametrize("path", PATHS)
 def test_greedy(default_model: Path, path: str) -> None:
-    """On the CPU with every instruction set, and on a GPU where there is one."""
-    device, isa = ("cuda", None) if path == "cuda" else ("cpu", path)
-    llm = LLM(default_model, attention=Dense(), device=device, isa=isa)
+    """On the CPU with every instruction set and activations of 8 bits, and on a GPU where there is one."""
+    options = OPTIONS.get(path, {"device": "cpu", "isa": path})
+    llm = LLM(default_model, attention=Dense(), **options)
     agreed = total = 0
     for case in GOLDEN["greedy"]:
         session = llm.session()

@@ -407,7 +407,7 @@ class TestForward:
         assert matrix.quantized == (kind in QUANTIZED)
         assert matrix.values.shape == (64, 256)
         assert 0.05 < matrix.values.std() < 0.08
-        exact = model.forward(tiny, TOKENS, round_activations=False).logits
+        exact = model.forward(tiny, TOKENS, activation_bits=None).logits
         rounded = model.forward(tiny, TOKENS).logits
         assert np.array_equal(exact, rounded) == (kind not in QUANTIZED)
         np.testing.assert_allclose(rounded, exact, atol=0.02)
@@ -539,11 +539,11 @@ def test_default_model_agrees_with_llama_cpp() -> None:
     assert len(short) == 4
     for case in short:
         ids, log_p = np.array(case["next_logprobs_top20"]).T
-        for round_activations in (True, False):
-            result = model.forward(default, case["prompt_ids"], None, 1, round_activations)
+        for bits in (16, 8, None):
+            result = model.forward(default, case["prompt_ids"], None, 1, bits)
             log_q = log_softmax(result.logits[0].astype(np.float64))
             kl = kl_with_rest(log_p, log_q[ids.astype(int)])
-            print(f"{case['prompt']!r}: KL {kl:.4f} nats, activations rounded: {round_activations}")
+            print(f"{case['prompt']!r}: KL {kl:.4f} nats, activations of {bits or 32} bits")
             assert kl <= 0.02
             assert np.argmax(log_q) == case["continuation_ids"][0]
 

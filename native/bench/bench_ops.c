@@ -35,7 +35,8 @@ typedef struct kernel_run {
   double work;                       /* multiply-adds of one call and row */
   size_t piece_bytes, weights_bytes; /* of one call; of everything a thread goes over */
   thread_data threads[BENCH_MAX_THREADS];
-  quantized x; /* (TOKENS, COLS) */
+  quantized x; /* (TOKENS, COLS), what is multiplied */
+  quantized x16, x8;
   float *values;
 } kernel_run;
 
@@ -183,7 +184,11 @@ static void bench_tiles(report *to, kernel_run *run, size_t bytes) {
       fill_tiles(run, bytes, to->o->threads);
       run->piece_bytes *= n_tiles;
       run->work = COLS * tile_rows(run);
+      run->x = run->x16;
       measure(to, run, "tile_gemm", type->name, true, prefill, run_tile);
+      if (!takes_bytes(&run->format)) continue;
+      run->x = run->x8;
+      measure(to, run, "tile_gemm_8", type->name, true, prefill, run_tile);
     }
   }
 }
@@ -227,20 +232,26 @@ static void bench_sketches(report *to, kernel_run *run) {
     }
 }
 
+static quantized new_quantized(int32_t bits) {
+  size_t n = (size_t)TOKENS * COLS;
+  return (quantized){bits, bench_alloc(n * (size_t)bits / 8), bench_alloc(n / (size_t)act_group(bits) * sizeof(float)),
+                     bench_alloc(n / ACT_HALF * sizeof(int32_t)), bench_alloc(n / ACT_HALF * sizeof(float))};
+}
+
 static void fill_activations(kernel_run *run) {
   size_t n = (size_t)TOKENS * COLS;
   run->values = bench_alloc(n * sizeof(float));
-  run->x = (quantized){bench_alloc(2 * n), bench_alloc(n / ACT_GROUP * sizeof(float)),
-                       bench_alloc(n / ACT_HALF * sizeof(int32_t)), bench_alloc(n / ACT_HALF * sizeof(float))};
+  run->x16 = new_quantized(16);
+  run->x8 = new_quantized(8);
   uint32_t random = 1;
   for (size_t i = 0; i < n; i++) {
     random = random * 1664525u + 1013904223u;
     run->values[i] = (float)(random >> 8) * 0x1p-24f - 0.5f;
   }
-  for (size_t t = 0; t < TOKENS; t++)
-    run->kernels->quantize(run->values + t * COLS, COLS, run->x.planes + 2 * t * COLS,
-                           run->x.scale + t * COLS / ACT_GROUP, run->x.sum + t * COLS / ACT_HALF,
-                           run->x.product + t * COLS / ACT_HALF);
+  for (int t = 0; t < TOKENS; t++) {
+    quantized rows[] = {quantized_after(&run->x16, COLS, t), quantized_after(&run->x8, COLS, t)};
+    for (int i = 0; i < 2; i++) run->kernels->quantize(run->values + (size_t)t * COLS, COLS, &rows[i]);
+  }
 }
 
 int main(int argc, char **argv) {

@@ -181,8 +181,8 @@ static void record(const backend *be, attention_state *a, int32_t layer, const p
   cpu_record(be, &a->batch, &a->layers[layer], &a->policy, out);
 }
 
-static void finish(const backend *be, attention_state *a, int32_t first, bool rounded, activation *out) {
-  cpu_finish(be, &a->batch, first, rounded, out);
+static void finish(const backend *be, attention_state *a, int32_t first, int32_t bits, activation *out) {
+  cpu_finish(be, &a->batch, first, bits, out);
 }
 
 const attention_ops cpu_attention_ops = {

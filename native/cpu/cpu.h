@@ -124,7 +124,7 @@ void cpu_angles(const backend *be, const double *frequency, int32_t half, float 
                 float *cosine, float *sine);
 int32_t cpu_embed(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
                   int32_t n, float *x, pyllm_error *err);
-void cpu_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out);
+void cpu_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, int32_t bits, activation *out);
 void cpu_linear(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs);
 void cpu_rope_store(const backend *be, const rope_job *job, int32_t n, layer_cache *cache);
 void cpu_attend_local(const backend *be, attention_batch *b, const layer_cache *cache);
@@ -133,9 +133,9 @@ void cpu_select(const backend *be, attention_batch *b, const layer_cache *cache,
                 int32_t layer);
 void cpu_record(const backend *be, attention_batch *b, const layer_cache *cache, const attention_policy *policy,
                 const pyllm_record *out);
-void cpu_finish(const backend *be, const attention_batch *b, int32_t first, bool rounded, activation *out);
+void cpu_finish(const backend *be, const attention_batch *b, int32_t first, int32_t bits, activation *out);
 bool cpu_finite(const backend *be, const float *x, int64_t n);
-void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
+void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n, int32_t bits, activation *out);
 
 /* scratch.c: memory that the attention stages of one session work in; NULL when it is refused. */
 void *cpu_scratch_new(const backend *be, const attention_shape *shape);

@@ -40,35 +40,75 @@ static inline void store_q(vi q, int8_t *planes) {
 #endif
 }
 
-/* 16 values times inverse, rounded; returns their sum. */
-static inline int32_t round_half_group(const float *x, float inverse, int8_t *planes) {
+/* 16 values times inverse, rounded into the first columns of `planes`; returns sums of them. */
+static inline __attribute__((always_inline)) vf round_half_group(int32_t bits, const float *x, float inverse,
+                                                                 int8_t *planes) {
   vi sum = viset(0);
   for (int i = 0; i < ACT_HALF; i += VL) {
     vi q = vround(vload(x + i) * inverse);
-    store_q(q, planes + 2 * i);
+    if (bits == 8) vstore_i8(planes + i, q);
+    else store_q(q, planes + 2 * i);
     sum += q;
   }
-  int32_t total = 0;
-  for (int lane = 0; lane < VL; lane++) total += sum[lane];
-  return total;
+  return __builtin_convertvector(sum, vf); /* exact */
 }
 
-static void quantize(const float *x, int32_t cols, int8_t *planes, float *scale, int32_t *sum, float *product) {
-  for (int32_t g = 0; g < cols / ACT_GROUP; g++, x += ACT_GROUP, planes += 2 * ACT_GROUP) {
-    scale[g] = vlargest(x, ACT_GROUP) / ACT_MAX;
-    if (scale[g] != scale[g]) {
-      memset(planes, 0, 2 * ACT_GROUP);
-      sum[2 * g] = sum[2 * g + 1] = 0;
-      product[2 * g] = product[2 * g + 1] = scale[g];
-      continue;
+/* Of 4 groups that share a scale, n of which there are, the largest |x|: NaN where one is NaN or infinite, which
+ * rounding must not hide. */
+static inline __attribute__((always_inline)) void largest_of_groups(const float *x, int32_t group, int n,
+                                                                    float most[4]) {
+  vf top[4] = {0}, poison[4] = {0}; /* 0 or NaN */
+  float not_finite[4];
+  for (int g = 0; g < n; g++)
+    for (int32_t i = g * group; i < (g + 1) * group; i += VL) {
+      top[g] = vmax(top[g], (vf)((vi)vload(x + i) & INT32_MAX));
+      poison[g] += vload(x + i) * 0.0f;
     }
+  vmax4(top, most);
+  vsum4(poison, not_finite);
+  for (int g = 0; g < 4; g++) most[g] += not_finite[g];
+}
+
+/* The first n <= 4 groups, side by side: most steps of one would wait for themselves. */
+static inline __attribute__((always_inline)) void round_groups(int32_t bits, const float *x, int n,
+                                                               const quantized *out) {
+  int32_t group = act_group(bits), halves = group / ACT_HALF;
+  float scale[4], inverse[4];
+  largest_of_groups(x, group, n, scale);
+  for (int g = 0; g < 4; g++) {
+    scale[g] /= bits == 8 ? ACT_MAX8 : ACT_MAX;
     if (scale[g] < FLT_MIN) scale[g] = 0; /* its inverse would overflow */
-    float inverse = scale[g] > 0 ? 1.0f / scale[g] : 0.0f;
-    for (int h = 0; h < 2; h++) {
-      sum[2 * g + h] = round_half_group(x + h * ACT_HALF, inverse, planes + 2 * h * ACT_HALF);
-      product[2 * g + h] = scale[g] * (float)sum[2 * g + h];
-    }
+    inverse[g] = scale[g] > 0 ? 1.0f / scale[g] : 0.0f;
   }
+  memcpy(out->scale, scale, (size_t)n * sizeof *scale);
+  vf sums[8] = {0};
+  float sum[8];
+  for (int h = 0; h < n * halves; h++)
+    sums[h] = round_half_group(bits, x + h * ACT_HALF, inverse[h / halves], out->planes + h * ACT_HALF * bits / 8);
+  vsum4(sums, sum);
+  if (halves == 2) vsum4(sums + 4, sum + 4);
+  for (int h = 0; h < n * halves; h++) {
+    float of = scale[h / halves];
+    out->sum[h] = of == of ? (int32_t)sum[h] : 0;
+    out->product[h] = of == of ? of * sum[h] : of;
+  }
+}
+
+static inline __attribute__((always_inline)) void quantize_to(int32_t bits, const float *x, int32_t cols,
+                                                              const quantized *out) {
+  int32_t group = act_group(bits), n = cols / group, g = 0;
+  for (; g + 4 <= n; g += 4) {
+    quantized to = quantized_after(out, group, g);
+    round_groups(bits, x + g * group, 4, &to);
+  }
+  if (g == n) return;
+  quantized to = quantized_after(out, group, g);
+  round_groups(bits, x + g * group, n - g, &to);
+}
+
+static void quantize(const float *x, int32_t cols, const quantized *out) {
+  if (out->bits == 8) quantize_to(8, x, cols, out);
+  else quantize_to(16, x, cols, out);
 }
 
 static void swiglu(const float *gate, const float *up, int32_t n, float *y) {

@@ -14,8 +14,8 @@ enum {
   SLAB_FROM = 4    /* tokens from which unpacking first is worth it */
 };
 
-/* What quants are multiplied as: with VNNI bytes, with either plane of the activations apart; otherwise words, with
- * whole activations. And how many tiles and tokens at once: each pair of them holds its sums in registers. */
+/* What quants are multiplied as with activations of 16 bits: with VNNI bytes, with either plane apart; otherwise words,
+ * with whole activations. And how many tiles and tokens at once: each pair of them holds its sums in registers. */
 #if defined(__AVX512VNNI__)
 enum { TILE_WORDS = 0, SLAB_TILES = 2, SLAB_TOKENS = 4 };
 #elif VL == 16
@@ -28,6 +28,18 @@ enum { TILE_WORDS = 1, SLAB_TILES = 1, SLAB_TOKENS = 1 };
 
 enum { TILE_SUMS = TILE_WORDS ? 1 : 2, VEC_BYTES = 4 * VL, FOUR_BYTES = (TILE_WORDS ? 2 : 1) * 4 * TILE_ROWS };
 
+/* A weight format (kernels.h) with activations of 16 bits or, narrow, of 8: the constants of an instance. */
+typedef struct tile_product {
+  int32_t bits, group, offset;
+  bool scaled, has_min, narrow;
+} tile_product;
+
+/* Whether quants are unpacked to words. */
+static inline bool in_words(tile_product f) { return f.narrow ? VL == 4 : TILE_WORDS; }
+
+/* Sums that a group of 32 columns has: one where weights and activations have one scale each. */
+static inline int sums_of_group(tile_product f) { return f.group == 16 || f.narrow ? 2 : 1; }
+
 /* 4 columns of all 16 rows: per vector of rows their bytes, or the words of columns 0 and 2 and then of 1 and 3. */
 typedef uint8_t four_columns[FOUR_BYTES];
 
@@ -36,7 +48,7 @@ typedef struct group_scales {
   vf scale[2][TILE_VECS], min[2][TILE_VECS];
 } group_scales;
 
-static inline __attribute__((always_inline)) void load_scales(tile_format f, const uint8_t *scales, int32_t group,
+static inline __attribute__((always_inline)) void load_scales(tile_product f, const uint8_t *scales, int32_t group,
                                                               group_scales *out) {
   int halves = f.group == 16 ? 2 : 1;
   int minimum = f.has_min ? 2 : 1;
@@ -65,7 +77,7 @@ static inline __attribute__((always_inline)) void load_scales(tile_format f, con
 
 /* Quants of columns 4 i to 4 i + 3, i < 8, of VL rows from byte `at` on: of the bytes that `ones` has a 1 for, moved
  * down by `by` bits. */
-static inline __attribute__((always_inline)) vwords unpack(tile_format f, const uint8_t *group, int i, int at, int by,
+static inline __attribute__((always_inline)) vwords unpack(tile_product f, const uint8_t *group, int i, int at, int by,
                                                            uint16_t ones) {
   vwords w = (vwords)vload_bytes(group + (f.bits < 8 ? i % 4 : i) * 4 * TILE_ROWS + at);
   if (f.bits == 8) return w >> by & (uint16_t)(255 * ones);
@@ -76,11 +88,11 @@ static inline __attribute__((always_inline)) vwords unpack(tile_format f, const 
   return q | ((down > 0 ? above >> down : above << -down) & (uint16_t)((f.bits == 6 ? 0x30 : 0x10) * ones));
 }
 
-static inline __attribute__((always_inline)) void load_quants(tile_format f, const uint8_t *group, int i,
+static inline __attribute__((always_inline)) void load_quants(tile_product f, const uint8_t *group, int i,
                                                               four_columns out) {
   for (int v = 0; v < TILE_VECS; v++) {
     int at = VEC_BYTES * v;
-    if (TILE_WORDS) {
+    if (in_words(f)) {
       vwords even = unpack(f, group, i, at, 0, 0x0001), odd = unpack(f, group, i, at, 8, 0x0001);
       memcpy(out + 2 * at, &even, sizeof even);
       memcpy(out + 2 * at + VEC_BYTES, &odd, sizeof odd);
@@ -91,14 +103,19 @@ static inline __attribute__((always_inline)) void load_quants(tile_format f, con
   }
 }
 
-/* acc with the products of a vector of quants, from half_of, and activations in words, or one plane of them. */
-static inline vi add_products(vi acc, vbytes w, int32_t x) {
-  return TILE_WORDS ? dot_words(acc, w, x) : dot_bytes(acc, w, x);
+/* Four columns are multiplied in this many steps: either half of them in words, either plane in bytes, or at once. */
+static inline int steps_of_four(tile_product f) { return f.narrow && !in_words(f) ? 1 : 2; }
+
+/* What step p multiplies of one vector of rows, and of a token's activations. */
+static inline vbytes step_of_quants(tile_product f, const uint8_t *four, int v, int p) {
+  return vload_bytes(four + VEC_BYTES * (in_words(f) ? 2 * v + p : v));
 }
 
-/* Of one vector of rows half of the four columns, in words; in bytes all four, for either plane of the activations. */
-static inline vbytes half_of(const uint8_t *four, int v, int half) {
-  return vload_bytes(four + VEC_BYTES * (TILE_WORDS ? 2 * v + half : v));
+static inline int32_t step_of_token(tile_product f, const int8_t *four, int p) {
+  if (f.narrow && in_words(f)) return (int32_t)((uint16_t)four[p] | (uint32_t)four[p + 2] << 16);
+  int32_t step;
+  memcpy(&step, four + 4 * p, sizeof step);
+  return step;
 }
 
 /* Two neighbouring tiles; the same one twice where there is one. */
@@ -123,12 +140,12 @@ typedef vi tile_sums[TILE_SUMS][SLAB_TOKENS][SLAB_TILES][TILE_VECS]; /* whole, o
 typedef vf tile_totals[SLAB_TILES][TILE_VECS];                       /* of one token */
 
 /* Sums of the products of n fours of columns with the activations. quants: (n, SLAB_TILES). x: of the first token. */
-static inline __attribute__((always_inline)) void sum_products(int tiles, int tokens, int n,
+static inline __attribute__((always_inline)) void sum_products(int tiles, int tokens, tile_product f, int n,
                                                                const four_columns (*quants)[SLAB_TILES],
-                                                               const int8_t *x, int64_t cols, tile_sums sum) {
+                                                               const int8_t *x, int64_t row_bytes, tile_sums sum) {
   const int8_t *token[SLAB_TOKENS];
   for (int t = 0; t < tokens; t++) {
-    token[t] = x + 2 * t * cols;
+    token[t] = x + t * row_bytes;
     KEEP_POINTER(token[t]);
   }
   for (int p = 0; p < TILE_SUMS; p++)
@@ -137,73 +154,74 @@ static inline __attribute__((always_inline)) void sum_products(int tiles, int to
         for (int v = 0; v < TILE_VECS; v++) sum[p][t][k][v] = viset(0);
 #pragma GCC unroll 8
   for (int i = 0; i < n; i++)
-    for (int p = 0; p < 2; p++) {
+    for (int p = 0; p < steps_of_four(f); p++) {
       vbytes w[SLAB_TILES][TILE_VECS];
       for (int k = 0; k < tiles; k++)
-        for (int v = 0; v < TILE_VECS; v++) w[k][v] = half_of(quants[i][k], v, p);
+        for (int v = 0; v < TILE_VECS; v++) w[k][v] = step_of_quants(f, quants[i][k], v, p);
       for (int t = 0; t < tokens; t++) {
-        int32_t half;
-        memcpy(&half, token[t] + 8 * i + 4 * p, sizeof half);
+        int32_t step = step_of_token(f, token[t] + i * (f.narrow ? 4 : 8), p);
         for (int k = 0; k < tiles; k++)
           for (int v = 0; v < TILE_VECS; v++) {
             vi *to = &sum[p % TILE_SUMS][t][k][v];
-            *to = add_products(*to, w[k][v], half);
+            *to = in_words(f) ? dot_words(*to, w[k][v], step) : dot_bytes(*to, w[k][v], step);
           }
       }
     }
 }
 
+/* Token t's sum of rows v of tile k, whole: below 2^29. */
+static inline __attribute__((always_inline)) vi whole_sum(tile_product f, tile_sums sum, int t, int k, int v) {
+  if (in_words(f)) return sum[0][t][k][v];
+  return f.narrow ? dot_sum(sum[0][t][k][v]) : (sum[0][t][k][v] << 8) + sum[1 % TILE_SUMS][t][k][v];
+}
+
 /* Adds group g of the activations times its quants, or half of both, to the tokens' totals. */
-static inline __attribute__((always_inline)) void add_group(int tiles, int tokens, tile_format f, int32_t g, int half,
+static inline __attribute__((always_inline)) void add_group(int tiles, int tokens, tile_product f, int32_t g, int half,
                                                             const four_columns (*quants)[SLAB_TILES],
                                                             const group_scales *s, const slab_rows *r,
                                                             tile_totals *total) {
-  int halves = f.group == 16 ? 2 : 1, n = 8 / halves;
+  int halves = sums_of_group(f), n = 8 / halves, x_group = f.narrow ? ACT_HALF : ACT_GROUP;
+  int own = f.group == 16 ? half : 0; /* whose scales and minima the weights have */
+  int64_t column = (int64_t)g * ACT_GROUP + half * ACT_HALF, bytes = f.narrow ? 1 : 2;
   tile_sums sum;
-  sum_products(tiles, tokens, n, quants + half * n, r->x.planes + ((int64_t)g * ACT_GROUP + half * ACT_HALF) * 2,
-               r->cols, sum);
+  sum_products(tiles, tokens, f, n, quants + half * n, r->x.planes + column * bytes, r->cols * bytes, sum);
   for (int t = 0; t < tokens; t++) {
     const int32_t *sums = r->x.sum + (int64_t)t * (r->cols / ACT_HALF) + 2 * g;
     const float *product = r->x.product + (int64_t)t * (r->cols / ACT_HALF) + 2 * g;
     vi start = viset(-f.offset * (halves == 2 ? sums[half] : sums[0] + sums[1]));
     vf minimum = vset(halves == 2 ? product[half] : product[0] + product[1]);
-    vf scale = vset(r->x.scale[(int64_t)t * (r->cols / ACT_GROUP) + g]);
+    vf scale = vset(r->x.scale[(int64_t)t * (r->cols / x_group) + column / x_group]);
     for (int k = 0; k < tiles; k++)
       for (int v = 0; v < TILE_VECS; v++) {
-        vi q = sum[0][t][k][v]; /* below 2^29 */
-        if (!TILE_WORDS) q = (q << 8) + sum[1 % TILE_SUMS][t][k][v];
+        vi q = whole_sum(f, sum, t, k, v);
         if (!f.has_min) q += start;
-        total[t][k][v] += __builtin_convertvector(q, vf) * (s[k].scale[half][v] * scale);
-        if (f.has_min) total[t][k][v] += s[k].min[half][v] * minimum;
+        total[t][k][v] += __builtin_convertvector(q, vf) * (s[k].scale[own][v] * scale);
+        if (f.has_min) total[t][k][v] += s[k].min[own][v] * minimum;
       }
   }
 }
 
-static inline __attribute__((always_inline)) void slab_tokens(int tokens, tile_format f, const slab *w,
+static inline __attribute__((always_inline)) void slab_tokens(int tokens, tile_product f, const slab *w,
                                                               int32_t n_groups, const slab_rows *r, tile_totals *out) {
   tile_totals total[SLAB_TOKENS];
   memcpy(total, out, (size_t)tokens * sizeof *total);
   for (int32_t g = 0; g < n_groups; g++)
-    for (int half = 0; half < (f.group == 16 ? 2 : 1); half++)
+    for (int half = 0; half < sums_of_group(f); half++)
       add_group(SLAB_TILES, tokens, f, g, half, w->quants[g], w->scales[g], r, total);
   memcpy(out, total, (size_t)tokens * sizeof *total);
 }
 
 /* The tokens after the first t. */
 static inline slab_rows rows_after(const slab_rows *r, int32_t t) {
-  int64_t cols = r->cols;
-  return (slab_rows){{r->x.planes + t * cols * 2, r->x.scale + t * (cols / ACT_GROUP), r->x.sum + t * (cols / ACT_HALF),
-                      r->x.product + t * (cols / ACT_HALF)},
-                     r->cols};
+  return (slab_rows){quantized_after(&r->x, r->cols, t), r->cols};
 }
 
 /* The activations from group g on. */
 static inline slab_rows rows_from_group(const slab_rows *r, int32_t g) {
-  return (slab_rows){{r->x.planes + g * ACT_GROUP * 2, r->x.scale + g, r->x.sum + 2 * g, r->x.product + 2 * g},
-                     r->cols};
+  return (slab_rows){quantized_after(&r->x, ACT_GROUP, g), r->cols};
 }
 
-static inline __attribute__((always_inline)) void slab_products(tile_format f, const slab *w, int32_t n_groups,
+static inline __attribute__((always_inline)) void slab_products(tile_product f, const slab *w, int32_t n_groups,
                                                                 const slab_rows *r, int32_t n, tile_totals *total) {
   int32_t t = 0;
   for (; t + SLAB_TOKENS <= n; t += SLAB_TOKENS) {
@@ -226,15 +244,22 @@ typedef struct tile_output {
 
 /* Row `tile` of 16 outputs of token t. */
 static inline void tile_store(const tile_output *to, int tile, int32_t t, const vf total[TILE_VECS]) {
-  float result[TILE_ROWS];
-  for (int v = 0; v < TILE_VECS; v++) vstore(result + v * VL, total[v]);
-  int32_t first = tile * TILE_ROWS, n = to->n_rows - first < TILE_ROWS ? to->n_rows - first : TILE_ROWS;
+  int32_t first = tile * TILE_ROWS;
   float *o = to->out + t * to->ld + first;
   const float *bias = to->bias ? to->bias + first : NULL;
-  for (int32_t j = 0; j < n; j++) o[j] = (to->add ? o[j] : 0.0f) + result[j] + (bias ? bias[j] : 0.0f);
+  if (to->n_rows - first >= TILE_ROWS) {
+    for (int v = 0; v < TILE_VECS; v++) {
+      vf y = to->add ? vload(o + v * VL) + total[v] : total[v];
+      vstore(o + v * VL, bias ? y + vload(bias + v * VL) : y);
+    }
+    return;
+  }
+  float result[TILE_ROWS];
+  for (int v = 0; v < TILE_VECS; v++) vstore(result + v * VL, total[v]);
+  for (int32_t j = 0; j < to->n_rows - first; j++) o[j] = (to->add ? o[j] : 0.0f) + result[j] + (bias ? bias[j] : 0.0f);
 }
 
-static inline __attribute__((always_inline)) void fill_slab(tile_format f, const tile_pair *from, int first_tile,
+static inline __attribute__((always_inline)) void fill_slab(tile_product f, const tile_pair *from, int first_tile,
                                                             int32_t first, int32_t n_groups, slab *out) {
   for (int k = 0; k < SLAB_TILES; k++)
     for (int32_t g = 0; g < n_groups; g++) {
@@ -245,7 +270,7 @@ static inline __attribute__((always_inline)) void fill_slab(tile_format f, const
     }
 }
 
-static inline __attribute__((always_inline)) void tiles_by_slab(tile_format f, const tile_pair *from, int first_tile,
+static inline __attribute__((always_inline)) void tiles_by_slab(tile_product f, const tile_pair *from, int first_tile,
                                                                 const slab_rows *r, int32_t n, const tile_output *to) {
   slab w;
   tile_totals total[SLAB_ROWS];
@@ -267,7 +292,7 @@ static inline __attribute__((always_inline)) void tiles_by_slab(tile_format f, c
 
 /* One tile, one token. Decode waits for memory: while a group is multiplied, the same of the next tile is asked for,
  * into the second-level cache, whose misses the few buffers of the first do not limit. */
-static inline __attribute__((always_inline)) void tile_directly(tile_format f, const tile_pair *from, int tile,
+static inline __attribute__((always_inline)) void tile_directly(tile_product f, const tile_pair *from, int tile,
                                                                 const slab_rows *r, vf out[TILE_VECS]) {
   tile_totals total;
   int32_t group_bytes = ACT_GROUP * TILE_ROWS * f.bits / 8;
@@ -282,14 +307,14 @@ static inline __attribute__((always_inline)) void tile_directly(tile_format f, c
     load_scales(f, from->scales[tile], g, &s);
 #pragma GCC unroll 8
     for (int i = 0; i < 8; i++) load_quants(f, group, i, quants[i][0]);
-    for (int half = 0; half < (f.group == 16 ? 2 : 1); half++)
+    for (int half = 0; half < sums_of_group(f); half++)
       add_group(1, 1, f, g, half, (const four_columns(*)[SLAB_TILES])quants, &s, r, &total);
   }
   memcpy(out, total[0], sizeof total[0]);
 }
 
 static inline __attribute__((always_inline)) void
-tile_gemm_format(tile_format f, const tile_pair *w, const slab_rows *x, int32_t n_tokens, const tile_output *to) {
+tile_gemm_format(tile_product f, const tile_pair *w, const slab_rows *x, int32_t n_tokens, const tile_output *to) {
   int n_tiles = to->n_rows > TILE_ROWS ? 2 : 1;
   if (n_tokens >= SLAB_FROM) {
     for (int k = 0; k < n_tiles; k += SLAB_TILES) tiles_by_slab(f, w, k, x, n_tokens, to);
@@ -305,27 +330,35 @@ tile_gemm_format(tile_format f, const tile_pair *w, const slab_rows *x, int32_t 
 }
 
 /* One specialized instance per combination that a weight format has; kept apart, or the compiler merges them and with
- * them the constants; and no instance takes its format's address, or the constants are read from there. */
-#define FORMATS(instance)                                                                                              \
-  instance(q4_0, 4, 32, false, false)      /* Q4_0 */                                                                  \
-      instance(q4_1, 4, 32, false, true)   /* Q4_1 */                                                                  \
-      instance(q5_0, 5, 32, false, false)  /* Q5_0 */                                                                  \
-      instance(q5_1, 5, 32, false, true)   /* Q5_1 */                                                                  \
-      instance(q8_0, 8, 32, false, false)  /* Q8_0, IQ4_NL */                                                          \
-      instance(q4_k, 4, 32, true, true)    /* Q4_K */                                                                  \
-      instance(q5_k, 5, 32, true, true)    /* Q5_K */                                                                  \
+ * them the constants; and no instance takes its format's address, or the constants are read from there. Formats of up
+ * to 5 bits have one more, for activations of 8. */
+#define NARROW_FORMATS(instance)                                                                                       \
+  instance(q4_0, 4, 32, false, false)     /* Q4_0 */                                                                   \
+      instance(q4_1, 4, 32, false, true)  /* Q4_1 */                                                                   \
+      instance(q5_0, 5, 32, false, false) /* Q5_0 */                                                                   \
+      instance(q5_1, 5, 32, false, true)  /* Q5_1 */                                                                   \
+      instance(q4_k, 4, 32, true, true)   /* Q4_K */                                                                   \
+      instance(q5_k, 5, 32, true, true)   /* Q5_K */                                                                   \
+      instance(q2_k, 4, 16, true, true)   /* Q2_K */                                                                   \
+      instance(q3_k, 4, 16, true, false)  /* Q3_K */
+#define WIDE_FORMATS(instance)                                                                                         \
+  instance(q8_0, 8, 32, false, false)      /* Q8_0, IQ4_NL */                                                          \
       instance(iq4_xs, 8, 32, true, false) /* IQ4_XS */                                                                \
-      instance(q2_k, 4, 16, true, true)    /* Q2_K */                                                                  \
-      instance(q3_k, 4, 16, true, false)   /* Q3_K */                                                                  \
       instance(q6_k, 6, 16, true, false)   /* Q6_K */
 
-#define DEFINE(name, b, g, s, m)                                                                                       \
-  static __attribute__((noinline)) void tile_gemm_##name(int32_t offset, const tile_pair *w, const slab_rows *x,       \
-                                                         int32_t n, const tile_output *to) {                           \
-    tile_gemm_format((tile_format){b, g, offset, s, m}, w, x, n, to);                                                  \
+#define INSTANCE(name, b, g, s, m, narrow)                                                                             \
+  static __attribute__((noinline)) void name(int32_t offset, const tile_pair *w, const slab_rows *x, int32_t n,        \
+                                             const tile_output *to) {                                                  \
+    tile_gemm_format((tile_product){b, g, offset, s, m, narrow}, w, x, n, to);                                         \
   }
-FORMATS(DEFINE)
+#define DEFINE(name, b, g, s, m) INSTANCE(tile_gemm_##name, b, g, s, m, false)
+#define DEFINE_NARROW(name, b, g, s, m) INSTANCE(tile_gemm_narrow_##name, b, g, s, m, true)
+NARROW_FORMATS(DEFINE)
+NARROW_FORMATS(DEFINE_NARROW)
+WIDE_FORMATS(DEFINE)
 #undef DEFINE
+#undef DEFINE_NARROW
+#undef INSTANCE
 
 static void tile_gemm(const tile_format *f, const void *tile, int32_t cols, const quantized *x, int32_t n_tokens,
                       const float *bias, int32_t n_rows, bool add, float *out, int64_t ldo) {
@@ -334,10 +367,19 @@ static void tile_gemm(const tile_format *f, const void *tile, int32_t cols, cons
   const uint8_t *first = tile, *second = first + (n_rows > TILE_ROWS ? bytes : 0);
   tile_pair w = {{first, second}, {first + scale_bytes, second + scale_bytes}, bytes};
   slab_rows rows = {*x, cols};
-#define CALL(name, b, g, s, m)                                                                                         \
-  if (f->bits == b && f->group == g && f->scaled == s && f->has_min == m)                                              \
-    tile_gemm_##name(f->offset, &w, &rows, n_tokens, &to);
-  FORMATS(CALL)
+#define CALL(instance, b, g, s, m)                                                                                     \
+  if (f->bits == b && f->group == g && f->scaled == s && f->has_min == m) instance(f->offset, &w, &rows, n_tokens, &to);
+#define CALL_WIDE(name, b, g, s, m) CALL(tile_gemm_##name, b, g, s, m)
+#define CALL_NARROW(name, b, g, s, m) CALL(tile_gemm_narrow_##name, b, g, s, m)
+  if (x->bits == 8) {
+    NARROW_FORMATS(CALL_NARROW)
+    return;
+  }
+  NARROW_FORMATS(CALL_WIDE)
+  WIDE_FORMATS(CALL_WIDE)
 #undef CALL
+#undef CALL_WIDE
+#undef CALL_NARROW
 }
-#undef FORMATS
+#undef NARROW_FORMATS
+#undef WIDE_FORMATS

@@ -48,23 +48,38 @@ typedef struct tile_format {
   bool scaled, has_min;
 } tile_format;
 
-/* Activations rounded to 16 bits, x = scale * q with one scale per 32 values. Four columns' q are 8 bytes as
- * products take them: two 8-bit planes q = 256 high + low, four high bytes and then their four low ones, so that
- * 8-bit products serve; or, where kernels.words, words of the columns 0, 2, 1, 3. (With 8 bits alone the rounding of
- * activations costs about 0.005 nats of KL on the default model, as much as the attention policies are allowed; see
- * docs/performance.md.) */
+/* Whether tile_gemm takes activations of 8 bits: without VNNI 8 products of these with weights are summed in 16 bits,
+ * which hold them where weights have 5. */
+static inline bool takes_bytes(const tile_format *f) { return f->bits <= 5; }
+
+/* Activations rounded to 16 bits, x = scale * q with one scale per 32 values, or to 8 with one per 16. Four columns' q
+ * of 16 bits are 8 bytes as products take them: two 8-bit planes q = 256 high + low, four high bytes and then their four
+ * low ones, so that 8-bit products serve; or, where kernels.words, words of the columns 0, 2, 1, 3. Of 8 bits they are
+ * their 4 bytes. (What rounding costs: docs/performance.md.) */
 typedef struct quantized {
-  int8_t *planes; /* (n, cols / 4, 8) */
-  float *scale;   /* (n, cols / 32) */
+  int32_t bits;   /* 16 or 8 */
+  int8_t *planes; /* (n, cols / 4, bits / 2) */
+  float *scale;   /* (n, cols / 32), of 8 bits (n, cols / 16) */
   int32_t *sum;   /* (n, cols / 16) sums of q */
   float *product; /* (n, cols / 16) scale * sum */
 } quantized;
 
-enum { ACT_MAX = 127 * 256 }; /* largest |q|: its high byte fits */
+enum { ACT_MAX = 127 * 256, ACT_MAX8 = 127 }; /* largest |q|: of 16 bits, its high byte fits */
 
-/* q of column i of a row. */
-static inline int32_t quantized_at(const int8_t *planes, bool words, size_t i) {
-  const int8_t *four = planes + i / 4 * 8;
+static inline int32_t act_group(int32_t bits) { return bits == 8 ? ACT_HALF : ACT_GROUP; }
+
+/* What comes after n times `cols` columns, rows or parts of the first one: whole groups that share a scale. */
+static inline quantized quantized_after(const quantized *x, int64_t cols, int64_t n) {
+  int64_t values = cols * n;
+  return (quantized){x->bits, x->planes + values * x->bits / 8,
+                     x->scale + (x->bits == 8 ? values / ACT_HALF : values / ACT_GROUP), x->sum + values / ACT_HALF,
+                     x->product + values / ACT_HALF};
+}
+
+/* q of column i of the first row. */
+static inline int32_t quantized_at(const quantized *x, bool words, size_t i) {
+  if (x->bits == 8) return x->planes[i];
+  const int8_t *four = x->planes + i / 4 * 8;
   if (!words) return 256 * four[i % 4] + four[4 + i % 4];
   int16_t q;
   memcpy(&q, four + 2 * ((int[]){0, 2, 1, 3}[i % 4]), sizeof q);
@@ -94,14 +109,15 @@ typedef struct attend_args {
 
 typedef struct kernels {
   const char *name;
-  bool words; /* how `quantized` holds four columns */
+  bool words; /* how `quantized` holds four columns of 16 bits */
 
   /* out[r, j] = alpha ? alpha[r] * out[r, j] + dot : dot, with dot = sum_i a[r, i] * b[i, j], j < 16. */
   void (*strip_gemm)(int32_t rows, const float *a, int64_t lda, const strips *b, const float *alpha, float *out,
                      int64_t ldo);
   /* out[t, j] = (add ? out[t, j] : 0) + bias[j] + dot of token t with row j of the tiles, j < n_rows <= 32; above
    * 16 two neighbouring tiles. bias may
-   * be NULL. x holds n_tokens rows of cols columns; cols % 32 == 0, for scaled formats cols % 256 == 0. */
+   * be NULL. x holds n_tokens rows of cols columns; cols % 32 == 0, for scaled formats cols % 256 == 0. Its bits are 16
+   * unless takes_bytes(format). */
   void (*tile_gemm)(const tile_format *format, const void *tile, int32_t cols, const quantized *x, int32_t n_tokens,
                     const float *bias, int32_t n_rows, bool add, float *out, int64_t ldo);
   /* Queries (n, head_dim) as scale (n) times words. */
@@ -124,8 +140,8 @@ typedef struct kernels {
 
   /* y = x / sqrt(mean(x^2) + eps) * w; x, y, w: (n). y may be x. */
   void (*rms_norm)(const float *x, const float *w, float eps, int32_t n, float *y);
-  /* One row of `quantized`, cols % 32 == 0. */
-  void (*quantize)(const float *x, int32_t cols, int8_t *planes, float *scale, int32_t *sum, float *product);
+  /* x (cols) as the first row of out, in out's bits; cols % 32 == 0. */
+  void (*quantize)(const float *x, int32_t cols, const quantized *out);
   /* y = silu(gate) * up; (n), n % 16 == 0. */
   void (*swiglu)(const float *gate, const float *up, int32_t n, float *y);
   /* Rotates the first n_rot values of a head in place; cosine, sine: (n_rot / 2). pairs: (x[2i], x[2i+1]), otherwise

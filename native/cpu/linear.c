@@ -41,9 +41,7 @@ static void quantized_tiles(const linear_run *run, const linear_job *job, int32_
   const matrix *w = job->w;
   int32_t row = tile * TILE_ROWS, n_rows = n_tiles * TILE_ROWS;
   if (n_rows > w->rows - row) n_rows = w->rows - row;
-  int64_t cols = run->x->cols;
-  quantized x = {run->x->q.planes + t0 * cols * 2, run->x->q.scale + t0 * (cols / ACT_GROUP),
-                 run->x->q.sum + t0 * (cols / ACT_HALF), run->x->q.product + t0 * (cols / ACT_HALF)};
+  quantized x = quantized_after(&run->x->q, run->x->cols, t0);
   run->be->kernels->tile_gemm(&w->format, w->data + (size_t)tile * w->tile_bytes, w->cols, &x, n,
                               job->bias ? job->bias + row : NULL, n_rows, job->add,
                               job->out + (int64_t)t0 * w->rows + row, w->rows);

@@ -5,10 +5,9 @@
 
 enum { TOKENS_PER_PIECE = 8 };
 
-static void round_row(const kernels *k, activation *a, int32_t row) {
-  int64_t cols = a->cols;
-  k->quantize(a->values + row * cols, a->cols, a->q.planes + row * cols * 2, a->q.scale + row * (cols / ACT_GROUP),
-              a->q.sum + row * (cols / ACT_HALF), a->q.product + row * (cols / ACT_HALF));
+static void round_row(const kernels *k, const activation *a, int32_t row) {
+  quantized to = quantized_after(&a->q, a->cols, row);
+  k->quantize(a->values + (int64_t)row * a->cols, a->cols, &to);
 }
 
 void cpu_begin(const backend *be, int32_t position, int32_t n) { (void)be, (void)position, (void)n; }
@@ -67,8 +66,9 @@ static void norm_rows(void *context, int32_t begin, int32_t end, int32_t thread)
   }
 }
 
-void cpu_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out) {
-  norm_run run = {be->kernels, x, w, eps, rounded, out};
+void cpu_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, int32_t bits, activation *out) {
+  if (bits) out->q.bits = bits;
+  norm_run run = {be->kernels, x, w, eps, bits != 0, out};
   pool_run(be->pool, n, TOKENS_PER_PIECE, norm_rows, &run);
 }
 
@@ -89,8 +89,9 @@ static void swiglu_rows(void *context, int32_t begin, int32_t end, int32_t threa
   }
 }
 
-void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out) {
-  swiglu_run run = {be->kernels, gate, up, rounded, out};
+void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n, int32_t bits, activation *out) {
+  if (bits) out->q.bits = bits;
+  swiglu_run run = {be->kernels, gate, up, bits != 0, out};
   pool_run(be->pool, n, TOKENS_PER_PIECE, swiglu_rows, &run);
 }
 
@@ -124,9 +125,10 @@ static void finish_rows(void *context, int32_t begin, int32_t end, int32_t threa
   }
 }
 
-void cpu_finish(const backend *be, const attention_batch *b, int32_t first, bool rounded, activation *out) {
+void cpu_finish(const backend *be, const attention_batch *b, int32_t first, int32_t bits, activation *out) {
+  if (bits) out->q.bits = bits;
   if (b->rest.exists) merge_rest(b);
-  finish_run run = {be->kernels, b, first, rounded, out};
+  finish_run run = {be->kernels, b, first, bits != 0, out};
   pool_run(be->pool, b->n - first, TOKENS_PER_PIECE, finish_rows, &run);
 }
 

@@ -336,8 +336,9 @@ static inline vf vexp_below(vf x, float max) {
 /* Has a pointer stand in a register of its own. GCC would rather keep one for every offset that is used from it. */
 #define KEEP_POINTER(p) __asm__("" : "+r"(p))
 
-/* acc[lane] += sum over j < 4 of w[4 lane + j] * x[j], w unsigned of up to 4 bits, x signed bytes. Without
- * DOT_IN_32_BITS a lane of acc is two sums of 16 bits, which hold up to 8 of these; dot_sum makes 32 bits of them. */
+/* acc[lane] += sum over j < 4 of w[4 lane + j] * x[j], w unsigned bytes, x signed ones. Without DOT_IN_32_BITS a lane of
+ * acc is two sums of 16 bits, which hold up to 8 of these with w of 4 bits, and 4 with w of 5; dot_sum makes 32 bits
+ * of them. */
 #if defined(__AVX512VNNI__) || VL == 4
 enum { DOT_IN_32_BITS = 1 };
 #else

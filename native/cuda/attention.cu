@@ -312,8 +312,8 @@ void attend_bulk(const backend *be, attention_state *s, int32_t layer) {
   cuda_attend_bulk(queue_of(be), s->a, staged_layer(be, s, layer), s->n);
 }
 
-void finish(const backend *be, attention_state *s, int32_t first, bool rounded, activation *out) {
-  cuda_finish(queue_of(be), s->a, first, s->n, rounded, *out);
+void finish(const backend *be, attention_state *s, int32_t first, int32_t bits, activation *out) {
+  cuda_finish(queue_of(be), s->a, first, s->n, bits != 0, *out);
 }
 
 /* out (n, n_heads) = what the device has, but NaN where known(query) does not hold or the query has no bulk. */

@@ -56,6 +56,6 @@ void cuda_angles(const backend *be, const double *frequency, int32_t half, float
                  float *cosine, float *sine);
 void cuda_linear(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs);
 bool cuda_finite(const backend *be, const float *x, int64_t n);
-void cuda_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
-void cuda_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out);
+void cuda_swiglu(const backend *be, const float *gate, const float *up, int32_t n, int32_t bits, activation *out);
+void cuda_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, int32_t bits, activation *out);
 #endif

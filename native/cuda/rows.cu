@@ -54,14 +54,14 @@ void cuda_angles(const backend *be, const double *frequency, int32_t half, float
   launch(queue_of(be), angles_kernel, grid, dim3(ROW_THREADS), 0, frequency, half, mscale, step_of(be), cosine, sine);
 }
 
-void cuda_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out) {
+void cuda_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, int32_t bits, activation *out) {
   launch(queue_of(be), norm_kernel, row_grid(n, out->cols), dim3(ROW_THREADS), sizeof(row_shared), x, w, eps, n,
-         rounded, *out);
+         bits != 0, *out);
 }
 
-void cuda_swiglu(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out) {
+void cuda_swiglu(const backend *be, const float *gate, const float *up, int32_t n, int32_t bits, activation *out) {
   launch(queue_of(be), swiglu_kernel, row_grid(n, out->cols), dim3(ROW_THREADS), sizeof(row_shared), gate, up, n,
-         rounded, *out);
+         bits != 0, *out);
 }
 
 bool cuda_finite(const backend *be, const float *x, int64_t n) {

@@ -129,6 +129,9 @@ typedef struct pyllm_session_params {
       kv_window; /* on a GPU: keys and values of so many last tokens, of a batch and of the sinks lie in its memory, all
                         others in the host's, where it reads them; 0: all in its memory */
   int32_t kv_type; /* enum pyllm_kv_type; what a saved session has, too */
+  /* What activations are rounded to on their way into quantized weights: 16; or 8, on the CPU alone, for those of
+   * attention's output and of the feed-forward network that have at most 5 bits. */
+  int32_t activation_bits;
 } pyllm_session_params;
 
 /* What the KV cache holds: halves; or bytes, each key's with a scale for every 32 dimensions, as blocks of Q8_0,

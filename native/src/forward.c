@@ -17,9 +17,18 @@ static void linear(pyllm_session *s, enum stage stage, const activation *x, int3
 
 static linear_job job_of(const projection *p, bool add, float *out) { return (linear_job){&p->w, p->bias, add, out}; }
 
-static void norm(pyllm_session *s, const float *x, const float *w, int32_t n, bool rounded) {
+/* What the input of a matrix is rounded to at most, 0 where it stays a float; and of some to session's bits. */
+static int32_t input_bits(const matrix *w) { return w->quantized ? 16 : 0; }
+
+static int32_t session_bits(const pyllm_session *s, const matrix *w) {
+  return w->quantized && takes_bytes(&w->format) ? s->activation_bits : input_bits(w);
+}
+
+static int32_t larger(int32_t a, int32_t b) { return a > b ? a : b; }
+
+static void norm(pyllm_session *s, const float *x, const float *w, int32_t n, int32_t bits) {
   const backend *be = &s->model->backend;
-  be->ops->norm(be, x, w, s->model->config.norm_eps, n, rounded, &s->buffers.normed);
+  be->ops->norm(be, x, w, s->model->config.norm_eps, n, bits, &s->buffers.normed);
   trace_lap(&s->trace, STAGE_NORM, 0);
 }
 
@@ -67,7 +76,7 @@ static void attention(pyllm_session *s, int32_t layer, const batch_record *recor
 static void after_attention(pyllm_session *s, const layer_weights *w, int32_t first, int32_t n, float *x) {
   const backend *be = &s->model->backend;
   batch_buffers *b = &s->buffers;
-  be->ops->attention->finish(be, s->attention, first, w->o.w.quantized, &b->attended);
+  be->ops->attention->finish(be, s->attention, first, session_bits(s, &w->o.w), &b->attended);
   trace_lap(&s->trace, STAGE_FINISH, 0);
   linear_job out = job_of(&w->o, true, x);
   linear(s, STAGE_ATTENTION_OUT, &b->attended, n, &out, 1);
@@ -76,10 +85,10 @@ static void after_attention(pyllm_session *s, const layer_weights *w, int32_t fi
 static void feed_forward(pyllm_session *s, const layer_weights *w, int32_t n, float *x) {
   const backend *be = &s->model->backend;
   batch_buffers *b = &s->buffers;
-  norm(s, x, w->ffn_norm, n, w->gate.w.quantized || w->up.w.quantized);
+  norm(s, x, w->ffn_norm, n, larger(session_bits(s, &w->gate.w), session_bits(s, &w->up.w)));
   linear_job gate_up[] = {job_of(&w->gate, false, b->gate), job_of(&w->up, false, b->up)};
   linear(s, STAGE_GATE_UP, &b->normed, n, gate_up, 2);
-  be->ops->swiglu(be, b->gate, b->up, n, w->down.w.quantized, &b->hidden);
+  be->ops->swiglu(be, b->gate, b->up, n, session_bits(s, &w->down.w), &b->hidden);
   trace_lap(&s->trace, STAGE_SWIGLU, 0);
   linear_job down = job_of(&w->down, true, x);
   linear(s, STAGE_DOWN, &b->hidden, n, &down, 1);
@@ -89,7 +98,7 @@ static void feed_forward(pyllm_session *s, const layer_weights *w, int32_t n, fl
 static void layer(pyllm_session *s, int32_t i, int32_t first, int32_t n, const batch_record *record) {
   const layer_weights *w = &s->model->layers[i];
   batch_buffers *b = &s->buffers;
-  norm(s, b->x, w->attn_norm, n, w->q.w.quantized || w->k.w.quantized || w->v.w.quantized);
+  norm(s, b->x, w->attn_norm, n, larger(input_bits(&w->q.w), larger(input_bits(&w->k.w), input_bits(&w->v.w))));
   linear_job qkv[] = {job_of(&w->q, false, b->q), job_of(&w->k, false, b->k), job_of(&w->v, false, b->v)};
   linear(s, STAGE_QKV, &b->normed, n, qkv, 3);
   rope_store(s, w, n, i);
@@ -103,7 +112,7 @@ static void layer(pyllm_session *s, int32_t i, int32_t first, int32_t n, const b
 /* Logits of rows [first, first + n) of the batch into `to` (n, n_vocab), in the backend's memory. */
 static void logits_of(pyllm_session *s, int32_t first, int32_t n, float *to) {
   const pyllm_model *m = s->model;
-  norm(s, s->buffers.x + (int64_t)first * m->config.dim, m->output_norm, n, m->output.quantized);
+  norm(s, s->buffers.x + (int64_t)first * m->config.dim, m->output_norm, n, input_bits(&m->output));
   linear_job output = {&m->output, NULL, false, to};
   linear(s, STAGE_LOGITS, &s->buffers.normed, n, &output, 1);
 }

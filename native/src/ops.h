@@ -20,7 +20,8 @@ typedef struct backend {
   const struct ops *cpu; /* the CPU's table, for what a GPU leaves to the host */
 } backend;
 
-/* A stage's result on its way into matrices: as floats, and rounded to 16 bits for quantized weights. */
+/* A stage's result on its way into matrices: as floats, and rounded for quantized weights. A stage that makes one is
+ * told its bits: 16, on the CPU also 8, or 0 for floats alone. */
 typedef struct activation {
   int32_t cols;
   float *values; /* (n, cols) */
@@ -95,7 +96,7 @@ typedef struct attention_ops {
   void (*record)(const backend *be, attention_state *state, int32_t layer, const pyllm_record *out);
   /* out = weighted values / their weight, (n - first, n_heads * head_dim), of queries [first, n), first < n; with what
    * stands for pages. */
-  void (*finish)(const backend *be, attention_state *state, int32_t first, bool rounded, activation *out);
+  void (*finish)(const backend *be, attention_state *state, int32_t first, int32_t bits, activation *out);
 } attention_ops;
 
 struct ops {
@@ -124,8 +125,8 @@ struct ops {
    * where the host's memory for them is refused, and nothing is changed then. */
   int32_t (*embed)(const backend *be, const quant_type *type, const void *table, int32_t cols, const int32_t *tokens,
                    int32_t n, float *x, pyllm_error *err);
-  /* out = RMS norm of x (n, out->cols) with weight w; both forms where `rounded`. */
-  void (*norm)(const backend *be, const float *x, const float *w, float eps, int32_t n, bool rounded, activation *out);
+  /* out = RMS norm of x (n, out->cols) with weight w. */
+  void (*norm)(const backend *be, const float *x, const float *w, float eps, int32_t n, int32_t bits, activation *out);
   /* Several matrices on one input. Reads each weight once per batch (decode) or per 128 tokens (prefill). */
   void (*linear)(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs);
   /* cosine, sine (n, half) = mscale times those of position * frequency (half), of the batch's positions. */
@@ -135,7 +136,7 @@ struct ops {
   bool (*finite)(const backend *be, const float *x, int64_t n);
   const attention_ops *attention;
   /* out = silu(gate) * up, (n, out->cols). */
-  void (*swiglu)(const backend *be, const float *gate, const float *up, int32_t n, bool rounded, activation *out);
+  void (*swiglu)(const backend *be, const float *gate, const float *up, int32_t n, int32_t bits, activation *out);
 };
 
 /* Where alloc gave NULL: the failure of the backend, if that is why, and otherwise `refused`, of which err tells

@@ -4,7 +4,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-static int32_t check_params(const pyllm_session_params *p, pyllm_error *err) {
+static int32_t check_params(const pyllm_model *m, const pyllm_session_params *p, pyllm_error *err) {
   if (p->n_ctx < 1 || p->n_ctx > 1 << 28)
     return fail(err, PYLLM_ERR_ARGUMENT, "n_ctx is %d, expected 1 to %d", p->n_ctx, 1 << 28);
   if (p->n_batch < 1 || p->n_batch > 4096)
@@ -13,6 +13,10 @@ static int32_t check_params(const pyllm_session_params *p, pyllm_error *err) {
     return fail(err, PYLLM_ERR_ARGUMENT, "n_sink is %d, expected 0 to %d", p->n_sink, PYLLM_PAGE);
   if (p->kv_type != PYLLM_KV_F16 && p->kv_type != PYLLM_KV_Q8_0)
     return fail(err, PYLLM_ERR_ARGUMENT, "kv_type is %d, expected %d or %d", p->kv_type, PYLLM_KV_F16, PYLLM_KV_Q8_0);
+  if (p->activation_bits != 16 && p->activation_bits != 8)
+    return fail(err, PYLLM_ERR_ARGUMENT, "activation_bits is %d, expected 16 or 8", p->activation_bits);
+  if (p->activation_bits != 16 && !m->backend.ops->on_host)
+    return fail(err, PYLLM_ERR_UNSUPPORTED, "activation_bits 8: on the GPU activations are rounded to 16");
   if (p->kv_window < 0) return fail(err, PYLLM_ERR_ARGUMENT, "kv_window is %d, expected at least 0", p->kv_window);
   return PYLLM_OK;
 }
@@ -37,11 +41,11 @@ static attention_shape shape_of(const pyllm_model *m, const pyllm_session_params
 
 static int32_t logit_rows(int32_t n_batch) { return n_batch < LOGITS_AT_ONCE ? n_batch : LOGITS_AT_ONCE; }
 
-static uint64_t activation_bytes(uint64_t cols) { return cols * 6 + cols / ACT_GROUP * 4 + cols / ACT_HALF * 8; }
+static uint64_t activation_bytes(uint64_t cols) { return cols * 6 + cols / ACT_HALF * 12; }
 
 int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_params *p, int32_t page_bits,
                                     pyllm_session_memory *out, pyllm_error *err) {
-  int32_t status = check_params(p, err);
+  int32_t status = check_params(m, p, err);
   if (!status) status = policy_check_bits(page_bits, err);
   if (status) return status;
   const config *c = &m->config;
@@ -64,9 +68,10 @@ int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_pa
 static bool new_activation(const backend *be, activation *a, int32_t n, int32_t cols) {
   size_t rows = (size_t)n, width = (size_t)cols;
   a->cols = cols;
+  a->q.bits = 16;
   a->values = be->ops->alloc(be, rows * width * sizeof(float));
   a->q.planes = be->ops->alloc(be, rows * width * 2);
-  a->q.scale = be->ops->alloc(be, rows * (width / ACT_GROUP + 1) * sizeof(float));
+  a->q.scale = be->ops->alloc(be, rows * (width / ACT_HALF + 1) * sizeof(float));
   a->q.sum = be->ops->alloc(be, rows * (width / ACT_HALF + 1) * sizeof(int32_t));
   a->q.product = be->ops->alloc(be, rows * (width / ACT_HALF + 1) * sizeof(float));
   return a->values && a->q.planes && a->q.scale && a->q.sum && a->q.product;
@@ -123,13 +128,14 @@ static int32_t check_window(const config *c, int32_t n_ctx, pyllm_error *err) {
 
 int32_t pyllm_session_open(const pyllm_model *model, const pyllm_session_params *params, pyllm_session **out,
                            pyllm_error *err) {
-  int32_t status = check_params(params, err);
+  int32_t status = check_params(model, params, err);
   if (!status) status = check_window(&model->config, params->n_ctx, err);
   if (status) return status;
   pyllm_session *s = calloc(1, sizeof *s);
   if (!s) return fail(err, PYLLM_ERR_MEMORY, "memory for a session was refused");
   s->model = model;
   s->shape = shape_of(model, params);
+  s->activation_bits = params->activation_bits;
   model_hold(model);
   s->policy = (attention_policy){.policy = PYLLM_DENSE, .granularity = PYLLM_GROUP, .n_window = 1024};
   atomic_flag_clear(&s->busy);

@@ -23,6 +23,7 @@ typedef struct batch_buffers {
 struct pyllm_session {
   const pyllm_model *model;
   attention_shape shape;
+  int32_t activation_bits;  /* of matrices that take either: 16 or 8 */
   _Atomic int32_t position; /* tokens evaluated; may be asked for while another thread evaluates */
   int32_t *tokens;          /* (n_ctx) */
   attention_policy policy;

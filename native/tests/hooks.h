@@ -49,10 +49,10 @@ int32_t hook_swiglu(const char *device, const char *isa, const float *gate, cons
 
 /* out (n, rows) = (add ? out : 0) + x (n, cols) W^T + bias; weights: rows of cols values in the type's blocks; bias
  * (rows) or NULL. Goes through pack, the rounding of activations and the linear stage. seen: (n, cols) x as the weights
- * see it. */
+ * see it, rounded to 16 bits, or to 8 where `bits` says so and the type takes these. */
 int32_t hook_linear(const char *device, const char *isa, int32_t n_threads, int32_t type, const void *weights,
-                    int32_t rows, int32_t cols, const float *x, int32_t n, const float *bias, int32_t add, float *out,
-                    float *seen, pyllm_error *err);
+                    int32_t rows, int32_t cols, const float *x, int32_t n, int32_t bits, const float *bias, int32_t add,
+                    float *out, float *seen, pyllm_error *err);
 
 /* x (n, cols): rows `tokens` of a table (n_rows, cols) of a type; cosine, sine (n, half) of positions from
  * `position` on. */
@@ -62,8 +62,8 @@ int32_t hook_begin(const char *device, const char *isa, int32_t type, const void
 
 /* ---- the CPU backend, on arrays; isa NULL for the best ---- */
 
-/* x: (n), n a multiple of 32; out: what the rounding of activations makes of it. */
-int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyllm_error *err);
+/* x: (n), n a multiple of 32; out: what the rounding of activations to 16 or 8 bits makes of it. */
+int32_t hook_rounded(const char *isa, int32_t bits, const float *x, float *out, int32_t n, pyllm_error *err);
 
 /* ---- a layer's attention on any backend ---- */
 

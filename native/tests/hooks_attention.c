@@ -65,7 +65,7 @@ static void run_chunk(attention_run *r, int32_t position, const pyllm_record *re
   batch_record rows = {record, n_all, position};
   pyllm_record chunk = record_rows(&rows, 0, r->shape.n_heads, r->shape.head_dim);
   o->record(&r->be, r->state, 0, &chunk);
-  o->finish(&r->be, r->state, 0, false, &r->out);
+  o->finish(&r->be, r->state, 0, 0, &r->out);
 }
 
 int32_t hook_attention(const char *device, const char *isa, int32_t n_threads, const hook_attention_shape *s,

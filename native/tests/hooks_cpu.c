@@ -6,15 +6,17 @@
 #include "sketch.h"
 #include <stdlib.h>
 
-int32_t hook_rounded(const char *isa, const float *x, float *out, int32_t n, pyllm_error *err) {
+int32_t hook_rounded(const char *isa, int32_t bits, const float *x, float *out, int32_t n, pyllm_error *err) {
   const kernels *k = kernels_find(isa);
   if (!k || n % ACT_GROUP) return fail(err, PYLLM_ERR_ARGUMENT, "no such instruction set, or %d values", n);
   int8_t planes[2 * ACT_GROUP];
   int32_t sum[2];
-  float scale, product[2];
+  float scale[2], product[2];
+  quantized q = {bits, planes, scale, sum, product};
   for (int32_t i = 0; i < n; i += ACT_GROUP) {
-    k->quantize(x + i, ACT_GROUP, planes, &scale, sum, product);
-    for (int32_t j = 0; j < ACT_GROUP; j++) out[i + j] = scale * (float)quantized_at(planes, k->words, (size_t)j);
+    k->quantize(x + i, ACT_GROUP, &q);
+    for (int32_t j = 0; j < ACT_GROUP; j++)
+      out[i + j] = scale[j / act_group(bits)] * (float)quantized_at(&q, k->words, (size_t)j);
   }
   return PYLLM_OK;
 }

@@ -22,7 +22,7 @@ static activation take_activation(stage_run *run, int32_t n, int32_t cols) {
   size_t count = (size_t)n * (size_t)cols, halves = (size_t)n * (size_t)(cols / ACT_HALF + 1);
   return (activation){cols,
                       take(run, NULL, count * 4),
-                      {take(run, NULL, 2 * count), take(run, NULL, halves * 4), take(run, NULL, halves * 4),
+                      {16, take(run, NULL, 2 * count), take(run, NULL, halves * 4), take(run, NULL, halves * 4),
                        take(run, NULL, halves * 4)}};
 }
 
@@ -41,28 +41,29 @@ static int32_t close_run(stage_run *run, int32_t status, pyllm_error *err) {
   return status;
 }
 
-/* 16 bits; false where sums and products are not theirs. */
+/* Of either number of bits; false where sums and products are not theirs. */
 static bool read_planes(const backend *be, const activation *a, int32_t n, float *out) {
-  size_t count = (size_t)n * (size_t)a->cols, groups = count / ACT_GROUP, halves = count / ACT_HALF;
-  int8_t *planes = malloc(2 * count + 1);
-  float *scale = malloc(groups * 4 + 1), *product = malloc(halves * 4 + 1);
-  int32_t *sum = malloc(halves * 4 + 1);
-  be->ops->read(be, planes, a->q.planes, 2 * count);
-  be->ops->read(be, scale, a->q.scale, groups * 4);
-  be->ops->read(be, sum, a->q.sum, halves * 4);
-  be->ops->read(be, product, a->q.product, halves * 4);
+  size_t count = (size_t)n * (size_t)a->cols, halves = count / ACT_HALF, group = (size_t)act_group(a->q.bits);
+  quantized q = {a->q.bits, malloc(2 * count + 1), malloc(halves * 4 + 1), malloc(halves * 4 + 1),
+                 malloc(halves * 4 + 1)};
+  be->ops->read(be, q.planes, a->q.planes, count * (size_t)q.bits / 8);
+  be->ops->read(be, q.scale, a->q.scale, count / group * 4);
+  be->ops->read(be, q.sum, a->q.sum, halves * 4);
+  be->ops->read(be, q.product, a->q.product, halves * 4);
   bool consistent = true;
   for (size_t h = 0; h < halves; h++) {
     int32_t total = 0;
+    float scale = q.scale[h * ACT_HALF / group];
     for (size_t i = h * ACT_HALF; i < (h + 1) * ACT_HALF; i++) {
-      int32_t q = quantized_at(planes, be->ops->on_host && be->kernels->words, i);
-      out[i] = scale[h / 2] * (float)q;
-      total += q;
+      int32_t value = quantized_at(&q, be->ops->on_host && be->kernels->words, i);
+      out[i] = scale * (float)value;
+      total += value;
     }
-    float expected = scale[h / 2] * (float)total;
-    consistent &= total == sum[h] && (expected == product[h] || (expected != expected && product[h] != product[h]));
+    float expected = scale * (float)total;
+    consistent &=
+        total == q.sum[h] && (expected == q.product[h] || (expected != expected && q.product[h] != q.product[h]));
   }
-  free(planes), free(scale), free(sum), free(product);
+  free(q.planes), free(q.scale), free(q.sum), free(q.product);
   return consistent;
 }
 
@@ -97,7 +98,7 @@ int32_t hook_norm(const char *device, const char *isa, const float *x, const flo
   if (status) return status;
   activation a = take_activation(&run, n, cols);
   const float *input = take(&run, x, (size_t)n * (size_t)cols * sizeof *x);
-  run.be.ops->norm(&run.be, input, take(&run, w, (size_t)cols * sizeof *w), eps, n, rounded != NULL, &a);
+  run.be.ops->norm(&run.be, input, take(&run, w, (size_t)cols * sizeof *w), eps, n, rounded ? 16 : 0, &a);
   return close_run(&run, read_activation(&run.be, &a, n, out, rounded, err), err);
 }
 
@@ -112,7 +113,7 @@ int32_t hook_graph(const char *device, const float *x, const float *w, float eps
   activation a = take_activation(&run, 1, cols);
   float *input = take(&run, NULL, bytes), *weight = take(&run, w, bytes);
   o->graph_begin(&run.be);
-  o->norm(&run.be, input, weight, eps, 1, false, &a);
+  o->norm(&run.be, input, weight, eps, 1, 0, &a);
   void *graph = o->graph_end(&run.be);
   for (int32_t i = 0; i < n; i++) {
     o->write(&run.be, input, x + (size_t)i * (size_t)cols, bytes);
@@ -130,38 +131,40 @@ int32_t hook_swiglu(const char *device, const char *isa, const float *gate, cons
   if (status) return status;
   activation a = take_activation(&run, n, cols);
   size_t bytes = (size_t)n * (size_t)cols * sizeof *gate;
-  run.be.ops->swiglu(&run.be, take(&run, gate, bytes), take(&run, up, bytes), n, rounded != NULL, &a);
+  run.be.ops->swiglu(&run.be, take(&run, gate, bytes), take(&run, up, bytes), n, rounded ? 16 : 0, &a);
   return close_run(&run, read_activation(&run.be, &a, n, out, rounded, err), err);
 }
 
 /* x as a stage's result. silu(64) is 64, so swiglu gives exactly what it is given, and rounds it. */
-static int32_t make_activation(stage_run *run, const float *x, int32_t n, int32_t cols, bool rounded, activation *out,
+static int32_t make_activation(stage_run *run, const float *x, int32_t n, int32_t cols, int32_t bits, activation *out,
                                float *seen, pyllm_error *err) {
   size_t count = (size_t)n * (size_t)cols, bytes = count * sizeof *x;
   *out = take_activation(run, n, cols);
   memcpy(seen, x, bytes);
-  if (!rounded) {
+  if (!bits) {
     run->be.ops->write(&run->be, out->values, x, bytes);
     return PYLLM_OK;
   }
   float *gate = malloc(bytes), *up = malloc(bytes);
   for (size_t i = 0; i < count; i++) gate[i] = 64.0f, up[i] = x[i] / 64.0f;
-  run->be.ops->swiglu(&run->be, take(run, gate, bytes), take(run, up, bytes), n, true, out);
+  run->be.ops->swiglu(&run->be, take(run, gate, bytes), take(run, up, bytes), n, bits, out);
   free(gate), free(up);
   return read_rounded(&run->be, out, n, seen, err);
 }
 
 int32_t hook_linear(const char *device, const char *isa, int32_t n_threads, int32_t type, const void *weights,
-                    int32_t rows, int32_t cols, const float *x, int32_t n, const float *bias, int32_t add, float *out,
-                    float *seen, pyllm_error *err) {
+                    int32_t rows, int32_t cols, const float *x, int32_t n, int32_t bits, const float *bias, int32_t add,
+                    float *out, float *seen, pyllm_error *err) {
   stage_run run;
   matrix w = {0};
   int32_t status = open_run(&run, device, isa, n_threads, err);
   if (status) return status;
   status = pack(run.be.pool, quant_find(type), weights, rows, cols, "test matrix", &w, err);
   if (!status) status = backend_place(&run.be, &w, "test matrix", err);
+  if (!status && bits == 8 && !takes_bytes(&w.format))
+    status = fail(err, PYLLM_ERR_ARGUMENT, "weights of %d bits take activations of 16", (int)w.format.bits);
   activation a;
-  if (!status) status = make_activation(&run, x, n, cols, w.quantized, &a, seen, err);
+  if (!status) status = make_activation(&run, x, n, cols, w.quantized ? bits : 0, &a, seen, err);
   if (!status) {
     size_t bytes = (size_t)n * (size_t)rows * sizeof *out;
     float *result = take(&run, out, bytes);

@@ -42,7 +42,7 @@ static activation new_activation(const backend *be, int32_t n, int32_t cols) {
   size_t count = (size_t)n * (size_t)cols, halves = (size_t)n * (size_t)(cols / ACT_HALF + 1) * sizeof(float);
   return (activation){cols,
                       o->alloc(be, count * sizeof(float)),
-                      {o->alloc(be, 2 * count), o->alloc(be, halves), o->alloc(be, halves), o->alloc(be, halves)}};
+                      {16, o->alloc(be, 2 * count), o->alloc(be, halves), o->alloc(be, halves), o->alloc(be, halves)}};
 }
 
 static bool is_whole(const activation *a) { return a->values && a->q.planes && a->q.scale && a->q.sum && a->q.product; }
@@ -157,7 +157,7 @@ static void select_heads(attention_run *r, int32_t layer) { r->be.ops->attention
 static void attend_bulk(attention_run *r, int32_t layer) { r->be.ops->attention->attend_bulk(&r->be, r->state, layer); }
 static void finish(attention_run *r, int32_t layer) {
   (void)layer;
-  r->be.ops->attention->finish(&r->be, r->state, 0, true, &r->out);
+  r->be.ops->attention->finish(&r->be, r->state, 0, 16, &r->out);
 }
 static const layer_stage layer_stages[] = {rope_store, attend_local, select_heads, attend_bulk, finish};
 

@@ -51,6 +51,7 @@ class SessionParams:
     n_sink: int
     kv_window: int = 0
     kv_type: str = "f16"
+    activation_bits: int = 16
 
     def native(self) -> Any:
         return library()[0].new("pyllm_session_params *", asdict(self) | {"kv_type": KV_TYPES[self.kv_type]})

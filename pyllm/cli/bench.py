@@ -134,6 +134,7 @@ def benchmark(args: argparse.Namespace, plan: Plan) -> dict[str, Any]:
             "device": engine.llm.device,
             "kv": engine.llm.kv,
             "kv_type": engine.llm.kv_type,
+            "activation_bits": engine.llm.activation_bits,
             "isa": info.isa,
             "threads": info.n_threads,
             "batch": args.batch,

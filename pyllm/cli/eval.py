@@ -229,6 +229,7 @@ def evaluation_settings(
         "device": llm.device,
         **({"kv": llm.kv} if llm.kv != "gpu" else {}),
         **({"kv_type": llm.kv_type} if llm.kv_type != "f16" else {}),
+        **({"activation_bits": llm.activation_bits} if llm.activation_bits != 16 else {}),
         "isa": llm.info.isa,
         "threads": llm.info.n_threads,
         "texts": {text.name: text.sha256 for text in chosen},

@@ -48,6 +48,13 @@ def add_machine_options(group: argparse._ActionsContainer) -> None:
         default="f16",
         help="q8_0: on the CPU, keys and values as bytes, at half the memory (default: f16)",
     )
+    group.add_argument(
+        "--activation-bits",
+        type=int,
+        choices=(16, 8),
+        default=16,
+        help="8: on the CPU, prompts are read faster for a small loss (default: 16)",
+    )
     group.add_argument("--isa", choices=ISAS, help="default: the best there is")
 
 
@@ -84,6 +91,7 @@ def machine(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "kv": args.kv,
         "kv_type": args.kv_type,
+        "activation_bits": args.activation_bits,
         "isa": args.isa,
     }
 

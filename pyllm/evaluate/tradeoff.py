@@ -71,8 +71,8 @@ def side_by_side(
     n_decode: int,
     on_tokens: Callable[[int], None] | None = None,
 ) -> tuple[Run, list[Run]]:
-    """Dense attention over halves, and each policy, whose window and sinks are all the same, over the model's
-    kind of KV cache, on a text.
+    """Dense attention over halves with activations of 16 bits, and each policy, whose window and sinks are
+    all the same, with the model's KV cache and activations, on a text.
 
     Every token but the last, which is only foretold, is evaluated under each policy, the last n_decode of
     them one by one. Those that have a bulk count for quality. on_tokens: called with how many tokens were
@@ -81,8 +81,8 @@ def side_by_side(
     window, sinks = policies[0].window, policies[0].sinks
     require_bulk(text, window, sinks, n_decode)
     inputs, targets = text.tokens[:-1], text.tokens[1:]
-    halves = llm.session(n_ctx=len(inputs), attention=Dense(window=window, sinks=sinks), kv_type="f16")
-    dense = Run(halves)
+    whole = Dense(window=window, sinks=sinks)
+    dense = Run(llm.session(n_ctx=len(inputs), attention=whole, kv_type="f16", activation_bits=16))
     runs = [Run(llm.session(n_ctx=len(inputs), attention=policy)) for policy in policies]
     n_prefill = len(inputs) - n_decode
     for first, stop in _steps(n_prefill, len(inputs), llm.n_batch):

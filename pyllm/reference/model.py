@@ -19,8 +19,6 @@ from .weights import Model, Tensor
 
 Array = npt.NDArray[np.float32]
 
-ACTIVATION_BLOCK = 32
-
 
 @dataclass(frozen=True)
 class ForwardResult:
@@ -35,33 +33,35 @@ def forward(
     tokens: Sequence[int],
     policy: Policy | None = None,
     n_logits: int | None = None,
-    round_activations: bool = True,
+    activation_bits: int | None = 16,
     products: str = "float",
 ) -> ForwardResult:
     """Evaluates tokens from position 0 and returns the logits of the last n_logits of them (all by default).
 
-    round_activations=False multiplies quantized weights by the float32 input, which no library call does: it
-    tells what the rounding costs. products: as in `attend`. Raises ArgumentError for an empty prompt or a
-    token out of range.
+    activation_bits: 16, or 8 for the narrow weights of attention's output and of the feed-forward network;
+    None multiplies quantized weights by the float32 input, which no library call does: it tells what the
+    rounding costs. products: as in `attend`. Raises ArgumentError for an empty prompt or a token out of
+    range.
     """
     config = model.config
     check_tokens(model, tokens)
     x = model.tensor("token_embd.weight").values[np.asarray(tokens)]
     layers = []
+    wide = activation_bits and 16
     for layer in range(config.n_layers):
         blk = f"blk.{layer}"
         normed = rms_norm(x, model.tensor(f"{blk}.attn_norm.weight").values, config.rms_eps)
-        q, k, v = project_qkv(model, layer, normed, round_activations)
+        q, k, v = project_qkv(model, layer, normed, wide)
         result = attend(q, k, v, config.scale, policy or Policy(), layer, products=products)
         heads = result.output.reshape(len(tokens), -1)
-        x = x + biased_linear(model, f"{blk}.attn_output", heads, round_activations)
+        x = x + biased_linear(model, f"{blk}.attn_output", heads, activation_bits)
         normed = rms_norm(x, model.tensor(f"{blk}.ffn_norm.weight").values, config.rms_eps)
-        x = x + swiglu(model, layer, normed, round_activations)
+        x = x + swiglu(model, layer, normed, activation_bits)
         layers.append(result)
     last = x[len(tokens) - (len(tokens) if n_logits is None else n_logits) :]
     last = rms_norm(last, model.tensor("output_norm.weight").values, config.rms_eps)
     output = model.tensors.get("output.weight", model.tensor("token_embd.weight"))
-    return ForwardResult(linear(last, output, round_activations), layers)
+    return ForwardResult(linear(last, output, wide), layers)
 
 
 def check_tokens(model: Model, tokens: Sequence[int]) -> None:
@@ -76,14 +76,12 @@ def check_tokens(model: Model, tokens: Sequence[int]) -> None:
         raise UnsupportedError(f"{len(tokens)} tokens exceed the model's sliding window of {window}")
 
 
-def project_qkv(
-    model: Model, layer: int, normed: Array, round_activations: bool
-) -> tuple[Array, Array, Array]:
+def project_qkv(model: Model, layer: int, normed: Array, bits: int | None) -> tuple[Array, Array, Array]:
     """normed: (T, dim). q: (T, H, d), k: (T, G, d), both rotated, v: (T, G, d)."""
     config = model.config
 
     def heads(part: str) -> Array:
-        projected = biased_linear(model, f"blk.{layer}.attn_{part}", normed, round_activations)
+        projected = biased_linear(model, f"blk.{layer}.attn_{part}", normed, bits)
         projected = projected.reshape(len(normed), -1, config.head_dim)
         norm = model.tensors.get(f"blk.{layer}.attn_{part}_norm.weight")
         return projected if norm is None else rms_norm(projected, norm.values, config.rms_eps)
@@ -92,12 +90,14 @@ def project_qkv(
     return rotate(heads("q"), positions, config.rope), rotate(heads("k"), positions, config.rope), heads("v")
 
 
-def swiglu(model: Model, layer: int, normed: Array, round_activations: bool) -> Array:
-    """down(silu(gate(x)) · up(x)); normed and the result: (T, dim)."""
+def swiglu(model: Model, layer: int, normed: Array, bits: int | None) -> Array:
+    """down(silu(gate(x)) · up(x)); normed and the result: (T, dim). Gate's and up's input is rounded once."""
     blk = f"blk.{layer}"
-    gate = biased_linear(model, f"{blk}.ffn_gate", normed, round_activations)
-    up = biased_linear(model, f"{blk}.ffn_up", normed, round_activations)
-    return biased_linear(model, f"{blk}.ffn_down", silu(gate) * up, round_activations)
+    readers = [model.tensor(f"{blk}.ffn_{part}.weight") for part in ("gate", "up")]
+    shared = 16 if bits and any(w.quantized and not w.narrow for w in readers) else bits
+    gate = biased_linear(model, f"{blk}.ffn_gate", normed, shared)
+    up = biased_linear(model, f"{blk}.ffn_up", normed, shared)
+    return biased_linear(model, f"{blk}.ffn_down", silu(gate) * up, bits)
 
 
 def rms_norm(x: Array, weight: Array, eps: float) -> Array:
@@ -113,27 +113,40 @@ def silu(x: Array) -> Array:
     return x * sigmoid
 
 
-def linear(x: Array, weight: Tensor, round_activations: bool = True) -> Array:
-    """x (n, cols) times weight (rows, cols) transposed: (n, rows). Quantized weights see a rounded input."""
-    inputs = rounded_to_int16(x) if weight.quantized and round_activations else x
-    product: Array = inputs @ weight.values.T
+def linear(x: Array, weight: Tensor, bits: int | None = 16) -> Array:
+    """x (n, cols) times weight (rows, cols) transposed: (n, rows). Quantized weights see an input of 16 bits,
+    narrow ones of `bits`; with None all see x."""
+    if weight.quantized and bits:
+        x = rounded_to_int8(x) if weight.narrow and bits == 8 else rounded_to_int16(x)
+    product: Array = x @ weight.values.T
     return product
 
 
-def biased_linear(model: Model, name: str, x: Array, round_activations: bool) -> Array:
+def biased_linear(model: Model, name: str, x: Array, bits: int | None) -> Array:
     """linear with NAME.weight, plus NAME.bias where the file has one."""
-    projected = linear(x, model.tensor(f"{name}.weight"), round_activations)
+    projected = linear(x, model.tensor(f"{name}.weight"), bits)
     bias = model.tensors.get(f"{name}.bias")
     return projected if bias is None else projected + bias.values
 
 
 def rounded_to_int16(x: Array) -> Array:
-    """What the library's integer kernels see of x (n, cols), cols a multiple of 32.
+    """What the library's integer kernels see of x (n, cols), cols a multiple of 32: `multiples` of a scale
+    for every 32 values."""
+    return multiples(x, 32, 32512)
 
-    Per 32 values: scale = max|x| / 32512 in float32, q = x / scale rounded half to even, value = q · scale. A
-    block whose scale is 0 gives zeros.
+
+def rounded_to_int8(x: Array) -> Array:
+    """The same where activations have 8 bits: with a scale for every 16 values."""
+    return multiples(x, 16, 127)
+
+
+def multiples(x: Array, group: int, most: int) -> Array:
+    """x (n, cols), cols a multiple of group, in whole multiples of one scale per group, up to ±most.
+
+    scale = max|x| / most in float32, q = x / scale rounded half to even, value = q · scale. A group whose
+    scale is 0 gives zeros.
     """
-    blocks = x.reshape(len(x), -1, ACTIVATION_BLOCK)
-    scale = np.max(np.abs(blocks), axis=-1, keepdims=True) / np.float32(32512.0)
-    q: Array = np.rint(np.divide(blocks, scale, where=scale > 0, out=np.zeros_like(blocks)))
+    groups = x.reshape(len(x), -1, group)
+    scale = np.max(np.abs(groups), axis=-1, keepdims=True) / np.float32(most)
+    q: Array = np.rint(np.divide(groups, scale, where=scale > 0, out=np.zeros_like(groups)))
     return np.asarray(q * scale).reshape(x.shape)

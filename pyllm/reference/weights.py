@@ -17,6 +17,9 @@ from .rope import RopeConfig
 
 ROPE_KIND = {"llama": "norm", "qwen2": "neox", "qwen3": "neox"}
 
+NARROW_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K")
+"""Of at most 5 bits: their inputs may be rounded to 8."""
+
 FLOAT_TYPES = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16)
 
 
@@ -41,10 +44,12 @@ class Config:
 
 @dataclass(frozen=True)
 class Tensor:
-    """values: float32 (rows, cols). quantized: its inputs are rounded to 16 bits, see `model.linear`."""
+    """values: float32 (rows, cols). quantized: its inputs are rounded to 16 bits, or where narrow to 8, see
+    `model.linear`."""
 
     values: npt.NDArray[np.float32]
     quantized: bool
+    narrow: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,7 @@ def load(*paths: str | Path) -> Model:
         tensor.name: Tensor(
             gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32),
             tensor.tensor_type not in FLOAT_TYPES,
+            tensor.tensor_type.name in NARROW_TYPES,
         )
         for reader in readers
         for tensor in reader.tensors
