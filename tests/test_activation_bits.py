@@ -17,6 +17,8 @@ from pyllm import LLM, ArgumentError, Dense, UnsupportedError
 from pyllm._native import NativeSession, SessionParams
 from pyllm.cli import main
 from pyllm.evaluate.metrics import Reference
+from pyllm.evaluate.texts import Text
+from pyllm.evaluate.tradeoff import side_by_side
 from pyllm.reference import model as reference
 from pyllm.reference import weights
 from pyllm.reference.attention import Policy
@@ -117,6 +119,13 @@ def test_loses_little(default_model: Path) -> None:
     exact, rounded = (llm.session().eval(ids, all_logits=True) for llm in (wide, narrow))
     scores = Reference(exact, np.array([*ids[1:], 0])).compare(rounded)
     assert 0 < scores.kl.mean() < 0.002
+
+
+def test_evaluation_compares_with_16_bits(tmp_path: Path) -> None:
+    llm = opened(tiny(tmp_path))
+    _, (dense,) = side_by_side(llm, Text("noise", np.array(TOKENS, np.int32)), [Dense(window=64)], n_decode=4)
+    for scores in dense.scores:
+        assert np.concatenate([part.kl for part in scores]).mean() > 0
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -172,8 +172,8 @@ def test_a_cache_of_bytes_has_a_peer_of_its_kind(
     tiny_model: Path, capsys: pytest.CaptureFixture[str], peer_python: str
 ) -> None:
     arguments = [*SMALL, "--no-ceilings", "--peer-python", peer_python, "--kv-type", "q8_0"]
-    result = bench_json(capsys, tiny_model, *arguments)
-    assert result["kv_type"] == "q8_0"
+    result = bench_json(capsys, tiny_model, *arguments, "--activation-bits", "8")
+    assert (result["kv_type"], result["activation_bits"]) == ("q8_0", 8)
     assert result["peers"] == ["llama.cpp", "llama.cpp flash", "llama.cpp q8_0"]
 
 

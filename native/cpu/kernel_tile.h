@@ -1,6 +1,7 @@
 /* Quantized matrix kernel: tokens against tiles of 16 weight rows, one lane per row. Part of kernels.c.
  *
- * Per group of 32 columns the products are summed exactly in 32-bit integers, and then scaled:
+ * Per group of 32 columns, or of 16 where weights or activations have a scale for each of these, the products are summed
+ * exactly in integers, and then scaled:
  * out += x.scale * d * scale * sum((q - offset) * xq) + x.scale * m * min * sum(xq).
  * For many tokens the quants of some columns are unpacked once, into a slab that stays in the first-level cache. What
  * an output accumulates, and in which order, is the same with and without. */
@@ -169,7 +170,7 @@ static inline __attribute__((always_inline)) void sum_products(int tiles, int to
     }
 }
 
-/* Token t's sum of rows v of tile k, whole: below 2^29. */
+/* Token t's whole sum of rows v of tile k: below 2^29. */
 static inline __attribute__((always_inline)) vi whole_sum(tile_product f, tile_sums sum, int t, int k, int v) {
   if (in_words(f)) return sum[0][t][k][v];
   return f.narrow ? dot_sum(sum[0][t][k][v]) : (sum[0][t][k][v] << 8) + sum[1 % TILE_SUMS][t][k][v];

@@ -17,9 +17,10 @@ static void linear(pyllm_session *s, enum stage stage, const activation *x, int3
 
 static linear_job job_of(const projection *p, bool add, float *out) { return (linear_job){&p->w, p->bias, add, out}; }
 
-/* What the input of a matrix is rounded to at most, 0 where it stays a float; and of some to session's bits. */
+/* Bits that a matrix has its input rounded to; 0: it takes floats. */
 static int32_t input_bits(const matrix *w) { return w->quantized ? 16 : 0; }
 
+/* The same of attention's output and of the feed-forward network, where the session may ask for fewer. */
 static int32_t session_bits(const pyllm_session *s, const matrix *w) {
   return w->quantized && takes_bytes(&w->format) ? s->activation_bits : input_bits(w);
 }
