@@ -361,7 +361,7 @@ def test_ceilings(programs: Path) -> None:
     assert {"int8", "f32"} <= found.gmac_s.keys()
     assert {(k["kernel"], k["shape"]) for k in found.kernels} == {
         (kernel, shape)
-        for kernel in ("tile_gemm", "strip_gemm", "attend_strips", "sketch_sums")
+        for kernel in ("tile_gemm", "tile_gemm_8", "strip_gemm", "attend_strips", "sketch_sums")
         for shape in ("prefill", "decode")
     }
     for kernel in found.kernels:

@@ -234,8 +234,12 @@ static void bench_sketches(report *to, kernel_run *run) {
 
 static quantized new_quantized(int32_t bits) {
   size_t n = (size_t)TOKENS * COLS;
-  return (quantized){bits, bench_alloc(n * (size_t)bits / 8), bench_alloc(n / (size_t)act_group(bits) * sizeof(float)),
-                     bench_alloc(n / ACT_HALF * sizeof(int32_t)), bench_alloc(n / ACT_HALF * sizeof(float))};
+  return (quantized){bits,
+                     bench_alloc(n * (size_t)bits / 8),
+                     bench_alloc(n / (size_t)act_group(bits) * sizeof(float)),
+                     bench_alloc(n / ACT_HALF * sizeof(int32_t)),
+                     bench_alloc(n / ACT_HALF * sizeof(float)),
+                     bench_alloc(n / ACT_GROUP * sizeof(float))};
 }
 
 static void fill_activations(kernel_run *run) {

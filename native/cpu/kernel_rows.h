@@ -89,9 +89,12 @@ static inline __attribute__((always_inline)) void round_groups(int32_t bits, con
   if (halves == 2) vsum4(sums + 4, sum + 4);
   for (int h = 0; h < n * halves; h++) {
     float of = scale[h / halves];
-    out->sum[h] = of == of ? (int32_t)sum[h] : 0;
-    out->product[h] = of == of ? of * sum[h] : of;
+    bool finite = of == of;
+    if (!finite) memset(out->planes + h * ACT_HALF * bits / 8, 0, (size_t)(ACT_HALF * bits / 8));
+    out->sum[h] = finite ? (int32_t)sum[h] : 0;
+    out->product[h] = finite ? of * sum[h] : of;
   }
+  for (int h = 0; h + 1 < n * halves; h += 2) out->both[h / 2] = out->product[h] + out->product[h + 1];
 }
 
 static inline __attribute__((always_inline)) void quantize_to(int32_t bits, const float *x, int32_t cols,

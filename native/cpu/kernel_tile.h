@@ -190,14 +190,14 @@ static inline __attribute__((always_inline)) void add_group(int tiles, int token
     const int32_t *sums = r->x.sum + (int64_t)t * (r->cols / ACT_HALF) + 2 * g;
     const float *product = r->x.product + (int64_t)t * (r->cols / ACT_HALF) + 2 * g;
     vi start = viset(-f.offset * (halves == 2 ? sums[half] : sums[0] + sums[1]));
-    vf minimum = vset(halves == 2 ? product[half] : product[0] + product[1]);
+    vf minimum = vset(f.group == 16 ? product[half] : r->x.both[(int64_t)t * (r->cols / ACT_GROUP) + g]);
     vf scale = vset(r->x.scale[(int64_t)t * (r->cols / x_group) + column / x_group]);
     for (int k = 0; k < tiles; k++)
       for (int v = 0; v < TILE_VECS; v++) {
         vi q = whole_sum(f, sum, t, k, v);
         if (!f.has_min) q += start;
         total[t][k][v] += __builtin_convertvector(q, vf) * (s[k].scale[own][v] * scale);
-        if (f.has_min) total[t][k][v] += s[k].min[own][v] * minimum;
+        if (f.has_min && own == half) total[t][k][v] += s[k].min[own][v] * minimum; /* where it is both halves', once */
       }
   }
 }
@@ -207,6 +207,7 @@ static inline __attribute__((always_inline)) void slab_tokens(int tokens, tile_p
   tile_totals total[SLAB_TOKENS];
   memcpy(total, out, (size_t)tokens * sizeof *total);
   for (int32_t g = 0; g < n_groups; g++)
+#pragma GCC unroll 2
     for (int half = 0; half < sums_of_group(f); half++)
       add_group(SLAB_TILES, tokens, f, g, half, w->quants[g], w->scales[g], r, total);
   memcpy(out, total, (size_t)tokens * sizeof *total);

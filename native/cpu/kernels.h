@@ -62,6 +62,7 @@ typedef struct quantized {
   float *scale;   /* (n, cols / 32), of 8 bits (n, cols / 16) */
   int32_t *sum;   /* (n, cols / 16) sums of q */
   float *product; /* (n, cols / 16) scale * sum */
+  float *both;    /* (n, cols / 32) the sums of two of these; on the CPU alone */
 } quantized;
 
 enum { ACT_MAX = 127 * 256, ACT_MAX8 = 127 }; /* largest |q|: of 16 bits, its high byte fits */
@@ -71,9 +72,12 @@ static inline int32_t act_group(int32_t bits) { return bits == 8 ? ACT_HALF : AC
 /* What comes after n times `cols` columns, rows or parts of the first one: whole groups that share a scale. */
 static inline quantized quantized_after(const quantized *x, int64_t cols, int64_t n) {
   int64_t values = cols * n;
-  return (quantized){x->bits, x->planes + values * x->bits / 8,
-                     x->scale + (x->bits == 8 ? values / ACT_HALF : values / ACT_GROUP), x->sum + values / ACT_HALF,
-                     x->product + values / ACT_HALF};
+  return (quantized){x->bits,
+                     x->planes + values * x->bits / 8,
+                     x->scale + (x->bits == 8 ? values / ACT_HALF : values / ACT_GROUP),
+                     x->sum + values / ACT_HALF,
+                     x->product + values / ACT_HALF,
+                     x->both + values / ACT_GROUP};
 }
 
 /* q of column i of the first row. */

@@ -41,7 +41,7 @@ static attention_shape shape_of(const pyllm_model *m, const pyllm_session_params
 
 static int32_t logit_rows(int32_t n_batch) { return n_batch < LOGITS_AT_ONCE ? n_batch : LOGITS_AT_ONCE; }
 
-static uint64_t activation_bytes(uint64_t cols) { return cols * 6 + cols / ACT_HALF * 12; }
+static uint64_t activation_bytes(uint64_t cols) { return cols * 6 + cols / ACT_HALF * 12 + cols / ACT_GROUP * 4; }
 
 int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_params *p, int32_t page_bits,
                                     pyllm_session_memory *out, pyllm_error *err) {
@@ -74,11 +74,12 @@ static bool new_activation(const backend *be, activation *a, int32_t n, int32_t 
   a->q.scale = be->ops->alloc(be, rows * (width / ACT_HALF + 1) * sizeof(float));
   a->q.sum = be->ops->alloc(be, rows * (width / ACT_HALF + 1) * sizeof(int32_t));
   a->q.product = be->ops->alloc(be, rows * (width / ACT_HALF + 1) * sizeof(float));
-  return a->values && a->q.planes && a->q.scale && a->q.sum && a->q.product;
+  a->q.both = be->ops->alloc(be, rows * (width / ACT_GROUP + 1) * sizeof(float));
+  return a->values && a->q.planes && a->q.scale && a->q.sum && a->q.product && a->q.both;
 }
 
 static void free_activation(const backend *be, activation *a) {
-  void *parts[] = {a->values, a->q.planes, a->q.scale, a->q.sum, a->q.product};
+  void *parts[] = {a->values, a->q.planes, a->q.scale, a->q.sum, a->q.product, a->q.both};
   for (size_t i = 0; i < sizeof parts / sizeof *parts; i++) be->ops->release(be, parts[i]);
 }
 

@@ -11,8 +11,8 @@ int32_t hook_rounded(const char *isa, int32_t bits, const float *x, float *out, 
   if (!k || n % ACT_GROUP) return fail(err, PYLLM_ERR_ARGUMENT, "no such instruction set, or %d values", n);
   int8_t planes[2 * ACT_GROUP];
   int32_t sum[2];
-  float scale[2], product[2];
-  quantized q = {bits, planes, scale, sum, product};
+  float scale[2], product[2], both;
+  quantized q = {bits, planes, scale, sum, product, &both};
   for (int32_t i = 0; i < n; i += ACT_GROUP) {
     k->quantize(x + i, ACT_GROUP, &q);
     for (int32_t j = 0; j < ACT_GROUP; j++)

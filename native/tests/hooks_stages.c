@@ -19,11 +19,14 @@ static void *take(stage_run *run, const void *data, size_t bytes) {
 }
 
 static activation take_activation(stage_run *run, int32_t n, int32_t cols) {
-  size_t count = (size_t)n * (size_t)cols, halves = (size_t)n * (size_t)(cols / ACT_HALF + 1);
-  return (activation){cols,
-                      take(run, NULL, count * 4),
-                      {16, take(run, NULL, 2 * count), take(run, NULL, halves * 4), take(run, NULL, halves * 4),
-                       take(run, NULL, halves * 4)}};
+  size_t count = (size_t)n * (size_t)cols, halves = (size_t)n * (size_t)(cols / ACT_HALF + 1) * 4;
+  quantized q = {16,
+                 take(run, NULL, 2 * count),
+                 take(run, NULL, halves),
+                 take(run, NULL, halves),
+                 take(run, NULL, halves),
+                 take(run, NULL, halves)};
+  return (activation){cols, take(run, NULL, count * 4), q};
 }
 
 static int32_t open_run(stage_run *run, const char *device, const char *isa, int32_t n_threads, pyllm_error *err) {
@@ -41,15 +44,22 @@ static int32_t close_run(stage_run *run, int32_t status, pyllm_error *err) {
   return status;
 }
 
+static bool same(float a, float b) { return a == b || (a != a && b != b); }
+
 /* Of either number of bits; false where sums and products are not theirs. */
 static bool read_planes(const backend *be, const activation *a, int32_t n, float *out) {
   size_t count = (size_t)n * (size_t)a->cols, halves = count / ACT_HALF, group = (size_t)act_group(a->q.bits);
-  quantized q = {a->q.bits, malloc(2 * count + 1), malloc(halves * 4 + 1), malloc(halves * 4 + 1),
-                 malloc(halves * 4 + 1)};
+  quantized q = {a->q.bits,
+                 malloc(2 * count + 1),
+                 malloc(halves * 4 + 1),
+                 malloc(halves * 4 + 1),
+                 malloc(halves * 4 + 1),
+                 malloc(halves * 2 + 1)};
   be->ops->read(be, q.planes, a->q.planes, count * (size_t)q.bits / 8);
   be->ops->read(be, q.scale, a->q.scale, count / group * 4);
   be->ops->read(be, q.sum, a->q.sum, halves * 4);
   be->ops->read(be, q.product, a->q.product, halves * 4);
+  be->ops->read(be, q.both, a->q.both, halves / 2 * 4);
   bool consistent = true;
   for (size_t h = 0; h < halves; h++) {
     int32_t total = 0;
@@ -59,11 +69,10 @@ static bool read_planes(const backend *be, const activation *a, int32_t n, float
       out[i] = scale * (float)value;
       total += value;
     }
-    float expected = scale * (float)total;
-    consistent &=
-        total == q.sum[h] && (expected == q.product[h] || (expected != expected && q.product[h] != q.product[h]));
+    consistent &= total == q.sum[h] && same(scale * (float)total, q.product[h]);
+    if (be->ops->on_host && h % 2) consistent &= same(q.product[h - 1] + q.product[h], q.both[h / 2]);
   }
-  free(q.planes), free(q.scale), free(q.sum), free(q.product);
+  free(q.planes), free(q.scale), free(q.sum), free(q.product), free(q.both);
   return consistent;
 }
 

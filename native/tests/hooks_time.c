@@ -42,17 +42,20 @@ static activation new_activation(const backend *be, int32_t n, int32_t cols) {
   size_t count = (size_t)n * (size_t)cols, halves = (size_t)n * (size_t)(cols / ACT_HALF + 1) * sizeof(float);
   return (activation){cols,
                       o->alloc(be, count * sizeof(float)),
-                      {16, o->alloc(be, 2 * count), o->alloc(be, halves), o->alloc(be, halves), o->alloc(be, halves)}};
+                      {16, o->alloc(be, 2 * count), o->alloc(be, halves), o->alloc(be, halves), o->alloc(be, halves),
+                       o->alloc(be, halves)}};
 }
 
-static bool is_whole(const activation *a) { return a->values && a->q.planes && a->q.scale && a->q.sum && a->q.product; }
+static bool is_whole(const activation *a) {
+  return a->values && a->q.planes && a->q.scale && a->q.sum && a->q.product && a->q.both;
+}
 
 static void free_memory(const backend *be, void *memory) {
   if (memory) be->ops->release(be, memory);
 }
 
 static void free_activation(const backend *be, const activation *a) {
-  void *memory[] = {a->values, a->q.planes, a->q.scale, a->q.sum, a->q.product};
+  void *memory[] = {a->values, a->q.planes, a->q.scale, a->q.sum, a->q.product, a->q.both};
   for (size_t i = 0; i < sizeof memory / sizeof *memory; i++) free_memory(be, memory[i]);
 }
 
