@@ -440,6 +440,25 @@ def test_sessions_of_one_model_take_turns(path: Path) -> None:
     assert np.array_equal(alone, together)
 
 
+def test_another_models_sessions_come_and_go_meanwhile(tmp_path: Path) -> None:
+    """As when the collector closes one in a thread that works with another: freeing waits for the GPU."""
+    path = write_tiny(tmp_path / "tiny.gguf", n_layers=1, dim=64, n_ff=96, tokenizer=True)
+    llm, other = (LLM(path, device="cuda", attention=POLICIES[0], n_ctx=128) for _ in range(2))
+
+    def come_and_go() -> None:
+        for _ in range(60):
+            other.session()
+
+    with ThreadPoolExecutor(1) as thread:
+        meanwhile = thread.submit(come_and_go)
+        while not meanwhile.done():
+            session = llm.session()
+            session.eval([1, 2, 3, 4, 5])
+            session.rewind(2)
+            session.eval([7])
+        meanwhile.result()
+
+
 def test_a_thread_begins_anywhere(path: Path, tmp_path: Path) -> None:
     """Its current GPU may be another one until its first call, which may be to rewind or load."""
     session = LLM(path, device="cuda", attention=POLICIES[0], n_ctx=256).session()

@@ -4,6 +4,7 @@
 #include <cstdlib>
 #include <malloc.h>
 #include <map>
+#include <mutex>
 #include <new>
 #include <string>
 #include <utility>
@@ -18,15 +19,17 @@ struct emu_stream {
   commands waiting;   /* until the stream is waited for */
   cudaError_t error;
   std::atomic_flag busy; /* a command is on its way: those of a session's turn come from one thread at a time */
+  std::mutex order;      /* of commands, which another thread's freeing may do too */
 };
 static std::vector<cudaStream_t> streams;
+static std::mutex registry; /* of streams and of memory; taken before a stream's order */
 
 /* The one device; every thread begins on another, as it may on a machine with two. */
 enum { DEVICE = 0, OTHER_DEVICE = 1 };
 static thread_local int current_device = OTHER_DEVICE;
 
 static size_t memory_bytes = (size_t)4 << 30, memory_used;
-static cudaError_t last_error;
+static thread_local cudaError_t last_error;
 
 static cudaError_t failed(cudaError_t error) { return last_error = error; }
 
@@ -46,25 +49,33 @@ void emu::fail_next(const char *call, int error, int times) { plan = {call, (cud
 
 static cudaError_t submit(cudaStream_t stream, std::function<cudaError_t()> command) {
   if (stream->busy.test_and_set()) return failed(cudaErrorIllegalState);
+  std::lock_guard turn(stream->order);
   (stream->capture ? stream->capture->list : stream->waiting).push_back(std::move(command));
   stream->busy.clear();
   return cudaSuccess;
 }
 
 /* Does what waits; as on a device, the first error stays, and nothing is done behind it. */
-static cudaError_t perform(cudaStream_t stream) {
-  if (stream->busy.test_and_set()) return failed(cudaErrorIllegalState);
+static cudaError_t perform_waiting(cudaStream_t stream) {
+  std::lock_guard turn(stream->order);
   for (const auto &command : stream->waiting)
     if (!stream->error) stream->error = command();
   stream->waiting.clear();
   if (stream->error) failed(stream->error);
-  stream->busy.clear();
   return stream->error;
 }
 
-/* As freeing does. Another thread's stream would be busy meanwhile: tests use one model's at a time. */
+static cudaError_t perform(cudaStream_t stream) {
+  if (stream->busy.test_and_set()) return failed(cudaErrorIllegalState);
+  cudaError_t error = perform_waiting(stream);
+  stream->busy.clear();
+  return error;
+}
+
+/* As freeing does: what other threads have in their streams may be done early, and is not theirs at once with it. With
+ * the registry taken. */
 static void perform_all() {
-  for (cudaStream_t stream : streams) perform(stream);
+  for (cudaStream_t stream : streams) perform_waiting(stream);
 }
 
 /* ---- the device ---- */
@@ -119,6 +130,7 @@ const char *cudaGetErrorString(cudaError_t error) {
 static std::map<const char *, size_t> on_device; /* what cudaMalloc gave, and its bytes */
 
 static bool is_on_device(const void *address) {
+  std::lock_guard turn(registry);
   auto behind = on_device.upper_bound((const char *)address);
   if (behind == on_device.begin()) return false;
   --behind;
@@ -127,6 +139,7 @@ static bool is_on_device(const void *address) {
 
 cudaError_t cudaMalloc(void **out, size_t bytes) {
   if (current_device != DEVICE) return failed(cudaErrorInvalidDevice);
+  std::lock_guard turn(registry);
   size_t free, total;
   cudaMemGetInfo(&free, &total);
   *out = bytes <= free ? malloc(bytes) : nullptr;
@@ -137,6 +150,7 @@ cudaError_t cudaMalloc(void **out, size_t bytes) {
   return cudaSuccess;
 }
 cudaError_t cudaFree(void *at) {
+  std::lock_guard turn(registry);
   perform_all();
   on_device.erase((const char *)at);
   if (at) memory_used -= malloc_usable_size(at);
@@ -149,6 +163,7 @@ cudaError_t cudaHostAlloc(void **out, size_t bytes, unsigned) {
   return *out ? cudaSuccess : failed(cudaErrorMemoryAllocation);
 }
 cudaError_t cudaFreeHost(void *at) {
+  std::lock_guard turn(registry);
   perform_all();
   free(at);
   return cudaSuccess;
@@ -162,13 +177,15 @@ cudaError_t cudaHostGetDevicePointer(void **out, void *at, unsigned) {
 
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t *out, unsigned) {
   if (current_device != DEVICE) return failed(cudaErrorInvalidDevice);
-  *out = new (std::nothrow) emu_stream{nullptr, {}, cudaSuccess, ATOMIC_FLAG_INIT};
+  *out = new (std::nothrow) emu_stream{nullptr, {}, cudaSuccess, ATOMIC_FLAG_INIT, {}};
   if (!*out) return failed(cudaErrorMemoryAllocation);
+  std::lock_guard turn(registry);
   streams.push_back(*out);
   return cudaSuccess;
 }
 cudaError_t cudaStreamDestroy(cudaStream_t stream) {
   perform(stream);
+  std::lock_guard turn(registry);
   std::erase(streams, stream);
   delete stream;
   return cudaSuccess;
