@@ -43,14 +43,14 @@ static inline void store_q(vi q, int8_t *planes) {
 /* 16 values times inverse, rounded into the first columns of `planes`; returns sums of them. */
 static inline __attribute__((always_inline)) vf round_half_group(int32_t bits, const float *x, float inverse,
                                                                  int8_t *planes) {
-  vi sum = viset(0);
+  vu sum = {0}; /* of NaN, which is no number here, it may overflow */
   for (int i = 0; i < ACT_HALF; i += VL) {
     vi q = vround(vload(x + i) * inverse);
     if (bits == 8) vstore_i8(planes + i, q);
     else store_q(q, planes + 2 * i);
-    sum += q;
+    sum += (vu)q;
   }
-  return __builtin_convertvector(sum, vf); /* exact */
+  return __builtin_convertvector((vi)sum, vf); /* exact */
 }
 
 /* Of 4 groups that share a scale, n of which there are, the largest |x|: NaN where one is NaN or infinite, which
