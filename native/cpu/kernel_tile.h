@@ -29,17 +29,18 @@ enum { TILE_WORDS = 1, SLAB_TILES = 1, SLAB_TOKENS = 1 };
 
 enum { TILE_SUMS = TILE_WORDS ? 1 : 2, VEC_BYTES = 4 * VL, FOUR_BYTES = (TILE_WORDS ? 2 : 1) * 4 * TILE_ROWS };
 
-/* A weight format (kernels.h) with activations of 16 bits or, narrow, of 8: the constants of an instance. */
+/* A weight format (kernels.h) with activations of x_bits, 16 or 8: the constants of an instance. */
 typedef struct tile_product {
   int32_t bits, group, offset;
-  bool scaled, has_min, narrow;
+  bool scaled, has_min;
+  int32_t x_bits;
 } tile_product;
 
 /* Whether quants are unpacked to words. */
-static inline bool in_words(tile_product f) { return f.narrow ? VL == 4 : TILE_WORDS; }
+static inline bool in_words(tile_product f) { return f.x_bits == 8 ? VL == 4 : TILE_WORDS; }
 
 /* Sums that a group of 32 columns has: one where weights and activations have one scale each. */
-static inline int sums_of_group(tile_product f) { return f.group == 16 || f.narrow ? 2 : 1; }
+static inline int sums_of_group(tile_product f) { return f.group == 16 || act_group(f.x_bits) == ACT_HALF ? 2 : 1; }
 
 /* 4 columns of all 16 rows: per vector of rows their bytes, or the words of columns 0 and 2 and then of 1 and 3. */
 typedef uint8_t four_columns[FOUR_BYTES];
@@ -105,7 +106,7 @@ static inline __attribute__((always_inline)) void load_quants(tile_product f, co
 }
 
 /* Four columns are multiplied in this many steps: either half of them in words, either plane in bytes, or at once. */
-static inline int steps_of_four(tile_product f) { return f.narrow && !in_words(f) ? 1 : 2; }
+static inline int steps_of_four(tile_product f) { return f.x_bits == 8 && !in_words(f) ? 1 : 2; }
 
 /* What step p multiplies of one vector of rows, and of a token's activations. */
 static inline vbytes step_of_quants(tile_product f, const uint8_t *four, int v, int p) {
@@ -113,7 +114,7 @@ static inline vbytes step_of_quants(tile_product f, const uint8_t *four, int v, 
 }
 
 static inline int32_t step_of_token(tile_product f, const int8_t *four, int p) {
-  if (f.narrow && in_words(f)) return (int32_t)((uint16_t)four[p] | (uint32_t)four[p + 2] << 16);
+  if (f.x_bits == 8 && in_words(f)) return (int32_t)((uint16_t)four[p] | (uint32_t)four[p + 2] << 16);
   int32_t step;
   memcpy(&step, four + 4 * p, sizeof step);
   return step;
@@ -160,7 +161,7 @@ static inline __attribute__((always_inline)) void sum_products(int tiles, int to
       for (int k = 0; k < tiles; k++)
         for (int v = 0; v < TILE_VECS; v++) w[k][v] = step_of_quants(f, quants[i][k], v, p);
       for (int t = 0; t < tokens; t++) {
-        int32_t step = step_of_token(f, token[t] + i * (f.narrow ? 4 : 8), p);
+        int32_t step = step_of_token(f, token[t] + i * f.x_bits / 2, p);
         for (int k = 0; k < tiles; k++)
           for (int v = 0; v < TILE_VECS; v++) {
             vi *to = &sum[p % TILE_SUMS][t][k][v];
@@ -173,7 +174,7 @@ static inline __attribute__((always_inline)) void sum_products(int tiles, int to
 /* Token t's whole sum of rows v of tile k: below 2^29. */
 static inline __attribute__((always_inline)) vi whole_sum(tile_product f, tile_sums sum, int t, int k, int v) {
   if (in_words(f)) return sum[0][t][k][v];
-  return f.narrow ? dot_sum(sum[0][t][k][v]) : (sum[0][t][k][v] << 8) + sum[1 % TILE_SUMS][t][k][v];
+  return f.x_bits == 8 ? dot_sum(sum[0][t][k][v]) : (sum[0][t][k][v] << 8) + sum[1 % TILE_SUMS][t][k][v];
 }
 
 /* Adds group g of the activations times its quants, or half of both, to the tokens' totals. */
@@ -181,9 +182,9 @@ static inline __attribute__((always_inline)) void add_group(int tiles, int token
                                                             const four_columns (*quants)[SLAB_TILES],
                                                             const group_scales *s, const slab_rows *r,
                                                             tile_totals *total) {
-  int halves = sums_of_group(f), n = 8 / halves, x_group = f.narrow ? ACT_HALF : ACT_GROUP;
+  int halves = sums_of_group(f), n = 8 / halves, x_group = act_group(f.x_bits);
   int own = f.group == 16 ? half : 0; /* whose scales and minima the weights have */
-  int64_t column = (int64_t)g * ACT_GROUP + half * ACT_HALF, bytes = f.narrow ? 1 : 2;
+  int64_t column = (int64_t)g * ACT_GROUP + half * ACT_HALF, bytes = f.x_bits / 8;
   tile_sums sum;
   sum_products(tiles, tokens, f, n, quants + half * n, r->x.planes + column * bytes, r->cols * bytes, sum);
   for (int t = 0; t < tokens; t++) {
@@ -348,13 +349,13 @@ tile_gemm_format(tile_product f, const tile_pair *w, const slab_rows *x, int32_t
       instance(iq4_xs, 8, 32, true, false) /* IQ4_XS */                                                                \
       instance(q6_k, 6, 16, true, false)   /* Q6_K */
 
-#define INSTANCE(name, b, g, s, m, narrow)                                                                             \
+#define INSTANCE(name, b, g, s, m, x_bits)                                                                             \
   static __attribute__((noinline)) void name(int32_t offset, const tile_pair *w, const slab_rows *x, int32_t n,        \
                                              const tile_output *to) {                                                  \
-    tile_gemm_format((tile_product){b, g, offset, s, m, narrow}, w, x, n, to);                                         \
+    tile_gemm_format((tile_product){b, g, offset, s, m, x_bits}, w, x, n, to);                                         \
   }
-#define DEFINE(name, b, g, s, m) INSTANCE(tile_gemm_##name, b, g, s, m, false)
-#define DEFINE_NARROW(name, b, g, s, m) INSTANCE(tile_gemm_narrow_##name, b, g, s, m, true)
+#define DEFINE(name, b, g, s, m) INSTANCE(tile_gemm_##name, b, g, s, m, 16)
+#define DEFINE_NARROW(name, b, g, s, m) INSTANCE(tile_gemm_narrow_##name, b, g, s, m, 8)
 NARROW_FORMATS(DEFINE)
 NARROW_FORMATS(DEFINE_NARROW)
 WIDE_FORMATS(DEFINE)

@@ -57,7 +57,7 @@ static inline bool takes_bytes(const tile_format *f) { return f->bits <= 5; }
  * low ones, so that 8-bit products serve; or, where kernels.words, words of the columns 0, 2, 1, 3. Of 8 bits they are
  * their 4 bytes. (What rounding costs: docs/performance.md.) */
 typedef struct quantized {
-  int32_t bits;   /* 16 or 8 */
+  int32_t bits;   /* 16 or 8; 0: there are none */
   int8_t *planes; /* (n, cols / 4, bits / 2) */
   float *scale;   /* (n, cols / 32), of 8 bits (n, cols / 16) */
   int32_t *sum;   /* (n, cols / 16) sums of q */

@@ -5,7 +5,9 @@
 
 enum { TOKENS_PER_PIECE = 8 };
 
+/* Rounds a row where q.bits asks for it. */
 static void round_row(const kernels *k, const activation *a, int32_t row) {
+  if (!a->q.bits) return;
   quantized to = quantized_after(&a->q, a->cols, row);
   k->quantize(a->values + (int64_t)row * a->cols, a->cols, &to);
 }
@@ -52,7 +54,6 @@ typedef struct norm_run {
   const kernels *k;
   const float *x, *w;
   float eps;
-  bool rounded;
   activation *out;
 } norm_run;
 
@@ -62,20 +63,19 @@ static void norm_rows(void *context, int32_t begin, int32_t end, int32_t thread)
   int32_t cols = run->out->cols;
   for (int32_t t = begin; t < end; t++) {
     run->k->rms_norm(run->x + (int64_t)t * cols, run->w, run->eps, cols, run->out->values + (int64_t)t * cols);
-    if (run->rounded) round_row(run->k, run->out, t);
+    round_row(run->k, run->out, t);
   }
 }
 
 void cpu_norm(const backend *be, const float *x, const float *w, float eps, int32_t n, int32_t bits, activation *out) {
-  if (bits) out->q.bits = bits;
-  norm_run run = {be->kernels, x, w, eps, bits != 0, out};
+  out->q.bits = bits;
+  norm_run run = {be->kernels, x, w, eps, out};
   pool_run(be->pool, n, TOKENS_PER_PIECE, norm_rows, &run);
 }
 
 typedef struct swiglu_run {
   const kernels *k;
   const float *gate, *up;
-  bool rounded;
   activation *out;
 } swiglu_run;
 
@@ -85,13 +85,13 @@ static void swiglu_rows(void *context, int32_t begin, int32_t end, int32_t threa
   int64_t cols = run->out->cols;
   for (int32_t t = begin; t < end; t++) {
     run->k->swiglu(run->gate + t * cols, run->up + t * cols, run->out->cols, run->out->values + t * cols);
-    if (run->rounded) round_row(run->k, run->out, t);
+    round_row(run->k, run->out, t);
   }
 }
 
 void cpu_swiglu(const backend *be, const float *gate, const float *up, int32_t n, int32_t bits, activation *out) {
-  if (bits) out->q.bits = bits;
-  swiglu_run run = {be->kernels, gate, up, bits != 0, out};
+  out->q.bits = bits;
+  swiglu_run run = {be->kernels, gate, up, out};
   pool_run(be->pool, n, TOKENS_PER_PIECE, swiglu_rows, &run);
 }
 
@@ -99,7 +99,6 @@ typedef struct finish_run {
   const kernels *k;
   const attention_batch *b;
   int32_t first;
-  bool rounded;
   activation *out;
 } finish_run;
 
@@ -121,14 +120,14 @@ static void finish_rows(void *context, int32_t begin, int32_t end, int32_t threa
       float *to = run->out->values + ((int64_t)t * b->n_heads + h) * b->head_dim, weight = 1.0f / b->state[row].sum;
       for (int32_t i = 0; i < b->head_dim; i++) to[i] = from[i] * weight;
     }
-    if (run->rounded) round_row(run->k, run->out, t);
+    round_row(run->k, run->out, t);
   }
 }
 
 void cpu_finish(const backend *be, const attention_batch *b, int32_t first, int32_t bits, activation *out) {
-  if (bits) out->q.bits = bits;
+  out->q.bits = bits;
   if (b->rest.exists) merge_rest(b);
-  finish_run run = {be->kernels, b, first, bits != 0, out};
+  finish_run run = {be->kernels, b, first, out};
   pool_run(be->pool, b->n - first, TOKENS_PER_PIECE, finish_rows, &run);
 }
 

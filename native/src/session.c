@@ -68,7 +68,6 @@ int32_t pyllm_session_memory_needed(const pyllm_model *m, const pyllm_session_pa
 static bool new_activation(const backend *be, activation *a, int32_t n, int32_t cols) {
   size_t rows = (size_t)n, width = (size_t)cols;
   a->cols = cols;
-  a->q.bits = 16;
   a->values = be->ops->alloc(be, rows * width * sizeof(float));
   a->q.planes = be->ops->alloc(be, rows * width * 2);
   a->q.scale = be->ops->alloc(be, rows * (width / ACT_HALF + 1) * sizeof(float));

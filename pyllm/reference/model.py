@@ -130,17 +130,17 @@ def biased_linear(model: Model, name: str, x: Array, bits: int | None) -> Array:
 
 
 def rounded_to_int16(x: Array) -> Array:
-    """What the library's integer kernels see of x (n, cols), cols a multiple of 32: `multiples` of a scale
+    """What the library's integer kernels see of x (n, cols), cols a multiple of 32: `rounded` with a scale
     for every 32 values."""
-    return multiples(x, 32, 32512)
+    return rounded(x, 32, 32512)
 
 
 def rounded_to_int8(x: Array) -> Array:
     """The same where activations have 8 bits: with a scale for every 16 values."""
-    return multiples(x, 16, 127)
+    return rounded(x, 16, 127)
 
 
-def multiples(x: Array, group: int, most: int) -> Array:
+def rounded(x: Array, group: int, most: int) -> Array:
     """x (n, cols), cols a multiple of group, in whole multiples of one scale per group, up to ±most.
 
     scale = max|x| / most in float32, q = x / scale rounded half to even, value = q · scale. A group whose
