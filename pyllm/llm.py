@@ -43,7 +43,7 @@ class LLM:
     memory does not hold. kv_type: what the KV cache holds, "f16", or on the CPU "q8_0", bytes with scales,
     but in layers whose keys have large biases: half the memory, for a loss that docs/performance.md measures.
     activation_bits: what activations are rounded to on their way into quantized weights, 16, or on the CPU 8
-    where these have at most 5 and the loss is least (docs/performance.md): prompts are read faster.
+    where these have at most 6 and the loss is least (docs/performance.md): prompts are read faster.
     attention: for all its sessions, a policy, its text form ("dense", "adaptive:0.8") or a preset of the
     model's profile ("conservative", "balanced", "aggressive", "balanced:FILE" of another profile); by default
     "balanced" where there is a profile, or else pages alone by a 3-bit sketch (`attention.UNCALIBRATED`).

@@ -31,8 +31,9 @@ TOKENS = np.random.default_rng(8).integers(0, 300, 200).tolist()
 MIXES: dict[str, dict[str, Type]] = {
     "all": {"*": Type.Q4_1},
     "k": {"ffn_down": Type.Q6_K, "*": Type.Q4_K},
+    "down": {"ffn_down": Type.Q8_0, "*": Type.Q6_K},
     "gate": {"ffn_gate": Type.Q8_0, "*": Type.Q5_0},
-    "up": {"ffn_up": Type.Q6_K, "attn_output": Type.F16, "*": Type.Q3_K},
+    "up": {"ffn_up": Type.IQ4_XS, "attn_output": Type.F16, "*": Type.Q3_K},
     "float gate": {"ffn_gate": Type.F16, "*": Type.Q5_1},
 }
 
@@ -63,7 +64,7 @@ def test_the_reference_rounds_the_same_inputs(tmp_path: Path, isa: str, mix: str
     assert np.median(narrow) < wide.min() / 5
 
 
-@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.Q8_0, Type.Q6_K, Type.IQ4_NL])
+@pytest.mark.parametrize("kind", [Type.F32, Type.F16, Type.Q8_0, Type.IQ4_NL, Type.IQ4_XS])
 def test_other_formats_are_not_touched(tmp_path: Path, kind: Type) -> None:
     path = tiny(tmp_path, kind)
     assert np.array_equal(logits(opened(path, 8)), logits(opened(path, 16)))

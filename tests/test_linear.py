@@ -21,10 +21,15 @@ QUANTIZED = (
     Type.Q4_0, Type.Q4_1, Type.Q5_0, Type.Q5_1, Type.Q8_0, Type.Q2_K, Type.Q3_K, Type.Q4_K, Type.Q5_K,
     Type.Q6_K, Type.IQ4_NL, Type.IQ4_XS,
 )  # fmt: skip
-# With activations of 16 bits, and where weights have at most 5, of 8.
+# With activations of 16 bits, and where weights have at most 6, of 8.
 KINDS = [(kind, 16) for kind in FLOATS + QUANTIZED] + [
     (kind, 8) for kind in QUANTIZED if kind.name in NARROW_TYPES
 ]
+# Where a block has its scales, and minima; of Q2_K the halves of them. Others: two bytes at the start.
+SCALES = {
+    Type.Q4_1: slice(4), Type.Q5_1: slice(4), Type.Q4_K: slice(16), Type.Q5_K: slice(16), Type.IQ4_XS: slice(8),
+    Type.Q2_K: slice(-4, None), Type.Q3_K: slice(-14, None), Type.Q6_K: slice(-18, None),
+}  # fmt: skip
 KIND_NAMES = [f"{kind.name}-{bits}" for kind, bits in KINDS]
 SEEDS = st.integers(0, 2**32 - 1)
 
@@ -138,14 +143,17 @@ def test_a_token_does_not_depend_on_its_batch(
 @given(seed=SEEDS, largest=st.booleans())
 def test_every_byte_pattern(isa: str, kind: Type, bits: int, seed: int, largest: bool) -> None:
     """Random bytes, so every quant and scale code occurs; only the f16 scales are kept finite. largest: with
-    activations of one size, which make the largest sums of products where quants are large as well."""
+    activations of one size, which make the largest sums of products where quants are at either end as well."""
     rng = np.random.default_rng(seed)
     block, size = quants.GGML_QUANT_SIZES[kind]
     rows, cols = 19, 2 * max(block, 32)
     weights = random_matrix(rng, kind, rows, cols, 1.0)
     raw = rng.integers(0, 256, (rows, cols // block * size), np.uint8)
     if largest:
-        raw[: rows // 2, np.arange(raw.shape[1]) % size >= 4] = 0xFF
+        ends = raw.reshape(rows, -1, size)[: rows // 2]
+        ends[::2], ends[1::2] = 0xFF, 0x00
+        scales = SCALES.get(kind, slice(2))
+        ends[..., scales] = weights.view(np.uint8).reshape(rows, -1, size)[: rows // 2, :, scales]
     with np.errstate(invalid="ignore", over="ignore"):
         finite = quants.dequantize(raw, kind).reshape(rows, cols)
     raw = np.where(np.isfinite(finite).all(1, keepdims=True), raw, weights.view(np.uint8).reshape(raw.shape))

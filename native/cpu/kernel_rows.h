@@ -40,8 +40,9 @@ static inline void store_q(vi q, int8_t *planes) {
 #endif
 }
 
-/* 16 values times inverse, rounded into the first columns of `planes`; returns sums of them. */
-static inline __attribute__((always_inline)) vf round_half_group(int32_t bits, const float *x, float inverse,
+/* 16 values times inverse, rounded into the first columns of `planes`; returns sums of them, each of lanes that are the
+ * same part of a four. */
+static inline __attribute__((always_inline)) vi round_half_group(int32_t bits, const float *x, float inverse,
                                                                  int8_t *planes) {
   vu sum = {0}; /* of NaN, which is no number here, it may overflow */
   for (int i = 0; i < ACT_HALF; i += VL) {
@@ -50,7 +51,21 @@ static inline __attribute__((always_inline)) vf round_half_group(int32_t bits, c
     else store_q(q, planes + 2 * i);
     sum += (vu)q;
   }
-  return __builtin_convertvector((vi)sum, vf); /* exact */
+  return (vi)sum;
+}
+
+/* Of four half groups' lanes, the sums as `quantized` holds them, and whole. */
+static inline __attribute__((always_inline)) void sums_of_halves(int32_t bits, const vi lanes[4], int32_t sum[4],
+                                                                 float whole[4]) {
+  if (bits == 8) {
+    vword_sums4(lanes, sum);
+    for (int h = 0; h < 4; h++) whole[h] = (float)((int16_t)sum[h] + (sum[h] >> 16));
+    return;
+  }
+  vf exact[4];
+  for (int h = 0; h < 4; h++) exact[h] = __builtin_convertvector(lanes[h], vf);
+  vsum4(exact, whole);
+  for (int h = 0; h < 4; h++) sum[h] = (int32_t)whole[h];
 }
 
 /* Of 4 groups that share a scale, n of which there are, the largest |x|: NaN where one is NaN or infinite, which
@@ -81,18 +96,18 @@ static inline __attribute__((always_inline)) void round_groups(int32_t bits, con
     inverse[g] = scale[g] > 0 ? 1.0f / scale[g] : 0.0f;
   }
   memcpy(out->scale, scale, (size_t)n * sizeof *scale);
-  vf sums[8] = {0};
-  float sum[8];
+  vi lanes[8] = {0};
+  int32_t sum[8];
+  float whole[8];
   for (int h = 0; h < n * halves; h++)
-    sums[h] = round_half_group(bits, x + h * ACT_HALF, inverse[h / halves], out->planes + h * ACT_HALF * bits / 8);
-  vsum4(sums, sum);
-  if (halves == 2) vsum4(sums + 4, sum + 4);
+    lanes[h] = round_half_group(bits, x + h * ACT_HALF, inverse[h / halves], out->planes + h * ACT_HALF * bits / 8);
+  for (int h = 0; h < 4 * halves; h += 4) sums_of_halves(bits, lanes + h, sum + h, whole + h);
   for (int h = 0; h < n * halves; h++) {
     float of = scale[h / halves];
     bool finite = of == of;
     if (!finite) memset(out->planes + h * ACT_HALF * bits / 8, 0, (size_t)(ACT_HALF * bits / 8));
-    out->sum[h] = finite ? (int32_t)sum[h] : 0;
-    out->product[h] = finite ? of * sum[h] : of;
+    out->sum[h] = finite ? sum[h] : 0;
+    out->product[h] = finite ? of * whole[h] : of;
   }
   for (int h = 0; h + 1 < n * halves; h += 2) out->both[h / 2] = out->product[h] + out->product[h + 1];
 }

@@ -108,6 +108,9 @@ static inline __attribute__((always_inline)) void load_quants(tile_product f, co
 /* Four columns are multiplied in this many steps: either half of them in words, either plane in bytes, or at once. */
 static inline int steps_of_four(tile_product f) { return f.x_bits == 8 && !in_words(f) ? 1 : 2; }
 
+/* Which of the sums has the offset's part: the only one, or that of the low plane. */
+static inline int sum_that_starts(tile_product f) { return f.x_bits == 8 ? 0 : TILE_SUMS - 1; }
+
 /* What step p multiplies of one vector of rows, and of a token's activations. */
 static inline vbytes step_of_quants(tile_product f, const uint8_t *four, int v, int p) {
   return vload_bytes(four + VEC_BYTES * (in_words(f) ? 2 * v + p : v));
@@ -141,10 +144,20 @@ typedef struct slab_rows {
 typedef vi tile_sums[TILE_SUMS][SLAB_TOKENS][SLAB_TILES][TILE_VECS]; /* whole, or with the high and the low plane */
 typedef vf tile_totals[SLAB_TILES][TILE_VECS];                       /* of one token */
 
-/* Sums of the products of n fours of columns with the activations. quants: (n, SLAB_TILES). x: of the first token. */
+/* What the sum of half a group's products of one token, or of both halves', begins with: the offset's part. sums: (2) of
+ * the group's activations. */
+static inline __attribute__((always_inline)) vi start_of_sum(tile_product f, const int32_t *sums, int half) {
+  if (f.has_min) return viset(0);
+  if (f.x_bits == 8) return dot_start(sums[half], f.offset);
+  return viset(-f.offset * (sums_of_group(f) == 2 ? sums[half] : sums[0] + sums[1]));
+}
+
+/* Sums of the products of n fours of columns with the activations, from `start` (tokens) on. quants: (n, SLAB_TILES). x:
+ * of the first token. */
 static inline __attribute__((always_inline)) void sum_products(int tiles, int tokens, tile_product f, int n,
                                                                const four_columns (*quants)[SLAB_TILES],
-                                                               const int8_t *x, int64_t row_bytes, tile_sums sum) {
+                                                               const int8_t *x, int64_t row_bytes, const vi *start,
+                                                               tile_sums sum) {
   const int8_t *token[SLAB_TOKENS];
   for (int t = 0; t < tokens; t++) {
     token[t] = x + t * row_bytes;
@@ -153,7 +166,7 @@ static inline __attribute__((always_inline)) void sum_products(int tiles, int to
   for (int p = 0; p < TILE_SUMS; p++)
     for (int t = 0; t < tokens; t++)
       for (int k = 0; k < tiles; k++)
-        for (int v = 0; v < TILE_VECS; v++) sum[p][t][k][v] = viset(0);
+        for (int v = 0; v < TILE_VECS; v++) sum[p][t][k][v] = p == sum_that_starts(f) ? start[t] : viset(0);
 #pragma GCC unroll 8
   for (int i = 0; i < n; i++)
     for (int p = 0; p < steps_of_four(f); p++) {
@@ -185,18 +198,18 @@ static inline __attribute__((always_inline)) void add_group(int tiles, int token
   int halves = sums_of_group(f), n = 8 / halves, x_group = act_group(f.x_bits);
   int own = f.group == 16 ? half : 0; /* whose scales and minima the weights have */
   int64_t column = (int64_t)g * ACT_GROUP + half * ACT_HALF, bytes = f.x_bits / 8;
+  vi start[SLAB_TOKENS];
+  for (int t = 0; t < tokens; t++)
+    start[t] = start_of_sum(f, r->x.sum + (int64_t)t * (r->cols / ACT_HALF) + 2 * g, half);
   tile_sums sum;
-  sum_products(tiles, tokens, f, n, quants + half * n, r->x.planes + column * bytes, r->cols * bytes, sum);
+  sum_products(tiles, tokens, f, n, quants + half * n, r->x.planes + column * bytes, r->cols * bytes, start, sum);
   for (int t = 0; t < tokens; t++) {
-    const int32_t *sums = r->x.sum + (int64_t)t * (r->cols / ACT_HALF) + 2 * g;
     const float *product = r->x.product + (int64_t)t * (r->cols / ACT_HALF) + 2 * g;
-    vi start = viset(-f.offset * (halves == 2 ? sums[half] : sums[0] + sums[1]));
     vf minimum = vset(f.group == 16 ? product[half] : r->x.both[(int64_t)t * (r->cols / ACT_GROUP) + g]);
     vf scale = vset(r->x.scale[(int64_t)t * (r->cols / x_group) + column / x_group]);
     for (int k = 0; k < tiles; k++)
       for (int v = 0; v < TILE_VECS; v++) {
         vi q = whole_sum(f, sum, t, k, v);
-        if (!f.has_min) q += start;
         total[t][k][v] += __builtin_convertvector(q, vf) * (s[k].scale[own][v] * scale);
         if (f.has_min && own == half) total[t][k][v] += s[k].min[own][v] * minimum; /* where it is both halves', once */
       }
@@ -334,7 +347,7 @@ tile_gemm_format(tile_product f, const tile_pair *w, const slab_rows *x, int32_t
 
 /* One specialized instance per combination that a weight format has; kept apart, or the compiler merges them and with
  * them the constants; and no instance takes its format's address, or the constants are read from there. Formats of up
- * to 5 bits have one more, for activations of 8. */
+ * to 6 bits have one more, for activations of 8. */
 #define NARROW_FORMATS(instance)                                                                                       \
   instance(q4_0, 4, 32, false, false)     /* Q4_0 */                                                                   \
       instance(q4_1, 4, 32, false, true)  /* Q4_1 */                                                                   \
@@ -343,11 +356,11 @@ tile_gemm_format(tile_product f, const tile_pair *w, const slab_rows *x, int32_t
       instance(q4_k, 4, 32, true, true)   /* Q4_K */                                                                   \
       instance(q5_k, 5, 32, true, true)   /* Q5_K */                                                                   \
       instance(q2_k, 4, 16, true, true)   /* Q2_K */                                                                   \
-      instance(q3_k, 4, 16, true, false)  /* Q3_K */
+      instance(q3_k, 4, 16, true, false)  /* Q3_K */                                                                   \
+      instance(q6_k, 6, 16, true, false)  /* Q6_K */
 #define WIDE_FORMATS(instance)                                                                                         \
   instance(q8_0, 8, 32, false, false)      /* Q8_0, IQ4_NL */                                                          \
-      instance(iq4_xs, 8, 32, true, false) /* IQ4_XS */                                                                \
-      instance(q6_k, 6, 16, true, false)   /* Q6_K */
+      instance(iq4_xs, 8, 32, true, false) /* IQ4_XS */
 
 #define INSTANCE(name, b, g, s, m, x_bits)                                                                             \
   static __attribute__((noinline)) void name(int32_t offset, const tile_pair *w, const slab_rows *x, int32_t n,        \

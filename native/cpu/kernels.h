@@ -49,8 +49,8 @@ typedef struct tile_format {
 } tile_format;
 
 /* Whether tile_gemm takes activations of 8 bits: without VNNI 8 products of these with weights are summed in 16 bits,
- * which hold them where weights have 5. */
-static inline bool takes_bytes(const tile_format *f) { return f->bits <= 5; }
+ * which hold them where weights have 6 and the sum is of q - offset. */
+static inline bool takes_bytes(const tile_format *f) { return f->bits <= 6; }
 
 /* Activations rounded to 16 bits, x = scale * q with one scale per 32 values, or to 8 with one per 16. Four columns' q
  * of 16 bits are 8 bytes as products take them: two 8-bit planes q = 256 high + low, four high bytes and then their four
@@ -60,7 +60,7 @@ typedef struct quantized {
   int32_t bits;   /* 16 or 8; 0: there are none */
   int8_t *planes; /* (n, cols / 4, bits / 2) */
   float *scale;   /* (n, cols / 32), of 8 bits (n, cols / 16) */
-  int32_t *sum;   /* (n, cols / 16) sums of q */
+  int32_t *sum;   /* (n, cols / 16) sums of q; of 8 bits two words: of the first and the last two of every four */
   float *product; /* (n, cols / 16) scale * sum */
   float *both;    /* (n, cols / 32) the sums of two of these; on the CPU alone */
 } quantized;

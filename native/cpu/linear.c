@@ -1,8 +1,10 @@
 #include "cpu.h"
 
 enum {
-  TOKEN_BLOCK = 128,   /* tokens that share one read of a weight tile: their activations stay in L2 */
-  TILES_PER_PIECE = 4, /* 64 weight rows */
+  TOKEN_BLOCK = 128,        /* tokens that share one read of a weight tile, at most */
+  SMALL_BLOCK = 32,         /* and at least, for unpacking the tile to be worth it */
+  BLOCK_BYTES = 300 * 1024, /* of their activations, which should stay in a second-level cache of 512 KiB */
+  TILES_PER_PIECE = 4,      /* 64 weight rows */
   PIECES_PER_THREAD = 4,
 };
 
@@ -10,9 +12,16 @@ typedef struct linear_run {
   const backend *be;
   const activation *x;
   const linear_job *jobs;
-  int32_t n_tokens;
-  int32_t n_tiles, n_token_blocks;
+  int32_t n_tokens, token_block;
+  int32_t n_tiles;
 } linear_run;
+
+static int32_t tokens_of_block(const activation *x) {
+  int32_t bytes = x->cols * (x->q.bits ? x->q.bits / 8 + 1 : 4); /* of a token, with scales and sums */
+  int32_t n = TOKEN_BLOCK;
+  while (n > SMALL_BLOCK && n * (int64_t)bytes > BLOCK_BYTES) n /= 2;
+  return n;
+}
 
 static void strip_tile(const linear_run *run, const linear_job *job, int32_t tile, int32_t t0, int32_t n) {
   static const float ones[TOKEN_BLOCK] = {[0 ... TOKEN_BLOCK - 1] = 1.0f};
@@ -53,8 +62,8 @@ static void linear_items(void *context, int32_t begin, int32_t end, int32_t thre
   (void)thread;
   const linear_run *run = context;
   for (int32_t i = begin, done; i < end; i += done) {
-    int32_t t0 = i / run->n_tiles * TOKEN_BLOCK, tile = i % run->n_tiles;
-    int32_t n = run->n_tokens - t0 < TOKEN_BLOCK ? run->n_tokens - t0 : TOKEN_BLOCK;
+    int32_t t0 = i / run->n_tiles * run->token_block, tile = i % run->n_tiles;
+    int32_t n = run->n_tokens - t0 < run->token_block ? run->n_tokens - t0 : run->token_block;
     const linear_job *job = run->jobs;
     while (tile >= tiles_of_rows(job->w->rows)) tile -= tiles_of_rows(job++->w->rows);
     done = n > 1 && job->w->quantized && i + 1 < end && tile + 1 < tiles_of_rows(job->w->rows) ? 2 : 1;
@@ -64,10 +73,11 @@ static void linear_items(void *context, int32_t begin, int32_t end, int32_t thre
 }
 
 void cpu_linear(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs) {
-  linear_run run = {be, x, jobs, n, 0, (n + TOKEN_BLOCK - 1) / TOKEN_BLOCK};
+  linear_run run = {be, x, jobs, n, tokens_of_block(x), 0};
+  int32_t n_blocks = (n + run.token_block - 1) / run.token_block;
   for (int32_t i = 0; i < n_jobs; i++) run.n_tiles += tiles_of_rows(jobs[i].w->rows);
   /* Decode waits for memory, which likes long runs: a few pieces per thread. */
   int32_t even = run.n_tiles / (PIECES_PER_THREAD * pool_size(be->pool));
   int32_t grain = n == 1 && even > TILES_PER_PIECE ? even : TILES_PER_PIECE;
-  pool_run(be->pool, run.n_tiles * run.n_token_blocks, grain, linear_items, &run);
+  pool_run(be->pool, run.n_tiles * n_blocks, grain, linear_items, &run);
 }

@@ -155,6 +155,29 @@ static inline void vmax4(const vf v[4], float out[4]) {
 }
 #endif
 
+/* Of four vectors, the sums of the first and of the last two lanes of every four, as the low and the high word. */
+static inline void vword_sums4(const vi v[4], int32_t out[4]) {
+#if VL == 4
+  for (int i = 0; i < 4; i++) {
+    vu u = (vu)v[i];
+    out[i] = (int32_t)((uint16_t)(u[0] + u[1]) | (u[2] + u[3]) << 16);
+  }
+#else
+  __m256i eight[4];
+  for (int i = 0; i < 4; i++) {
+#if VL == 16
+    eight[i] = _mm256_add_epi32(_mm512_castsi512_si256((__m512i)v[i]), _mm512_extracti64x4_epi64((__m512i)v[i], 1));
+#else
+    eight[i] = (__m256i)v[i];
+#endif
+  }
+  __m256i a = _mm256_hadd_epi32(eight[0], eight[1]), b = _mm256_hadd_epi32(eight[2], eight[3]);
+  __m128i lo = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  __m128i hi = _mm_add_epi32(_mm256_castsi256_si128(b), _mm256_extracti128_si256(b, 1));
+  _mm_storeu_si128((__m128i *)(void *)out, _mm_packs_epi32(lo, hi));
+#endif
+}
+
 /* The largest |x| of n, a multiple of VL: NaN where one is NaN or infinite, which rounding must not hide. */
 static inline float vlargest(const float *x, int32_t n) {
   vf top = vset(0), poison = vset(0); /* 0 or NaN */
@@ -337,8 +360,9 @@ static inline vf vexp_below(vf x, float max) {
 #define KEEP_POINTER(p) __asm__("" : "+r"(p))
 
 /* acc[lane] += sum over j < 4 of w[4 lane + j] * x[j], w unsigned bytes, x signed ones. Without DOT_IN_32_BITS a lane of
- * acc is two sums of 16 bits, which hold up to 8 of these with w of 4 bits, and 4 with w of 5; dot_sum makes 32 bits
- * of them. */
+ * acc is two sums of 16 bits, of j < 2 and of the others, which hold up to 8 of these with w of 4 bits, and 4 with w of
+ * 5; dot_sum makes 32 bits of them. dot_start is an acc whose sums count w from `offset` on: with it they may pass their
+ * 16 bits meanwhile, and 4 products with w of 6 bits from 32 on fit in the end. sums: of x, as vword_sums4 has them. */
 #if defined(__AVX512VNNI__) || VL == 4
 enum { DOT_IN_32_BITS = 1 };
 #else
@@ -374,6 +398,16 @@ static inline vi dot_sum(vi acc) {
   return (vi)_mm256_madd_epi16((__m256i)acc, _mm256_set1_epi16(1));
 #else
   return acc;
+#endif
+}
+
+static inline vi dot_start(int32_t sums, int32_t offset) {
+#if VL == 16 && !defined(__AVX512VNNI__)
+  return (vi)_mm512_mullo_epi16(_mm512_set1_epi32(sums), _mm512_set1_epi16((int16_t)-offset));
+#elif VL == 8
+  return (vi)_mm256_mullo_epi16(_mm256_set1_epi32(sums), _mm256_set1_epi16((int16_t)-offset));
+#else
+  return viset(-offset * ((int16_t)sums + (sums >> 16)));
 #endif
 }
 

@@ -130,7 +130,7 @@ typedef struct pyllm_session_params {
                         others in the host's, where it reads them; 0: all in its memory */
   int32_t kv_type; /* enum pyllm_kv_type; what a saved session has, too */
   /* What activations are rounded to on their way into quantized weights: 16; or 8, on the CPU alone, for those of
-   * attention's output and of the feed-forward network that have at most 5 bits. */
+   * attention's output and of the feed-forward network that have at most 6 bits. */
   int32_t activation_bits;
 } pyllm_session_params;
 

@@ -62,14 +62,15 @@ static bool read_planes(const backend *be, const activation *a, int32_t n, float
   be->ops->read(be, q.both, a->q.both, halves / 2 * 4);
   bool consistent = true;
   for (size_t h = 0; h < halves; h++) {
-    int32_t total = 0;
+    int32_t sums[2] = {0}; /* of the first and the last two of every four */
     float scale = q.scale[h * ACT_HALF / group];
     for (size_t i = h * ACT_HALF; i < (h + 1) * ACT_HALF; i++) {
       int32_t value = quantized_at(&q, be->ops->on_host && be->kernels->words, i);
       out[i] = scale * (float)value;
-      total += value;
+      sums[i % 4 / 2] += value;
     }
-    consistent &= total == q.sum[h] && same(scale * (float)total, q.product[h]);
+    int32_t total = sums[0] + sums[1], words = (int32_t)((uint16_t)sums[0] | (uint32_t)sums[1] << 16);
+    consistent &= (q.bits == 8 ? words : total) == q.sum[h] && same(scale * (float)total, q.product[h]);
     if (be->ops->on_host && h % 2) consistent &= same(q.product[h - 1] + q.product[h], q.both[h / 2]);
   }
   free(q.planes), free(q.scale), free(q.sum), free(q.product), free(q.both);

@@ -17,8 +17,8 @@ from .rope import RopeConfig
 
 ROPE_KIND = {"llama": "norm", "qwen2": "neox", "qwen3": "neox"}
 
-NARROW_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K")
-"""Of at most 5 bits: their inputs may be rounded to 8."""
+NARROW_TYPES = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+"""Of at most 6 bits: their inputs may be rounded to 8."""
 
 FLOAT_TYPES = (gguf.GGMLQuantizationType.F32, gguf.GGMLQuantizationType.F16, gguf.GGMLQuantizationType.BF16)
 
