@@ -5,7 +5,6 @@ enum {
   SMALL_BLOCK = 32,         /* and at least, for unpacking the tile to be worth it */
   BLOCK_BYTES = 300 * 1024, /* of their activations, which should stay in a second-level cache of 512 KiB */
   TILES_PER_PIECE = 4,      /* 64 weight rows */
-  PIECES_PER_THREAD = 4,
 };
 
 typedef struct linear_run {
@@ -76,8 +75,5 @@ void cpu_linear(const backend *be, const activation *x, int32_t n, const linear_
   linear_run run = {be, x, jobs, n, tokens_of_block(x), 0};
   int32_t n_blocks = (n + run.token_block - 1) / run.token_block;
   for (int32_t i = 0; i < n_jobs; i++) run.n_tiles += tiles_of_rows(jobs[i].w->rows);
-  /* Decode waits for memory, which likes long runs: a few pieces per thread. */
-  int32_t even = run.n_tiles / (PIECES_PER_THREAD * pool_size(be->pool));
-  int32_t grain = n == 1 && even > TILES_PER_PIECE ? even : TILES_PER_PIECE;
-  pool_run(be->pool, run.n_tiles * n_blocks, grain, linear_items, &run);
+  pool_run(be->pool, run.n_tiles * n_blocks, TILES_PER_PIECE, linear_items, &run);
 }

@@ -11,19 +11,26 @@
 
 enum { SPINS_BEFORE_YIELD = 2000, YIELDS_BEFORE_SLEEP = 2000 };
 
+/* A thread's part of a job. It does pieces from the front on; who has done his own part does others'. */
+typedef struct share {
+  _Alignas(64) _Atomic int32_t next; /* item; a line of the cache of its own */
+  int32_t end;
+} share;
+
 struct pool {
   pthread_mutex_t owner; /* held from pool_begin to pool_end */
   pthread_mutex_t mutex; /* guards sleeping */
   pthread_cond_t wake;
   pthread_t *threads; /* (n_threads - 1) */
+  share *shares;      /* (n_threads) */
   int32_t n_threads, n_started;
 
   /* One job at a time, all of it in one word: number of the job, whether it is closed, workers inside. A worker enters
    * only an open job, and only those inside are waited for: one that the system did not schedule delays nobody. */
   _Atomic uint64_t state;
   atomic_bool active, stop;
-  _Atomic int32_t next, n_sleeping;
-  int32_t n_items, grain;
+  _Atomic int32_t n_sleeping;
+  int32_t grain;
   pool_task task;
   void *context;
 };
@@ -39,12 +46,25 @@ static inline void relax(void) {
 #endif
 }
 
-static void work(pool *p, int32_t thread) {
+static void work_on(pool *p, share *s, int32_t thread) {
   for (;;) {
-    int32_t begin = atomic_fetch_add_explicit(&p->next, p->grain, memory_order_relaxed);
-    if (begin >= p->n_items) return;
-    int32_t end = p->n_items - begin < p->grain ? p->n_items : begin + p->grain;
-    p->task(p->context, begin, end, thread);
+    int32_t begin = atomic_fetch_add_explicit(&s->next, p->grain, memory_order_relaxed);
+    if (begin >= s->end) return;
+    p->task(p->context, begin, s->end - begin < p->grain ? s->end : begin + p->grain, thread);
+  }
+}
+
+static void work(pool *p, int32_t thread) {
+  for (int32_t i = 0; i < p->n_threads; i++) work_on(p, &p->shares[(thread + i) % p->n_threads], thread);
+}
+
+/* Whole pieces, as many to each. */
+static void deal_out(pool *p, int32_t n_items) {
+  int64_t pieces = (n_items + (int64_t)p->grain - 1) / p->grain;
+  for (int32_t t = 0; t < p->n_threads; t++) {
+    int64_t begin = pieces * t / p->n_threads * p->grain, end = pieces * (t + 1) / p->n_threads * p->grain;
+    atomic_store_explicit(&p->shares[t].next, (int32_t)begin, memory_order_relaxed);
+    p->shares[t].end = end < n_items ? (int32_t)end : n_items;
   }
 }
 
@@ -101,7 +121,8 @@ pool *pool_new(int32_t n_threads) {
   p->n_threads = n_threads;
   atomic_store(&p->state, JOB_CLOSED);
   p->threads = calloc((size_t)n_threads, sizeof *p->threads);
-  bool ok = p->threads != NULL;
+  p->shares = aligned_alloc(_Alignof(share), (size_t)n_threads * sizeof *p->shares);
+  bool ok = p->threads != NULL && p->shares != NULL;
   while (ok && p->n_started < n_threads - 1) {
     worker *w = malloc(sizeof *w);
     ok = w != NULL;
@@ -127,6 +148,7 @@ void pool_free(pool *p) {
   pthread_mutex_destroy(&p->owner);
   pthread_mutex_destroy(&p->mutex);
   pthread_cond_destroy(&p->wake);
+  free(p->shares);
   free(p->threads);
   free(p);
 }
@@ -148,11 +170,10 @@ void pool_run(pool *p, int32_t n_items, int32_t grain, pool_task task, void *con
     if (n_items > 0) task(context, 0, n_items, 0);
     return;
   }
-  p->n_items = n_items;
   p->grain = grain;
   p->task = task;
   p->context = context;
-  atomic_store(&p->next, 0);
+  deal_out(p, n_items);
   uint64_t number = atomic_load(&p->state) / JOB_NUMBER + 1;
   atomic_store(&p->state, number * JOB_NUMBER); /* sequentially consistent with n_sleeping: no wake-up is lost */
   if (atomic_load(&p->n_sleeping) > 0) {

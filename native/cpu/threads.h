@@ -18,8 +18,10 @@ int32_t pool_size(const pool *p);
 void pool_begin(pool *p);
 void pool_end(pool *p);
 
-/* Runs task over n_items in pieces of `grain`, on every thread, and returns when all are done. Which thread does which
- * piece varies; results must not depend on it. Only between pool_begin and pool_end, from the thread that began. */
+/* Runs task over n_items in pieces of `grain`, on every thread, and returns when all are done. A thread begins with its
+ * part of the items, in order, the same part of every job: so it reads memory in one stream, and finds near what it wrote
+ * in the job before. Then it helps with the others' parts, so which thread does which piece varies; results must not
+ * depend on it. Only between pool_begin and pool_end, from the thread that began. */
 void pool_run(pool *p, int32_t n_items, int32_t grain, pool_task task, void *context);
 
 #endif
