@@ -9,6 +9,7 @@
 #define JOB_CLOSED (UINT64_C(1) << 31)
 #define JOB_INSIDE (JOB_CLOSED - 1)
 
+/* A millisecond or two in all: who evaluates token after token finds the threads awake. */
 enum { SPINS_BEFORE_YIELD = 2000, YIELDS_BEFORE_SLEEP = 2000 };
 
 /* A thread's part of a job. It does pieces from the front on; who has done his own part does others'. */
@@ -28,7 +29,7 @@ struct pool {
   /* One job at a time, all of it in one word: number of the job, whether it is closed, workers inside. A worker enters
    * only an open job, and only those inside are waited for: one that the system did not schedule delays nobody. */
   _Atomic uint64_t state;
-  atomic_bool active, stop;
+  atomic_bool stop;
   _Atomic int32_t n_sleeping;
   int32_t grain;
   pool_task task;
@@ -78,7 +79,7 @@ static void wait_for_job(pool *p, uint64_t seen) {
   for (uint32_t turn = 0; !job_is_new(p, seen) && !atomic_load(&p->stop); turn++) {
     if (turn < SPINS_BEFORE_YIELD) {
       relax();
-    } else if (atomic_load(&p->active) && turn < SPINS_BEFORE_YIELD + YIELDS_BEFORE_SLEEP) {
+    } else if (turn < SPINS_BEFORE_YIELD + YIELDS_BEFORE_SLEEP) {
       sched_yield();
     } else {
       pthread_mutex_lock(&p->mutex);
@@ -155,15 +156,9 @@ void pool_free(pool *p) {
 
 int32_t pool_size(const pool *p) { return p->n_threads; }
 
-void pool_begin(pool *p) {
-  pthread_mutex_lock(&p->owner);
-  atomic_store(&p->active, true);
-}
+void pool_begin(pool *p) { pthread_mutex_lock(&p->owner); }
 
-void pool_end(pool *p) {
-  atomic_store(&p->active, false);
-  pthread_mutex_unlock(&p->owner);
-}
+void pool_end(pool *p) { pthread_mutex_unlock(&p->owner); }
 
 void pool_run(pool *p, int32_t n_items, int32_t grain, pool_task task, void *context) {
   if (n_items <= grain || p->n_threads == 1) {

@@ -1,5 +1,5 @@
-/* One persistent pool of threads per model. Between calls its threads sleep; inside pool_begin ... pool_end they
- * wait for work by spinning briefly, so that starting a stage costs well under a microsecond. */
+/* One persistent pool of threads per model. They wait for work by spinning briefly, so that starting a stage costs well
+ * under a microsecond, and sleep a millisecond or two after the last. */
 #ifndef PYLLM_CPU_THREADS_H
 #define PYLLM_CPU_THREADS_H
 #include <stdint.h>
