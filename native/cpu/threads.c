@@ -12,7 +12,7 @@
 /* A millisecond or two in all: who evaluates token after token finds the threads awake. */
 enum { SPINS_BEFORE_YIELD = 2000, YIELDS_BEFORE_SLEEP = 2000 };
 
-/* A thread's part of a job. It does pieces from the front on; who has done his own part does others'. */
+/* A thread's part of a job. It does its pieces in order; when its own part is done, it does others'. */
 typedef struct share {
   _Alignas(64) _Atomic int32_t next; /* item; a line of the cache of its own */
   int32_t end;
