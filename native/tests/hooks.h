@@ -31,6 +31,14 @@ void hook_f16_to_f32(const uint16_t *x, float *out, int64_t n);
 void hook_bf16_to_f32(const uint16_t *x, float *out, int64_t n);
 void hook_f32_to_f16(const float *x, uint16_t *out, int64_t n);
 
+/* ---- cpu/threads.h ---- */
+
+/* Runs n_jobs jobs of n_items[j] items in pieces of grain[j], one after the other, and adds up how often each item
+ * was done: done (all jobs' items). PYLLM_ERR_NUMERIC where a piece was too large or out of range, or came to a thread
+ * that was at another. */
+int32_t hook_pool(int32_t n_threads, const int32_t *n_items, const int32_t *grain, int32_t n_jobs, int32_t *done,
+                  pyllm_error *err);
+
 /* ---- stages of any backend: device as in pyllm_model_params; arrays are the host's ---- */
 
 /* out: (n, cols) the norm of x (n, cols) with weight w (cols); rounded: the same as quantized weights see it, NULL
