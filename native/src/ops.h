@@ -127,7 +127,7 @@ struct ops {
                    int32_t n, float *x, pyllm_error *err);
   /* out = RMS norm of x (n, out->cols) with weight w. */
   void (*norm)(const backend *be, const float *x, const float *w, float eps, int32_t n, int32_t bits, activation *out);
-  /* Several matrices on one input. Reads each weight once per batch (decode) or per 128 tokens (prefill). */
+  /* Several matrices on one input. Reads each weight once per batch (decode) or per 32 to 128 tokens (prefill). */
   void (*linear)(const backend *be, const activation *x, int32_t n, const linear_job *jobs, int32_t n_jobs);
   /* cosine, sine (n, half) = mscale times those of position * frequency (half), of the batch's positions. */
   void (*angles)(const backend *be, const double *frequency, int32_t half, float mscale, int32_t position, int32_t n,
