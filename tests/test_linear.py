@@ -27,8 +27,9 @@ KINDS = [(kind, 16) for kind in FLOATS + QUANTIZED] + [
 ]
 # Where a block has its scales, and minima; of Q2_K the halves of them. Others: two bytes at the start.
 SCALES = {
-    Type.Q4_1: slice(4), Type.Q5_1: slice(4), Type.Q4_K: slice(16), Type.Q5_K: slice(16), Type.IQ4_XS: slice(8),
-    Type.Q2_K: slice(-4, None), Type.Q3_K: slice(-14, None), Type.Q6_K: slice(-18, None),
+    Type.Q4_1: slice(4), Type.Q5_1: slice(4), Type.Q4_K: slice(16), Type.Q5_K: slice(16),
+    Type.IQ4_XS: slice(8), Type.Q2_K: slice(-4, None),
+    Type.Q3_K: slice(-14, None), Type.Q6_K: slice(-18, None),
 }  # fmt: skip
 KIND_NAMES = [f"{kind.name}-{bits}" for kind, bits in KINDS]
 SEEDS = st.integers(0, 2**32 - 1)
@@ -143,7 +144,7 @@ def test_a_token_does_not_depend_on_its_batch(
 @given(seed=SEEDS, largest=st.booleans())
 def test_every_byte_pattern(isa: str, kind: Type, bits: int, seed: int, largest: bool) -> None:
     """Random bytes, so every quant and scale code occurs; only the f16 scales are kept finite. largest: with
-    activations of one size, which make the largest sums of products where quants are at either end as well."""
+    activations of one size, which make the largest sums of products where quants are at either end too."""
     rng = np.random.default_rng(seed)
     block, size = quants.GGML_QUANT_SIZES[kind]
     rows, cols = 19, 2 * max(block, 32)
