@@ -166,7 +166,9 @@ static inline void vword_sums4(const vi v[4], int32_t out[4]) {
   __m256i eight[4];
   for (int i = 0; i < 4; i++) {
 #if VL == 16
-    eight[i] = _mm256_add_epi32(_mm512_castsi512_si256((__m512i)v[i]), _mm512_extracti64x4_epi64((__m512i)v[i], 1));
+    __m256i halves[2];
+    memcpy(halves, &v[i], sizeof halves);
+    eight[i] = _mm256_add_epi32(halves[0], halves[1]);
 #else
     eight[i] = (__m256i)v[i];
 #endif
@@ -402,13 +404,8 @@ static inline vi dot_sum(vi acc) {
 }
 
 static inline vi dot_start(int32_t sums, int32_t offset) {
-#if VL == 16 && !defined(__AVX512VNNI__)
-  return (vi)_mm512_mullo_epi16(_mm512_set1_epi32(sums), _mm512_set1_epi16((int16_t)-offset));
-#elif VL == 8
-  return (vi)_mm256_mullo_epi16(_mm256_set1_epi32(sums), _mm256_set1_epi16((int16_t)-offset));
-#else
-  return viset(-offset * ((int16_t)sums + (sums >> 16)));
-#endif
+  if (DOT_IN_32_BITS) return viset(-offset * ((int16_t)sums + (sums >> 16)));
+  return (vi)((vwords)viset(sums) * (uint16_t)-offset);
 }
 
 /* acc[lane] += sum over j < 2 of w[2 lane + j] * x[j], words. */
