@@ -59,7 +59,7 @@ static inline __attribute__((always_inline)) void sums_of_halves(int32_t bits, c
                                                                  float whole[4]) {
   if (bits == 8) {
     vword_sums4(lanes, sum);
-    for (int h = 0; h < 4; h++) whole[h] = (float)((int16_t)sum[h] + (sum[h] >> 16));
+    for (int h = 0; h < 4; h++) whole[h] = (float)sum_of_words(sum[h]);
     return;
   }
   vf exact[4];

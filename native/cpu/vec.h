@@ -155,6 +155,9 @@ static inline void vmax4(const vf v[4], float out[4]) {
 }
 #endif
 
+/* Of two words in one, the sum. */
+static inline int32_t sum_of_words(int32_t words) { return (int16_t)words + (words >> 16); }
+
 /* Of four vectors, the sums of the first and of the last two lanes of every four, as the low and the high word. */
 static inline void vword_sums4(const vi v[4], int32_t out[4]) {
 #if VL == 4
@@ -404,7 +407,7 @@ static inline vi dot_sum(vi acc) {
 }
 
 static inline vi dot_start(int32_t sums, int32_t offset) {
-  if (DOT_IN_32_BITS) return viset(-offset * ((int16_t)sums + (sums >> 16)));
+  if (DOT_IN_32_BITS) return viset(-offset * sum_of_words(sums));
   return (vi)((vwords)viset(sums) * (uint16_t)-offset);
 }
 
